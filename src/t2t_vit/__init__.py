@@ -1,0 +1,1 @@
+from .models.t2t_vit import T2TViT, VARIANTS
