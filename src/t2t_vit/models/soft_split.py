@@ -5,7 +5,7 @@ n = C·k·k the values of a window, O output channels, N = h·w tokens.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import List, NamedTuple, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -78,13 +78,35 @@ def window_mean_var(x: torch.Tensor, kernel: int, stride: int) -> Tuple[torch.Te
     return mean, var
 
 
+def _split_norm_linear(
+        x: torch.Tensor,
+        norm_weight: torch.Tensor,
+        norm_bias: torch.Tensor,
+        eps: float,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        kernel: int,
+        stride: int,
+        padding: int,
+) -> torch.Tensor:
+    weight, x = weight.float(), x.float()
+    scaled = weight * norm_weight.float()
+    scaled = scaled - scaled.mean(1, keepdim=True)
+    x = F.pad(x, [padding, padding, padding, padding]) - x.detach().mean((1, 2, 3), keepdim=True)
+    mean, var = window_mean_var(x, kernel, stride)
+    out = F.conv2d(x, as_kernel(scaled, kernel), stride=stride)
+    out = out - (mean * scaled.sum(1).view(1, -1, 1, 1)).detach()
+    shift = F.linear(norm_bias.float(), weight, None if bias is None else bias.float())
+    return out * (var + eps).rsqrt() + shift.view(1, -1, 1, 1)
+
+
 def split_norm_linear(
         x: torch.Tensor,
         norm_weight: torch.Tensor,
         norm_bias: torch.Tensor,
         eps: float,
         weight: torch.Tensor,
-        bias: torch.Tensor,
+        bias: Optional[torch.Tensor],
         kernel: int,
         stride: int,
         padding: int,
@@ -101,11 +123,7 @@ def split_norm_linear(
     zero in exact arithmetic keep it small: the image's own mean is taken off first (LayerNorm does not see it), and
     m·(W'·1) at the end, which matters most where the convolution runs with a short mantissa (TF32).
     """
-    weight, x = weight.float(), x.float()
-    scaled = weight * norm_weight.float()
-    scaled = scaled - scaled.mean(1, keepdim=True)
-    x = F.pad(x, [padding, padding, padding, padding]) - x.detach().mean((1, 2, 3), keepdim=True)
-    mean, var = window_mean_var(x, kernel, stride)
-    out = F.conv2d(x, as_kernel(scaled, kernel), stride=stride)
-    out = out - (mean * scaled.sum(1).view(1, -1, 1, 1)).detach()
-    return out * (var + eps).rsqrt() + F.linear(norm_bias.float(), weight, bias.float()).view(1, -1, 1, 1)
+    if torch.jit.is_scripting():  # TorchScript has no autocast to leave
+        return _split_norm_linear(x, norm_weight, norm_bias, eps, weight, bias, kernel, stride, padding)
+    with full_precision(x):
+        return _split_norm_linear(x, norm_weight, norm_bias, eps, weight, bias, kernel, stride, padding)

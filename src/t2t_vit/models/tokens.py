@@ -32,20 +32,7 @@ class TokenLayer(nn.Module):
         self.token_dim = token_dim
         self.kernel, self.stride, self.padding = split
         self.window_dim = in_chans * split.kernel ** 2
-
-    def split_norm_linear(
-            self, x: torch.Tensor, norm: nn.LayerNorm, weight: torch.Tensor, bias: Optional[torch.Tensor],
-    ) -> torch.Tensor:
-        """Linear(LayerNorm(soft split)) of a map, (B, C, H, W) -> float32 (B, O, h, w), whatever the autocast."""
-        if bias is None:
-            bias = torch.zeros_like(weight[:, 0])
-        if torch.jit.is_scripting():
-            return split_norm_linear(
-                x, norm.weight, norm.bias, norm.eps, weight, bias, self.kernel, self.stride, self.padding)
-        with full_precision(x):
-            return split_norm_linear(
-                x, norm.weight, norm.bias, norm.eps, weight, bias, self.kernel, self.stride, self.padding)
-
+        self.norm_eps = 1e-5
 
 
 def to_tokens(x: torch.Tensor) -> torch.Tensor:
@@ -77,14 +64,16 @@ class TokenTransformer(TokenLayer):
     def __init__(self, in_chans: int, token_dim: int, split: Split) -> None:
         super().__init__(in_chans, token_dim, split)
         self.scale = self.window_dim ** -0.5
-        self.norm1 = nn.LayerNorm(self.window_dim)
+        self.norm1 = nn.LayerNorm(self.window_dim, eps=self.norm_eps)
         self.attn = SingleHeadAttention(self.window_dim, token_dim)
         self.norm2 = nn.LayerNorm(token_dim)
         self.mlp = Mlp(token_dim, token_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, D, h, w)."""
-        qkv = self.split_norm_linear(x, self.norm1, self.attn.qkv.weight, None).to(x.dtype)
+        qkv = split_norm_linear(
+            x, self.norm1.weight, self.norm1.bias, self.norm_eps, self.attn.qkv.weight, None,
+            self.kernel, self.stride, self.padding).to(x.dtype)
         height, width = qkv.shape[-2], qkv.shape[-1]
         q, k, v = to_tokens(qkv).unsqueeze(1).chunk(3, dim=-1)  # (B, 1, N, D) each
         x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
@@ -106,12 +95,12 @@ class TokenPerformer(TokenLayer):
 
     features_ratio = 0.5
     dropout = 0.1  # fixed in the published model, after the projection and after the MLP
-    eps = 1e-8
 
     def __init__(self, in_chans: int, token_dim: int, split: Split) -> None:
         super().__init__(in_chans, token_dim, split)
         self.num_features = int(token_dim * self.features_ratio)
-        self.norm1 = nn.LayerNorm(self.window_dim)
+        self.eps = 1e-8
+        self.norm1 = nn.LayerNorm(self.window_dim, eps=self.norm_eps)
         self.kqv = nn.Linear(self.window_dim, 3 * token_dim)
         self.proj = nn.Linear(token_dim, token_dim)
         self.proj_drop = nn.Dropout(self.dropout)
@@ -137,7 +126,9 @@ class TokenPerformer(TokenLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, D, h, w)."""
-        kqv = self.split_norm_linear(x, self.norm1, self.kqv.weight, self.kqv.bias)
+        kqv = split_norm_linear(
+            x, self.norm1.weight, self.norm1.bias, self.norm_eps, self.kqv.weight, self.kqv.bias,
+            self.kernel, self.stride, self.padding)
         height, width = kqv.shape[-2], kqv.shape[-1]
         if torch.jit.is_scripting():
             y, v = self.kernel_attention(to_tokens(kqv))
