@@ -89,14 +89,15 @@ def _split_norm_linear(
         stride: int,
         padding: int,
 ) -> torch.Tensor:
-    weight, x = weight.float(), x.float()
-    scaled = weight * norm_weight.float()
+    x = x if x.dtype == torch.float64 else x.float()
+    weight = weight.to(x.dtype)
+    scaled = weight * norm_weight.to(x.dtype)
     scaled = scaled - scaled.mean(1, keepdim=True)
     x = F.pad(x, [padding, padding, padding, padding]) - x.detach().mean((1, 2, 3), keepdim=True)
     mean, var = window_mean_var(x, kernel, stride)
     out = F.conv2d(x, as_kernel(scaled, kernel), stride=stride)
     out = out - (mean * scaled.sum(1).view(1, -1, 1, 1)).detach()
-    shift = F.linear(norm_bias.float(), weight, None if bias is None else bias.float())
+    shift = F.linear(norm_bias.to(x.dtype), weight, None if bias is None else bias.to(x.dtype))
     return out * (var + eps).rsqrt() + shift.view(1, -1, 1, 1)
 
 
@@ -113,7 +114,7 @@ def split_norm_linear(
 ) -> torch.Tensor:
     """Soft split, LayerNorm over each window, Linear; exact, and without ever laying the windows out.
 
-    (B, C, H, W), norm (n,), weight (O, n), bias (O,) -> (B, O, h, w) in float32.
+    (B, C, H, W), norm (n,), weight (O, n), bias (O,) -> (B, O, h, w) in float32, or in float64 where x is.
 
     For a window p with mean m and r = (var + eps)^-1/2, and W' = W·diag(gamma) with each row's mean taken out,
     LN(p)·Wᵀ + b = (W'·p)·r + (W·beta + b): one convolution, a few one-channel means, one multiply, instead of

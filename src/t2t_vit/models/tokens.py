@@ -116,11 +116,11 @@ class TokenPerformer(TokenLayer):
         nn.init.orthogonal_(self.w, gain=math.sqrt(self.num_features))
 
     def kernel_attention(self, kqv: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """float32 (B, N, 3·D) -> attention's output and v, (B, N, D) each."""
+        """float32 or float64 (B, N, 3·D) -> attention's output and v, (B, N, D) each."""
         kq, v = kqv.split([2 * self.token_dim, self.token_dim], dim=-1)
         kq = kq.unflatten(-1, (2, self.token_dim))  # (B, N, 2, D)
         half_norm = 0.5 * kq.square().sum(-1, keepdim=True) + 0.5 * math.log(self.num_features)  # 1/√m, in the exponent
-        k, q = torch.exp(F.linear(kq, self.w.float()) - half_norm).unbind(2)  # φ: (B, N, m) each
+        k, q = torch.exp(F.linear(kq, self.w.to(kq.dtype)) - half_norm).unbind(2)  # φ: (B, N, m) each
         weights = q @ k.sum(1).unsqueeze(-1) + self.eps  # (B, N, 1)
         return (q @ (k.transpose(1, 2) @ v)) / weights, v
 

@@ -1,0 +1,115 @@
+"""Scores of a model on labelled images: loss, top-1, top-5, per class, confusion."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+from .data import DataError, DiskBatches, MemoryBatches, open_batches, open_source
+from .plots import plot_confusion
+from .trained import load_model, pick_device
+
+
+@dataclass
+class Scores:
+    """Of n images: mean cross-entropy, shares of right answers in [0, 1], and counts[true][predicted]."""
+
+    count: int
+    loss: float
+    top1: float
+    top5: float
+    confusion: torch.Tensor
+
+    @property
+    def per_class(self) -> List[Optional[float]]:
+        """Share of each class's images that were recognised; None where there were none."""
+        counts = self.confusion.sum(1)
+        return [(self.confusion[i, i] / n).item() if n else None for i, n in enumerate(counts)]
+
+
+@torch.inference_mode()
+def score(model: nn.Module, batches: 'DiskBatches | MemoryBatches', num_classes: int) -> Scores:
+    """Run the model over all batches; it is left in the mode it was in."""
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    metrics = MetricCollection({
+        'top1': MulticlassAccuracy(num_classes, average='micro'),
+        'top5': MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average='micro'),
+        'confusion': MulticlassConfusionMatrix(num_classes),
+    }).to(device)
+    loss, count = 0.0, 0
+    for images, labels in batches.epoch():
+        logits = model(images.to(device)).float()
+        labels = labels.to(device)
+        loss += F.cross_entropy(logits, labels, reduction='sum').item()
+        count += len(labels)
+        metrics.update(logits, labels)
+    model.train(training)
+    if not count:
+        raise DataError('not one image could be read')
+    result = metrics.compute()
+    return Scores(count, loss / count, result['top1'].item(), result['top5'].item(), result['confusion'].cpu())
+
+
+def evaluate(
+        checkpoint: str,
+        data: str = 'digits',
+        model: Optional[str] = None,
+        split: str = 'val',
+        batch_size: int = 128,
+        workers: int = 2,
+        device: str = 'auto',
+        output: Optional[str] = None,
+) -> Dict[str, Any]:
+    """Score a trained model on labelled images; of a data set, only the split asked for is needed.
+
+    Args:
+        checkpoint: A run's folder, hf-hub:USER/NAME, or a file in any published layout (then with --model).
+        data: digits, a folder with val/ of class folders, a folder of class folders, or a Parquet file.
+        model: The registered name of the model in a file.
+        split: val or train.
+        batch_size: Images at once.
+        workers: Processes that open images.
+        device: cpu, cuda, mps or auto.
+        output: Folder for scores.json and confusion.png; by default the run's own, none for a file.
+    """
+    net, preprocessing, names = load_model(checkpoint, model)
+    source = open_source(data, split)
+    if len(source.classes) != len(names) or (names != source.classes and not names[0].isdigit()):
+        raise DataError(
+            f'the model knows {len(names)} classes ({", ".join(names[:3])}, …), '
+            f'{data} has {len(source.classes)} ({", ".join(source.classes[:3])}, …)')
+    target = pick_device(device)
+    batches = open_batches(source, preprocessing, batch_size, None, None, workers, device=target)
+    start = time.perf_counter()
+    scores = score(net.to(target), batches, len(names))
+    seconds = time.perf_counter() - start
+
+    console = Console()
+    table = Table('class', 'images', 'accuracy', title=f'{scores.count} images of {data} ({split})')
+    for name, share, n in zip(source.classes, scores.per_class, scores.confusion.sum(1).tolist()):
+        table.add_row(name, str(n), '-' if share is None else f'{100 * share:.1f} %')
+    console.print(table)
+    console.print(f'top-1 {100 * scores.top1:.2f} %   top-5 {100 * scores.top5:.2f} %   loss {scores.loss:.4f}   '
+                  f'{scores.count / seconds:.0f} images/s')
+    if batches.damaged:
+        console.print(f'{len(batches.damaged)} damaged images left out: {", ".join(batches.damaged[:5])}')
+    result = dict(
+        checkpoint=checkpoint, data=data, split=split, images=scores.count, top1=scores.top1, top5=scores.top5,
+        loss=scores.loss, per_class=dict(zip(source.classes, scores.per_class)), damaged=batches.damaged)
+    folder = Path(output) if output else Path(checkpoint) if Path(checkpoint).is_dir() else None
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / 'scores.json').write_text(json.dumps(result, indent=2) + '\n')
+        plot_confusion(scores.confusion, source.classes, folder / 'confusion.png')
+        console.print(f'scores.json and confusion.png are in {folder}')
+    return result

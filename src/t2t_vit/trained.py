@@ -1,0 +1,63 @@
+"""A trained model as a folder: weights, architecture, preprocessing and class names, as timm and the Hub keep them."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import List, Optional, Tuple
+
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import nn
+
+from .data import Preprocessing
+from .models.checkpoints import CheckpointError, convert_state_dict, load_weights, read_checkpoint
+
+WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
+
+
+def save_folder(model: nn.Module, folder: Path) -> None:
+    """Write the model's weights and configuration into `folder`, each beside and renamed; `local-dir:` loads it."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix='.') as draft:
+        save_for_hf(model, draft, safe_serialization=True)
+        for name in (WEIGHTS, CONFIG):
+            os.replace(Path(draft) / name, folder / name)
+
+
+def load_model(checkpoint: str, model: Optional[str] = None) -> Tuple[nn.Module, Preprocessing, List[str]]:
+    """A trained model in evaluation mode, its preprocessing, and its class names (numbers where they are unknown).
+
+    Args:
+        checkpoint: A run's folder, `hf-hub:USER/NAME`, or a file in any published layout.
+        model: The registered name, with its tag if it has one; needed for a file.
+
+    Raises:
+        CheckpointError: if there is no such model in it.
+    """
+    path = Path(checkpoint)
+    if checkpoint.startswith('hf-hub:'):
+        net = timm.create_model(checkpoint, pretrained=True)
+    elif path.is_dir():
+        missing = [name for name in (WEIGHTS, CONFIG) if not (path / name).exists()]
+        if missing:
+            raise CheckpointError(f'{path} is not the folder of a trained model: it has no {" and no ".join(missing)}')
+        net = timm.create_model(f'local-dir:{path}', pretrained=True)
+    elif not path.exists():
+        raise CheckpointError(f'no checkpoint at {path}; expected a run folder, a file, or hf-hub:USER/NAME')
+    elif model is None:
+        raise CheckpointError(f'{path} is a file of weights: say which model it is of with --model NAME')
+    else:
+        head = convert_state_dict(read_checkpoint(path), timm.create_model(model)).get('head.weight')
+        net = timm.create_model(model, num_classes=1000 if head is None else len(head))
+        load_weights(net, str(path))
+    cfg = net.pretrained_cfg
+    names = list(cfg.get('label_names') or map(str, range(net.num_classes)))
+    return net.eval(), Preprocessing.of(cfg), names
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` for the accelerator if there is one."""
+    if device != 'auto':
+        return torch.device(device)
+    return torch.accelerator.current_accelerator() or torch.device('cpu') \
+        if torch.accelerator.is_available() else torch.device('cpu')
