@@ -291,6 +291,7 @@ def fill(module, seed=7):
 
 
 def relative_error(ours, expected):
-    """‖ours - expected‖ / ‖expected‖."""
+    """‖ours - expected‖ / ‖expected‖; 0 where both are zero."""
     ours, expected = ours.detach().double(), expected.detach().double()
-    return ((ours - expected).norm() / expected.norm()).item()
+    difference = (ours - expected).norm().item()
+    return difference and difference / expected.norm().item()

@@ -60,7 +60,8 @@ def release_layout(model: T2TViT) -> dict:
     """A checkpoint as the official training saves it; the raw weights are zeros."""
     weights = model.state_dict()
     return {
-        'epoch': 309, 'arch': 'name', 'optimizer': {}, 'args': argparse.Namespace(lr=5e-4), 'version': 2, 'metric': 81.5,
+        'epoch': 309, 'arch': 'name', 'optimizer': {}, 'args': argparse.Namespace(lr=5e-4), 'version': 2,
+        'metric': 81.5,
         'state_dict': {f'module.{name}': torch.zeros_like(tensor) for name, tensor in weights.items()},
         'state_dict_ema': OrderedDict(weights)}
 
@@ -71,7 +72,7 @@ LAYOUTS = [
     ('performer', 'cifar_layout_performer.pth', 'tiny_performer.safetensors'),
     pytest.param(
         'transformer', 'mmpretrain_transformer.pth', 'mmpretrain_transformer.safetensors',
-        marks=pytest.mark.xfail(strict=True, reason='the golden logits are not those of the golden weights, see below')),
+        marks=pytest.mark.xfail(strict=True, reason='the golden logits are not of the golden weights, see below')),
 ]
 
 
@@ -165,10 +166,11 @@ class Attack:
     lambda obj, path: path.write_bytes(pickle.dumps(obj, protocol=2)),
     lambda obj, path: path.write_bytes(pickle.dumps(obj)),
 ], ids=['zip', 'old', 'pickle 2', 'pickle'])
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
 def test_a_pickle_that_wants_more_is_not_executed(write, tmp_path):
     marker, path = tmp_path / 'executed', tmp_path / 'model.pth.tar'
     write({'state_dict': tiny().state_dict(), 'args': Attack(marker)}, path)
-    with pytest.raises(CheckpointError, match=r'asks for [\w.]+ when it is read.*nothing in it was executed|not a whole torch.save'):
+    with pytest.raises(CheckpointError, match='nothing in it was executed|not a whole torch.save'):
         read_checkpoint(path)
     assert not marker.exists()
 
@@ -234,7 +236,8 @@ def test_missing_files_and_other_contents(tmp_path):
         read_checkpoint(tmp_path / 'list.pth')
 
 
-@pytest.mark.parametrize('checkpoint', [{}, {'state_dict': {}}, {'epoch': 3, 'acc': 0.5}, {'net': {'a': 'text'}}])
+@pytest.mark.parametrize('checkpoint', [
+    {}, {'state_dict': {}}, {'epoch': 3, 'acc': 0.5}, {'net': {'a': 'text'}}, {'net': {0: torch.zeros(1)}}])
 def test_checkpoints_without_weights(checkpoint):
     with pytest.raises(CheckpointError, match='found no weights under .*; expected tensors by name'):
         convert_state_dict(checkpoint, tiny())
@@ -383,7 +386,7 @@ class QuietHandler(SimpleHTTPRequestHandler):
 
 def perturbed_norms(model: T2TViT) -> T2TViT:
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
     return model

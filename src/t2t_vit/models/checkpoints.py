@@ -154,7 +154,7 @@ def select_weights(checkpoint: Mapping[str, Any], ema: bool) -> Mapping[str, tor
     """The state dict in a checkpoint: the averaged weights where there are some and `ema`, else the raw ones."""
     entries = EMA_ENTRIES + RAW_ENTRIES if ema else RAW_ENTRIES
     weights = next((checkpoint[name] for name in entries if isinstance(checkpoint.get(name), Mapping)), checkpoint)
-    if not weights or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+    if not weights or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
         raise CheckpointError(
             f'found no weights under {few(map(str, weights)) or "an empty dict"}; '
             f'expected tensors by name, or such a dict as {" or ".join(entries)}')
@@ -218,13 +218,12 @@ def adapt_first_layer(state_dict: Mapping[str, torch.Tensor], in_chans: int, ker
     if in_chans == 3 or name is None or state_dict[name].shape[1:].numel() != 3 * kernel ** 2:
         return {}
     weight = state_dict[name]
-    norm = [state_dict[key] for key in FIRST_NORM if key in state_dict and state_dict[key].shape == weight.shape[1:]]
-    if len(norm) < len(FIRST_NORM):
+    norm = [state_dict[key] for key in FIRST_NORM if key in state_dict]
+    if [tensor.shape for tensor in norm] != [weight.shape[1:]] * 2 or weight.ndim != 2:  # no LayerNorm in front
         return {name: adapt_channels(weight, in_chans, kernel)}
     adapted = adapt_normed_channels(weight, norm[0], norm[1], in_chans, kernel)
-    if name.startswith(FIRST_LAYERS['transformer']):  # its attention is scaled by n^-1/2, and n has changed
-        q, k, v = adapted.chunk(3)
-        adapted = torch.cat([q * (in_chans / 3) ** 0.5, k, v])
+    if name.startswith(FIRST_LAYERS['transformer']):  # scales q·k by n^-1/2, and n has changed
+        adapted[:len(adapted) // 3] *= (in_chans / 3) ** 0.5  # q
     ones = norm[0].new_ones(in_chans * kernel ** 2)
     return {name: adapted, FIRST_NORM[0]: ones, FIRST_NORM[1]: ones.clone()}
 

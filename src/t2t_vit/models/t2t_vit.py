@@ -8,6 +8,7 @@ import difflib
 import warnings
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import torch
@@ -21,7 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .blocks import BLOCKS, build_blocks
-from .checkpoints import convert_state_dict, load_weights
+from .checkpoints import FIRST_LAYERS, convert_state_dict, load_weights, verify_file
 from .soft_split import Split
 from .tokens import TOKEN_LAYERS, TokenPerformer, TokensToToken, to_map, to_tokens
 
@@ -180,6 +181,9 @@ class T2TViT(nn.Module):
     @torch.jit.ignore
     def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
         """Load any published file into this model, adapted to its classes, channels and size; timm calls it."""
+        for published in PUBLISHED.values():
+            if published.file == Path(checkpoint_path).name:
+                verify_file(checkpoint_path, published.size, published.sha256)
         load_weights(self, checkpoint_path)
 
     @torch.jit.ignore
@@ -371,7 +375,7 @@ class Variant(NamedTuple):
 
 
 HARD_SPLIT = ((16, 16, 0),)  # a ViT's patches
-SPLITS_16 = ((3, 1, 1), (3, 2, 1), (3, 1, 1))  # for small images, so that 64 tokens are left: 16², 8², 8²
+SPLITS_16 = ((3, 2, 1), (3, 2, 1), (3, 1, 1))  # for small images: 16² becomes 8², 4², 4²
 SPLITS_32 = ((3, 1, 1), (3, 2, 1), (3, 2, 1))  # 32², 16², 8²
 SPLITS_64 = ((3, 2, 1), (3, 2, 1), (3, 2, 1))  # 32², 16², 8²
 
@@ -453,14 +457,6 @@ PUBLISHED: Dict[str, Published] = {
     't2t_vit_t_19.in1k': Published('82.4_T2T_ViTt_19.pth.tar'),
     't2t_vit_t_24.in1k': Published('82.6_T2T_ViTt_24.pth.tar'),
 }
-
-FIRST_LAYERS = {
-    'performer': 'tokens_to_token.attention1.kqv',
-    'transformer': 'tokens_to_token.attention1.attn.qkv',
-    'convolution': 'tokens_to_token.attention1.conv',
-    'none': 'tokens_to_token.project',
-}
-
 
 def pretrained_cfgs() -> Dict[str, Any]:
     """timm's configuration of every variant and every published file, `model` and `model.tag`."""
