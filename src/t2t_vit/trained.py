@@ -11,7 +11,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from .data import Preprocessing
-from .models.checkpoints import CheckpointError, convert_state_dict, load_weights, read_checkpoint
+from .models.checkpoints import CheckpointError, load_weights, read_checkpoint, rename, select_weights
 
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
 
@@ -47,7 +47,7 @@ def load_model(checkpoint: str, model: Optional[str] = None) -> Tuple[nn.Module,
     elif model is None:
         raise CheckpointError(f'{path} is a file of weights: say which model it is of with --model NAME')
     else:
-        head = convert_state_dict(read_checkpoint(path), timm.create_model(model)).get('head.weight')
+        head = rename(select_weights(read_checkpoint(path), ema=True)).get('head.weight')
         net = timm.create_model(model, num_classes=1000 if head is None else len(head))
         load_weights(net, str(path))
     cfg = net.pretrained_cfg

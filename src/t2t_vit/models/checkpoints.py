@@ -228,6 +228,29 @@ def adapt_first_layer(state_dict: Mapping[str, torch.Tensor], in_chans: int, ker
     return {name: adapted, FIRST_NORM[0]: ones, FIRST_NORM[1]: ones.clone()}
 
 
+def saved_by_mmpretrain_1x(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether mmpretrain 1.x made the file, by the note of mmengine that it carries; mmcls 0.x left another."""
+    meta = checkpoint.get('meta')
+    return isinstance(meta, Mapping) and 'mmengine_version' in meta
+
+
+def fold_inverted_scale(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """The q, k, v of a model whose products were multiplied by d^1/2, for one that multiplies by its own scale.
+
+    mmpretrain 1.x divides q·k by d^-1/2 where a scale is given, as T2T-ViT's layers do (since its pull request 1434
+    of March 2023). Its published T2T-ViT weights are older, and were trained with the release's scale; weights trained
+    by 1.x itself only work with that one. The scale of every layer here is (input width of a head)^-1/2.
+    """
+    folded, modules = {}, dict(model.named_modules())
+    for name, weight in state_dict.items():
+        if name.endswith('.attn.qkv.weight') and weight.ndim == 2:
+            heads = getattr(modules.get(name[:-len('.qkv.weight')]), 'num_heads', 1)
+            rows = len(weight) // 3
+            folded[name] = weight.clone()
+            folded[name][:rows] *= math.sqrt(rows / heads * weight.shape[1] / heads)
+    return folded
+
+
 def describe(state_dict: Mapping[str, torch.Tensor]) -> str:
     """What a state dict is of, as far as its names and shapes tell."""
     layers = [layer for layer, name in FIRST_LAYERS.items() if f'{name}.weight' in state_dict]
@@ -253,7 +276,9 @@ def check_fit(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, tor
             f'found {describe(state_dict)}; expected {describe(expected)}; ' + '; '.join(problems))
 
 
-def convert_state_dict(checkpoint: Mapping[str, Any], model: nn.Module, ema: bool = True) -> Dict[str, torch.Tensor]:
+def convert_state_dict(
+        checkpoint: Mapping[str, Any], model: nn.Module, ema: bool = True, mmpretrain_1x: Optional[bool] = None,
+) -> Dict[str, torch.Tensor]:
     """The weights of any published checkpoint, under this package's names, fitted to a `T2TViT`.
 
     The position table is resized to the model's grid, the first layer adapted to its channels, and a head for another
@@ -263,6 +288,8 @@ def convert_state_dict(checkpoint: Mapping[str, Any], model: nn.Module, ema: boo
         checkpoint: What a file holds: a state dict, or a dict with one in it.
         model: Asked for its names, shapes, grid and first split.
         ema: Prefer the averaged weights where the checkpoint has them.
+        mmpretrain_1x: Whether mmpretrain 1.x trained it, which scales attention otherwise (see
+            `fold_inverted_scale`); by default as the file says.
 
     Raises:
         CheckpointError: if there are no weights in it, or those of another model.
@@ -271,6 +298,8 @@ def convert_state_dict(checkpoint: Mapping[str, Any], model: nn.Module, ema: boo
     tokens = cast(TokensToToken, model.tokens_to_token)
     state_dict = rename(select_weights(checkpoint, ema))
 
+    if mmpretrain_1x if mmpretrain_1x is not None else saved_by_mmpretrain_1x(checkpoint):
+        state_dict.update(fold_inverted_scale(state_dict, model))
     state_dict.update(adapt_first_layer(state_dict, tokens.in_chans, tokens.splits[0].kernel))
 
     pos_embed = state_dict.get('pos_embed')
@@ -285,7 +314,8 @@ def convert_state_dict(checkpoint: Mapping[str, Any], model: nn.Module, ema: boo
     return state_dict
 
 
-def load_weights(model: nn.Module, path: PathLike, ema: bool = True) -> List[str]:
+def load_weights(
+        model: nn.Module, path: PathLike, ema: bool = True, mmpretrain_1x: Optional[bool] = None) -> List[str]:
     """Load any published file into a `T2TViT`, see `convert_state_dict`; the names that keep their initial values.
 
     Those are none, or the head's. A file that does not fit leaves the model as it was.
@@ -296,7 +326,7 @@ def load_weights(model: nn.Module, path: PathLike, ema: bool = True) -> List[str
     """
     checkpoint = read_checkpoint(path)
     try:
-        state_dict = convert_state_dict(checkpoint, model, ema)
+        state_dict = convert_state_dict(checkpoint, model, ema, mmpretrain_1x)
     except CheckpointError as error:
         raise CheckpointError(f'{path}: {error}') from None
     return list(model.load_state_dict(state_dict, strict=False).missing_keys)
