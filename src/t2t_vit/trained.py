@@ -11,7 +11,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from .data import Preprocessing
-from .models.checkpoints import CheckpointError, load_weights, read_checkpoint, rename, select_weights
+from .models.checkpoints import CheckpointError, count_classes, load_weights
 
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
 
@@ -47,8 +47,7 @@ def load_model(checkpoint: str, model: Optional[str] = None) -> Tuple[nn.Module,
     elif model is None:
         raise CheckpointError(f'{path} is a file of weights: say which model it is of with --model NAME')
     else:
-        head = rename(select_weights(read_checkpoint(path), ema=True)).get('head.weight')
-        net = timm.create_model(model, num_classes=1000 if head is None else len(head))
+        net = timm.create_model(model, num_classes=count_classes(path))
         load_weights(net, str(path))
     cfg = net.pretrained_cfg
     names = list(cfg.get('label_names') or map(str, range(net.num_classes)))
@@ -57,7 +56,5 @@ def load_model(checkpoint: str, model: Optional[str] = None) -> Tuple[nn.Module,
 
 def pick_device(device: str) -> torch.device:
     """`auto` for the accelerator if there is one."""
-    if device != 'auto':
-        return torch.device(device)
-    return torch.accelerator.current_accelerator() or torch.device('cpu') \
-        if torch.accelerator.is_available() else torch.device('cpu')
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device(device) if device != 'auto' else best or torch.device('cpu')

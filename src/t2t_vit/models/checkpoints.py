@@ -314,6 +314,11 @@ def convert_state_dict(
     return state_dict
 
 
+def count_classes(path: PathLike, ema: bool = True) -> int:
+    """Classes of the head in a checkpoint file; 0 where it has none."""
+    return len(rename(select_weights(read_checkpoint(path), ema)).get('head.weight', ()))
+
+
 def load_weights(
         model: nn.Module, path: PathLike, ema: bool = True, mmpretrain_1x: Optional[bool] = None) -> List[str]:
     """Load any published file into a `T2TViT`, see `convert_state_dict`; the names that keep their initial values.

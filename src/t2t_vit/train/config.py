@@ -5,16 +5,11 @@ from pathlib import Path
 from typing import Any, Dict, List, Literal, Optional, Tuple, Union
 
 import yaml
+from timm.models import is_model
 
 from ..data import Augment
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; every problem of it in one message."""
-
-    def __init__(self, problems: List[str]) -> None:
-        super().__init__('\n'.join(problems))
-        self.problems = problems
+from ..models.t2t_vit import VARIANTS
+from ..settings import UsageError, nearest
 
 
 @dataclass
@@ -114,6 +109,8 @@ class Config:
         a, o, d = self.augment, self.optimizer, self.data
         share = 'is at least 0 and at most 1'
         rules = [
+            (is_model(self.model), f'unknown model {self.model!r}{nearest(self.model, VARIANTS)}; '
+                                   '`t2t-vit models` lists ours, any other of timm will also do'),
             (self.epochs >= 1, f'epochs is at least 1, got {self.epochs}'),
             (self.batch_size >= 1, f'batch_size is at least 1, got {self.batch_size}'),
             (self.batch_size % 2 == 0 or not (a.mixup or a.cutmix),

@@ -26,8 +26,9 @@ from ..data import (
 from ..evaluate import score
 from ..models.checkpoints import load_weights
 from ..plots import plot_curves
+from ..settings import UsageError
 from ..trained import WEIGHTS, save_folder
-from .config import Config, ConfigError
+from .config import Config
 from .log import Log
 from .state import Position, load_state, save_state
 
@@ -59,7 +60,7 @@ def preprocess(config: Config, channels: int) -> Preprocessing:
     if channels == 1 and len(mean) == 3:
         mean, std = (sum(mean) / 3,), (sum(std) / 3,)
     if len(mean) != channels or len(std) != channels:
-        raise ConfigError([f'data.mean and data.std have a value for each of {channels} channels, got {mean}, {std}'])
+        raise UsageError(f'data.mean and data.std have a value for each of {channels} channels, got {mean}, {std}')
     return replace(
         own, size=own.size if size is None else (size, size) if isinstance(size, int) else tuple(size),
         channels=channels, mean=tuple(mean), std=tuple(std), crop_pct=data.crop_pct or own.crop_pct)
@@ -222,19 +223,19 @@ def train(config: Config, resume: Optional[str] = None) -> Dict[str, Any]:
         resume: The folder of a run with this configuration, to go on with it.
 
     Raises:
-        ConfigError: for a configuration that cannot be run; all problems in one message.
+        UsageError: for a configuration that cannot be run; all problems in one message.
         DataError: for data that cannot be used.
         FloatingPointError: where the loss is no longer finite.
         Interrupted: after Ctrl-C or SIGTERM, when the state is saved.
     """
     if problems := config.problems():
-        raise ConfigError(problems)
+        raise UsageError('\n'.join(problems))
     folder = Path(resume or config.output or f'runs/{config.model}-{datetime.now():%Y%m%d-%H%M%S}')
     state = load_state(folder / 'checkpoints')
     if state is not None and not resume:
-        raise ConfigError([f'{folder} holds a run: go on with it by --resume {folder}, or choose another output'])
+        raise UsageError(f'{folder} holds a run: go on with it by --resume {folder}, or choose another output')
     if state is None and resume:
-        raise ConfigError([f'{folder} holds no state to resume from'])
+        raise UsageError(f'{folder} holds no state to resume from')
     run = Run(config, folder, state)
     folder.mkdir(parents=True, exist_ok=True)
     log = Log(folder)

@@ -1,0 +1,70 @@
+"""The models as a list with their sizes, and published checkpoints as safetensors."""
+
+import fnmatch
+from typing import Dict, Optional, Tuple, Union
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+from torch import nn
+
+from .checkpoints import count_classes, load_weights, save_weights
+from .t2t_vit import PUBLISHED, VARIANTS
+
+
+def count_parameters(model: nn.Module) -> Tuple[int, int]:
+    """Numbers of a model: all that its checkpoint holds, fixed tables included, and those that are learned."""
+    return sum(t.numel() for t in model.state_dict().values()), sum(p.numel() for p in model.parameters())
+
+
+def models(pattern: str = '*') -> Dict[str, Tuple[int, int]]:
+    """List the models: image size, parameters, and the tags of published weights.
+
+    Args:
+        pattern: Only names that match, as t2t_vit_t_*.
+    """
+    table = Table(Column('model', no_wrap=True), 'image', 'parameters', 'learned', 'published weights')
+    counts = {}
+    for name in fnmatch.filter(VARIANTS, pattern):
+        with torch.device('meta'):
+            model = timm.create_model(name)
+        counts[name] = count_parameters(model)
+        tags = [key.split('.')[1] for key in PUBLISHED if key.split('.')[0] == name]
+        table.add_row(name, str(model.img_size[0]), *(f'{n:,}' for n in counts[name]), ', '.join(tags))
+    if not counts:
+        raise ValueError(f'no model matches {pattern!r}; `t2t-vit models` lists all')
+    Console().print(table)
+    return counts
+
+
+def convert(
+        file: str,
+        model: str,
+        output: str,
+        ema: bool = True,
+        mmpretrain_1x: Optional[bool] = None,
+        num_classes: Optional[int] = None,
+        in_chans: int = 3,
+        img_size: Optional[Union[int, Tuple[int, int]]] = None,
+) -> None:
+    """Turn a published checkpoint into safetensors, fitted to a model.
+
+    Args:
+        file: A checkpoint in any published layout.
+        model: The registered name of its model.
+        output: The safetensors file to write.
+        ema: Take the averaged weights where the file has them.
+        mmpretrain_1x: Whether mmpretrain 1.x trained it, which scales attention otherwise; by default as the file says.
+        num_classes: Leave room for another number of classes (the head is then new); by default the file's own.
+        in_chans: Adapt the first layer to another number of channels.
+        img_size: Resize the position table for another image size; by default the model's own.
+    """
+    if timm.models.get_arch_name(model) not in VARIANTS:
+        raise ValueError(f'unknown model {model!r}; `t2t-vit models` lists all')
+    kwargs = dict(in_chans=in_chans, num_classes=count_classes(file, ema) if num_classes is None else num_classes)
+    net = timm.create_model(model, **kwargs, **({'img_size': img_size} if img_size else {}))
+    new = load_weights(net, file, ema, mmpretrain_1x)
+    save_weights(net.state_dict(), output, {'model': model})
+    total, learned = count_parameters(net)
+    print(f'{output}: {model}, {total:,} parameters, {learned:,} learned' + (f'; new: {", ".join(new)}' if new else ''))
