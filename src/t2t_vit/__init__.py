@@ -2,6 +2,12 @@
 
 __version__ = '0.1.0'
 
+from .models.blocks import Block
+from .models.checkpoints import CheckpointError, convert_state_dict, load_weights
 from .models.t2t_vit import PUBLISHED, VARIANTS, T2TViT
+from .models.tokens import TokenLayer
 
-__all__ = ['PUBLISHED', 'VARIANTS', 'T2TViT', '__version__']
+__all__ = [
+    'PUBLISHED', 'VARIANTS', 'Block', 'CheckpointError', 'T2TViT', 'TokenLayer', '__version__', 'convert_state_dict',
+    'load_weights',
+]

@@ -7,7 +7,7 @@ keys and values are still made of all tokens, everything behind them of one.
 """
 
 from functools import partial
-from typing import Callable, Dict, List, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +127,7 @@ class GhostMlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention, then MLP (Eq. 6). LayerNorm's eps is 1e-5.
+    """Pre-norm residual block: attention, then MLP. LayerNorm's eps is 1e-5.
 
     A block of one's own derives from it, or takes the same arguments, has `out_dim`, and maps
     (B, N, C) to (B, N, out_dim), with `class_only` to (B, 1, out_dim).
@@ -153,6 +153,7 @@ class Block(nn.Module):
         self.mlp = mlp_layer(dim, int(dim * mlp_ratio), drop=proj_drop)
 
     def residual(self, x: torch.Tensor, class_only: bool) -> torch.Tensor:
+        """Both residual steps, (B, N, C) -> (B, N, C), or (B, 1, C)."""
         y = self.attn(self.norm1(x), class_only)
         x = (x[:, :1] if class_only else x) + self.drop_path(y)
         return x + self.drop_path(self.mlp(self.norm2(x)))
@@ -220,7 +221,8 @@ def build_blocks(
             blocks.append(Transition(dim))
             dims.append(dim := dim // 2)
         for _ in range(count):
-            blocks.append(block(dim, num_heads, mlp_ratio, drop_path=drop_path_rate * index / last, **kwargs))
-            dims.append(dim := blocks[-1].out_dim)
+            built: Any = block(dim, num_heads, mlp_ratio, drop_path=drop_path_rate * index / last, **kwargs)
+            blocks.append(built)
+            dims.append(dim := built.out_dim)
             index += 1
     return blocks, dims

@@ -89,6 +89,7 @@ def kind_of_file(start: bytes) -> str:
 
 
 def read_safetensors(path: PathLike) -> Dict[str, torch.Tensor]:
+    """The tensors of a safetensors file."""
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -97,6 +98,7 @@ def read_safetensors(path: PathLike) -> Dict[str, torch.Tensor]:
 
 
 def read_pickle(path: PathLike) -> Mapping[str, Any]:
+    """What torch.save wrote, if it is of `SAFE_TYPES` only."""
     try:
         with torch.serialization.safe_globals(SAFE_TYPES):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)

@@ -5,6 +5,7 @@ arXiv 2101.11986. Letters: B images, C channels, (H, W) the image, (h, w) the fi
 """
 
 import difflib
+import math
 import warnings
 from contextlib import nullcontext
 from functools import partial
@@ -15,7 +16,12 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed, trunc_normal_
 from timm.models import (
-    build_model_with_cfg, generate_default_cfgs, is_model, model_entrypoint, named_apply, register_model,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    is_model,
+    model_entrypoint,
+    named_apply,
+    register_model,
     resolve_pretrained_cfg,
 )
 from torch import nn
@@ -27,6 +33,7 @@ from .soft_split import Split
 from .tokens import TOKEN_LAYERS, TokenPerformer, TokensToToken, to_map, to_tokens
 
 POOLS = ('token', 'avg', '')
+PAPER_SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))  # kernel, stride, padding (Sec. 3.1)
 
 
 def sinusoid_table(positions: int, dim: int) -> torch.Tensor:
@@ -91,6 +98,7 @@ class T2TViT(nn.Module):
         ValueError: for arguments that do not fit together; all problems in one message.
     """
 
+    pos_embed: torch.Tensor
     num_prefix_tokens = 1
     has_class_token = True
 
@@ -100,7 +108,7 @@ class T2TViT(nn.Module):
             in_chans: int = 3,
             num_classes: int = 1000,
             global_pool: str = 'token',
-            splits: Sequence[Tuple[int, int, int]] = ((7, 4, 2), (3, 2, 1), (3, 2, 1)),
+            splits: Sequence[Tuple[int, int, int]] = PAPER_SPLITS,
             token_layer: Union[str, Callable[..., nn.Module]] = 'performer',
             token_dim: int = 64,
             embed_dim: int = 384,
@@ -118,20 +126,20 @@ class T2TViT(nn.Module):
             dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
-        splits = [Split(*split) for split in splits]
+        cuts = [Split(*split) for split in splits]
         token_cls = choose('token_layer', token_layer, {**TOKEN_LAYERS, 'none': None})
         block_cls = choose('block', block, BLOCKS)
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         problems = [text for wrong, text in (
             (global_pool not in POOLS, f'global_pool is one of {POOLS}, got {global_pool!r}'),
-            (not splits, 'splits must hold at least one (kernel, stride, padding)'),
-            (any(s.kernel < 1 or s.stride < 1 or s.padding < 0 for s in splits),
-             f'kernel and stride are at least 1, padding at least 0, got splits={splits}'),
-            (token_cls is None and len(splits) > 1,
-             f"token_layer='none' takes a single split, as ((16, 16, 0),), got {len(splits)}"),
+            (not cuts, 'splits must hold at least one (kernel, stride, padding)'),
+            (any(s.kernel < 1 or s.stride < 1 or s.padding < 0 for s in cuts),
+             f'kernel and stride are at least 1, padding at least 0, got splits={list(splits)}'),
+            (token_cls is None and len(cuts) > 1,
+             f"token_layer='none' takes a single split, as ((16, 16, 0),), got {len(cuts)}"),
             (embed_dim % num_heads != 0, f'embed_dim {embed_dim} is not a multiple of num_heads {num_heads}'),
             (embed_dim % 2 != 0, f'embed_dim must be even, got {embed_dim}'),
-            (not 0 <= num_classes, f'num_classes is at least 0, got {num_classes}'),
+            (num_classes < 0, f'num_classes is at least 0, got {num_classes}'),
             (any(not 0 <= rate < 1 for rate in (
                 drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate)),
              'drop rates are at least 0 and below 1'),
@@ -147,31 +155,27 @@ class T2TViT(nn.Module):
         self.embed_dim = embed_dim
         self.grad_checkpointing = False
         with torch.device(device) if device is not None else nullcontext():
-            self.tokens_to_token = TokensToToken(splits, token_cls, in_chans, token_dim, embed_dim)
+            self.tokens_to_token = TokensToToken(cuts, token_cls, in_chans, token_dim, embed_dim)
             self.grid_size = self.tokens_to_token.grids(*self.img_size)[-1]
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-            self.pos_embed: torch.Tensor
             self.register_buffer('pos_embed', sinusoid_table(1 + self.grid_size[0] * self.grid_size[1], embed_dim))
             self.pos_drop = nn.Dropout(pos_drop_rate)
             self.blocks, dims = build_blocks(
                 block_cls, embed_dim, depth, num_heads, mlp_ratio, drop_path_rate,
                 attn_drop=attn_drop_rate, proj_drop=proj_drop_rate)
             self.num_features = self.head_hidden_size = dims[-1]
-            self.norm = nn.LayerNorm(self.num_features)
+            self.norm: nn.Module = nn.LayerNorm(self.num_features)
             self.head_drop = nn.Dropout(drop_rate)
             self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
             self.init_weights()
         if dtype is not None:
             self.to(dtype=dtype)
 
-        self.feature_info: List[Dict[str, Any]] = []
-        reduction = 1
-        for i, split in enumerate(splits):
-            reduction *= split.stride
-            if i < len(splits) - 1:
-                self.feature_info.append(
-                    dict(num_chs=token_dim, reduction=reduction, module=f'tokens_to_token.attention{i + 1}'))
-        self.feature_info += [dict(num_chs=dim, reduction=reduction, module=f'blocks.{i}') for i, dim in enumerate(dims)]
+        reductions = [math.prod(cut.stride for cut in cuts[:i + 1]) for i in range(len(cuts))]
+        self.feature_info = [
+            dict(num_chs=token_dim, reduction=reduction, module=f'tokens_to_token.attention{i + 1}')
+            for i, reduction in enumerate(reductions[:-1])
+        ] + [dict(num_chs=dim, reduction=reductions[-1], module=f'blocks.{i}') for i, dim in enumerate(dims)]
 
     def init_weights(self) -> None:
         """Give every weight its published initial distribution."""
@@ -188,12 +192,14 @@ class T2TViT(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
+        """Parameters that timm's optimizers shall not decay, beside norms and biases."""
         return {'cls_token'}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         """Groups for layer decay: tokens and class token, each block, norm and head."""
-        return dict(stem=r'^cls_token|^pos_embed|^tokens_to_token', blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))])
+        return dict(
+            stem=r'^cls_token|^pos_embed|^tokens_to_token', blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))])
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -202,6 +208,7 @@ class T2TViT(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
+        """The head."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
@@ -222,15 +229,18 @@ class T2TViT(nn.Module):
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         old, self.grid_size = self.grid_size, self.tokens_to_token.grids(*self.img_size)[-1]
         self.pos_embed = resample_abs_pos_embed(self.pos_embed, list(self.grid_size), list(old))
+        for record in ('_traits', '_model_args'):  # where timm's builder notes what it saves beside the weights
+            if record in self.__dict__:
+                getattr(self, record)['img_size'] = self.img_size
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
-        """Class token in front, positions added (Eq. 5): a map (B, D, h, w) -> (B, 1 + N, D)."""
+        """Class token in front, positions added: a map (B, D, h, w) -> (B, 1 + N, D)."""
         pos_embed = resample_abs_pos_embed(self.pos_embed, [x.shape[-2], x.shape[-1]], self.grid_size)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), to_tokens(x)], dim=1)
         return self.pos_drop(x + pos_embed)
 
     def backbone(self, x: torch.Tensor, class_only: bool = False) -> torch.Tensor:
-        """All blocks and the last norm (Eq. 6, 7): (B, 1 + N, D) -> the same, or its class token's row, (B, 1, D)."""
+        """All blocks and the last norm (Sec. 3.2): (B, 1 + N, D) -> the same, or its class token's row, (B, 1, D)."""
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -315,9 +325,8 @@ class T2TViT(nn.Module):
             if not intermediates_only:
                 result['image_features'] = y
             return result
-        if return_prefix_tokens:
-            features = list(zip(features, prefixes))
-        return features if intermediates_only else (y, features)
+        given = list(zip(features, prefixes)) if return_prefix_tokens else features
+        return given if intermediates_only else (y, given)
 
     @torch.jit.ignore
     def named_intermediates(self, x: torch.Tensor) -> Iterator[Tuple[str, torch.Tensor]]:
@@ -327,9 +336,9 @@ class T2TViT(nn.Module):
         `tokens_to_token.project`; then the tokens behind each block, (B, 1 + N, D): `blocks.0`, …; then `norm`.
         `dict(model.named_intermediates(images))` holds them all; whoever stops iterating, stops computing.
         """
-        for name, x in self.tokens_to_token.named_stages(x):
-            yield f'tokens_to_token.{name}', x
-        x = self.embed(x)
+        for name, stage in self.tokens_to_token.named_stages(x):
+            yield f'tokens_to_token.{name}', stage
+        x = self.embed(stage)
         for i, block in enumerate(self.blocks):
             x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
             yield f'blocks.{i}', x
@@ -337,7 +346,7 @@ class T2TViT(nn.Module):
 
     @torch.jit.ignore
     def layer_indices(self, indices: Optional[Union[int, Sequence[int]]]) -> List[int]:
-        """Places in `feature_info`, ascending: all for None, the last n for a number, else those listed (-1 the last)."""
+        """Places in `feature_info`, ascending: all for None, the last n for a number, else those listed."""
         count = len(self.feature_info)
         if indices is None:
             return list(range(count))
@@ -371,7 +380,7 @@ class Variant(NamedTuple):
     mlp_ratio: float
     block: str = 'plain'
     img_size: int = 224
-    splits: Tuple[Tuple[int, int, int], ...] = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
+    splits: Tuple[Tuple[int, int, int], ...] = PAPER_SPLITS
 
 
 HARD_SPLIT = ((16, 16, 0),)  # a ViT's patches
@@ -493,6 +502,7 @@ def build(name: str, pretrained: bool, **kwargs: Any) -> T2TViT:
 
 
 def register(name: str) -> Callable[..., T2TViT]:
+    """Make timm's entry point of one row of the table; a warning says so where timm has a model of that name."""
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> T2TViT:
         return build(name, pretrained, **kwargs)
 

@@ -93,6 +93,7 @@ class TokenPerformer(TokenLayer):
     the NaN of the published code. In float32 nothing can overflow: w·x - |x|²/2 ≤ |w|²/2 = m/2.
     """
 
+    w: torch.Tensor
     features_ratio = 0.5
     dropout = 0.1  # fixed in the published model, after the projection and after the MLP
 
@@ -107,7 +108,6 @@ class TokenPerformer(TokenLayer):
         self.norm2 = nn.LayerNorm(token_dim)
         self.mlp = nn.Sequential(
             nn.Linear(token_dim, token_dim), nn.GELU(), nn.Linear(token_dim, token_dim), nn.Dropout(self.dropout))
-        self.w: torch.Tensor
         self.register_buffer('w', torch.empty(self.num_features, token_dim))
         self.init_features()
 
@@ -211,7 +211,7 @@ class TokensToToken(nn.Sequential):
         Raises:
             ValueError: if the image is too small for one token.
         """
-        grids = []
+        grids: List[Tuple[int, int]] = []
         for split in self.splits:
             rows, cols = split.grid(*(grids[-1] if grids else (height, width)))
             if rows < 1 or cols < 1:
@@ -223,6 +223,7 @@ class TokensToToken(nn.Sequential):
 
     @torch.jit.unused
     def check(self, x: torch.Tensor) -> None:
+        """Raises ValueError where images do not fit: their shape, their channels, or too small for one token."""
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(
                 f'expected images of shape (B, {self.in_chans}, H, W), got {tuple(x.shape)}; '
