@@ -1,0 +1,327 @@
+"""Speed, memory and size of models, side by side: one process, interleaved rounds, ratios to a baseline.
+
+Absolute times drift on a shared machine; a ratio of two models timed in the same round drifts far less. So every round
+times every model once, and what is reported is the median of the rounds with its quartiles.
+"""
+
+import csv
+import gc
+import importlib.util
+import multiprocessing
+import platform
+import resource
+import statistics
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, fields
+from datetime import date
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Literal, Optional, Sequence, Tuple
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .models.listing import count_parameters
+from .models.tokens import TokenPerformer
+from .trained import pick_device
+
+Mode = Literal['infer', 'train']
+Precision = Literal['float32', 'bf16', 'fp16']
+DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
+
+
+@dataclass
+class Row:
+    """One model under one set of conditions; speeds are medians over rounds, with their quartiles."""
+
+    model: str
+    mode: Mode
+    compiled: bool
+    images_per_second: float
+    low: float
+    high: float
+    ratio: float  # to the baseline, round by round; above 1 is faster
+    ratio_low: float
+    ratio_high: float
+    memory_mb: Optional[float]
+    memory_ratio: Optional[float]
+    parameters: int
+    gmacs: float
+    gmacs_weights: float
+    batch_size: int
+    img_size: int
+    precision: Precision
+    device: str
+    threads: int
+    rounds: int
+    torch: str
+
+
+def build(name: str, img_size: int) -> nn.Module:
+    """A registered model for this image size, or FILE.py:FUNCTION, which is called with it.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    file, _, function = name.partition('.py:')
+    if function:
+        spec = importlib.util.spec_from_file_location(Path(file).stem, f'{file}.py')
+        if spec is None or spec.loader is None or not Path(f'{file}.py').exists():
+            raise ValueError(f'no file {file}.py')
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, function)(img_size=img_size)
+    if not timm.models.is_model(name):
+        raise ValueError(f'unknown model {name!r}; expected a name timm knows, or FILE.py:FUNCTION')
+    try:
+        return timm.create_model(name, img_size=img_size)
+    except TypeError:  # convolutional networks take any size as they are
+        return timm.create_model(name)
+
+
+def count_macs(model: nn.Module, img_size: int, in_chans: int = 3) -> Tuple[float, float]:
+    """Multiply-adds for one image, in units of 1: (all, those with weights only).
+
+    The difference is the products of attention, softmax's two and the kernel's, which the paper counts and most
+    counters leave out. Counted over all tokens, as published; `forward` saves some of the last block's.
+    """
+    model = model.to('meta').eval()
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        image = torch.empty(1, in_chans, img_size, img_size, device='meta')
+        model.forward_head(model.forward_features(image))  # type: ignore[operator]
+    flops = {name: {str(op): count for op, count in counts.items()} for name, counts in counter.flop_counts.items()}
+
+    def of(name: str, *kinds: str) -> float:
+        return sum(count for op, count in flops.get(name, {}).items() if any(kind in op for kind in kinds)) / 2
+
+    root = type(model).__name__
+    total = of('Global', '')
+    attention = of('Global', 'bmm', 'attention')
+    for name, module in model.named_modules():
+        if isinstance(module, TokenPerformer):  # its features are a product with a fixed table
+            place = f'{root}.{name}'
+            attention += of(place, 'mm') - of(place, 'bmm') - of(f'{place}.proj', 'mm') - of(f'{place}.mlp', 'mm')
+    return total, total - attention
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, DTYPES[precision]) if precision in DTYPES else nullcontext()
+
+
+def work(
+        model: nn.Module, mode: Mode, compiled: bool, images: torch.Tensor, precision: Precision,
+) -> Callable[[], None]:
+    """What is timed: a forward pass, or a whole training step with AdamW."""
+    device = images.device
+    model = model.to(device).train(mode == 'train')
+    call = torch.compile(model, fullgraph=True) if compiled else model
+    if mode == 'infer':
+        def infer() -> None:
+            with torch.inference_mode(not compiled), torch.no_grad(), autocast(device, precision):
+                call(images)
+        return infer
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    labels = torch.arange(len(images), device=device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
+
+    def train() -> None:
+        with autocast(device, precision):
+            loss = nn.functional.cross_entropy(call(images), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return train
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != 'cpu':
+        torch.accelerator.synchronize()
+
+
+def peak_memory_cpu(name: str, mode: Mode, batch_size: int, img_size: int, precision: Precision, threads: int) -> float:
+    """Peak resident memory that one step of a model adds, in MB, measured in a process of its own."""
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        return pool.apply(_peak_memory_cpu, (name, mode, batch_size, img_size, precision, threads))
+
+
+def _peak_memory_cpu(name: str, mode: Mode, batch_size: int, img_size: int, precision: Precision, threads: int) -> float:
+    import t2t_vit  # noqa: F401
+
+    torch.set_num_threads(threads)
+    model = build(name, img_size)
+    images = torch.randn(batch_size, 3, img_size, img_size)
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work(model, mode, False, images, precision)()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def measure(
+        names: Sequence[str],
+        baseline: str,
+        mode: Mode,
+        compiled: bool,
+        precision: Precision,
+        batch_size: int,
+        img_size: int,
+        device: torch.device,
+        rounds: int,
+        seconds: float = 1.0,
+        memory: bool = True,
+) -> List[Row]:
+    """Time all models in turn, `rounds` times; each turn takes about `seconds`."""
+    images = torch.randn(batch_size, 3, img_size, img_size, device=device)
+    works: Dict[str, Callable[[], None]] = {}
+    sizes: Dict[str, Tuple[int, float, float]] = {}
+    peaks: Dict[str, Optional[float]] = {}
+    for name in names:
+        sizes[name] = count_parameters(build(name, img_size))[1], *count_macs(build(name, img_size), img_size)
+        works[name] = work(build(name, img_size), mode, compiled, images, precision)
+        works[name]()
+        synchronize(device)
+        peaks[name] = None
+        if memory and device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+            works[name]()
+            peaks[name] = (torch.cuda.max_memory_allocated() - held) / 2 ** 20
+        elif memory and device.type == 'cpu' and not compiled:
+            peaks[name] = peak_memory_cpu(name, mode, batch_size, img_size, precision, torch.get_num_threads())
+
+    speeds: Dict[str, List[float]] = {name: [] for name in names}
+    repeats: Dict[str, int] = {}
+    for name in names:
+        begun = time.perf_counter()
+        works[name]()
+        synchronize(device)
+        repeats[name] = max(1, round(seconds / (time.perf_counter() - begun)))
+    for _ in range(rounds):
+        for name in names:
+            begun = time.perf_counter()
+            for _ in range(repeats[name]):
+                works[name]()
+            synchronize(device)
+            speeds[name].append(repeats[name] * batch_size / (time.perf_counter() - begun))
+
+    rows = []
+    for name in names:
+        ratios = [a / b for a, b in zip(speeds[name], speeds[baseline])]
+        peak, base_peak = peaks[name], peaks[baseline]
+        parameters, macs, macs_weights = sizes[name]
+        rows.append(Row(
+            name, mode, compiled, *spread(speeds[name]), *spread(ratios), peak,
+            peak / base_peak if peak and base_peak else None, parameters, macs / 1e9, macs_weights / 1e9, batch_size,
+            img_size, precision, device_name(device), torch.get_num_threads(), rounds, torch.__version__))
+    return rows
+
+
+def spread(values: List[float]) -> Tuple[float, float, float]:
+    """Median and quartiles."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method='inclusive')
+    return middle, low, high
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    info = Path('/proc/cpuinfo')
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), platform.processor())
+    return name if device.type == 'cpu' else device.type
+
+
+def bench(
+        models: List[str],
+        baseline: str = 'vit_small_patch16_224',
+        modes: List[Mode] = ['infer', 'train'],  # noqa: B006
+        compiled: List[bool] = [False],  # noqa: B006
+        precision: Precision = 'float32',
+        batch_size: int = 8,
+        img_sizes: List[int] = [224],  # noqa: B006
+        device: str = 'auto',
+        threads: Optional[int] = None,
+        rounds: int = 10,
+        seconds: float = 1.0,
+        memory: bool = True,
+        output: Optional[str] = None,
+) -> List[Row]:
+    """Compare models in speed, memory and size: one process, interleaved rounds, the ratio to a baseline.
+
+    Args:
+        models: Names that timm knows, or FILE.py:FUNCTION, a function of img_size that gives a model.
+        baseline: The model that ratios are to; it is timed along.
+        modes: infer and train (forward, backward, AdamW).
+        compiled: Whether through torch.compile; [false,true] for both.
+        precision: float32, or autocast to bf16 or fp16.
+        batch_size: Images at once.
+        img_sizes: Pixels; several for a curve.
+        device: cpu, cuda, mps or auto.
+        threads: Threads on a CPU; torch's own choice by default.
+        rounds: How often every model is timed.
+        seconds: How long each turn takes.
+        memory: Measure peak memory too; on a CPU in a process of its own for each model.
+        output: Folder for bench.csv and README.md; none by default.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    target, rows = pick_device(device), []
+    names = [baseline, *(name for name in models if name != baseline)]
+    console = Console()
+    for img_size in img_sizes:
+        for mode in modes:
+            for is_compiled in compiled:
+                found = measure(names, baseline, mode, is_compiled, precision, batch_size, img_size, target, rounds,
+                                seconds, memory)
+                console.print(as_table(found))
+                rows += found
+                if output:
+                    save(rows, Path(output))
+    return rows
+
+
+def as_table(rows: List[Row]) -> Table:
+    first = rows[0]
+    table = Table(title=conditions(first))
+    for name in ('model', 'images/s', 'ratio', 'quartiles', 'memory MB', 'ratio', 'M params', 'GMAC', 'weights only'):
+        table.add_column(name, justify='left' if name == 'model' else 'right', no_wrap=name == 'model')
+    for row in rows:
+        table.add_row(*cells(row))
+    return table
+
+
+def cells(row: Row) -> List[str]:
+    return [
+        row.model, f'{row.images_per_second:.1f}', f'{row.ratio:.3f}', f'{row.ratio_low:.3f}–{row.ratio_high:.3f}',
+        '–' if row.memory_mb is None else f'{row.memory_mb:.0f}',
+        '–' if row.memory_ratio is None else f'{row.memory_ratio:.2f}',
+        f'{row.parameters / 1e6:.1f}', f'{row.gmacs:.2f}', f'{row.gmacs_weights:.2f}']
+
+
+def conditions(row: Row) -> str:
+    return (f'{"training step" if row.mode == "train" else "inference"}, {"compiled" if row.compiled else "eager"}, '
+            f'{row.precision}, batch {row.batch_size}, {row.img_size}², {row.device}, {row.threads} threads, '
+            f'torch {row.torch}, {row.rounds} rounds')
+
+
+def save(rows: List[Row], folder: Path) -> None:
+    """bench.csv with everything, README.md with a table for each set of conditions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / 'bench.csv').open('w', newline='') as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    lines = [f'# Benchmark, {date.today()}', '']
+    for title in dict.fromkeys(map(conditions, rows)):
+        lines += [f'## {title}', '',
+                  '| model | images/s | ratio | quartiles | memory MB | ratio | M params | GMAC | weights only |',
+                  '|---|---|---|---|---|---|---|---|---|']
+        lines += ['| ' + ' | '.join(cells(row)) + ' |' for row in rows if conditions(row) == title] + ['']
+    (folder / 'README.md').write_text('\n'.join(lines))
