@@ -12,19 +12,21 @@ import io
 import json
 import math
 import random
+import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Protocol, Sequence, Set, Tuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform
-from timm.data.readers import create_reader
 from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
 
 SPLITS = {'train': ('train', 'training'), 'val': ('val', 'validation', 'valid', 'test')}
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm', '.pgm')
 
 
 class DataError(ValueError):
@@ -56,7 +58,7 @@ class Digits:
             np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)[split != 'train']
         self.classes = [str(digit) for digit in range(10)]
         self.indices = np.sort(chosen)
-        self.labels: List[int] = digits.target[self.indices].tolist()
+        self.labels: Sequence[int] = digits.target[self.indices].tolist()
         self.pixels = np.rint(digits.images[self.indices] * (255 / 16)).astype(np.uint8)
 
     def open(self, index: int) -> Image.Image:
@@ -67,24 +69,23 @@ class Digits:
 
 
 class Folder:
-    """A folder of class folders, read by timm."""
+    """A folder of class folders, each with its images at any depth."""
 
     def __init__(self, root: Path) -> None:
-        names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith('.'))
-        if not names:
+        self.classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith('.'))
+        if not self.classes:
             raise DataError(f'{root} holds no class folders; expected {root}/CLASS/IMAGE')
-        self.classes = names
-        try:
-            reader = create_reader('', str(root), class_map={name: i for i, name in enumerate(names)})
-        except RuntimeError as error:
-            raise DataError(f'no images in the class folders of {root}: {error}') from error
-        self.files, self.labels = zip(*reader.samples)
+        samples = [(file, i) for i, name in enumerate(self.classes) for file in list_images(root / name)]
+        if not samples:
+            raise DataError(f'no images in the class folders of {root}; they end in {" ".join(SUFFIXES)}')
+        self.files = [file for file, _ in samples]
+        self.labels: Sequence[int] = [label for _, label in samples]
 
     def open(self, index: int) -> Image.Image:
         return decode(self.files[index])
 
     def name(self, index: int) -> str:
-        return self.files[index]
+        return str(self.files[index])
 
 
 class Parquet:
@@ -92,6 +93,7 @@ class Parquet:
 
     def __init__(self, files: Sequence[Path]) -> None:
         import pyarrow as pa
+        import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
         self.files = [str(file) for file in files]
@@ -104,15 +106,24 @@ class Parquet:
         label = next((c for c in ('label', 'labels', 'fine_label', 'cls', 'target') if c in columns), None)
         if image is None or label is None:
             raise DataError(
-                f'{self.files[0]} has the columns {columns}; expected one of images (image, img, jpg or png) and one of '
-                'labels (label, labels, fine_label, cls or target)')
+                f'{self.files[0]} has the columns {columns}; expected one of images (image, img, jpg or png) and '
+                'one of labels (label, labels, fine_label, cls or target)')
         column = table.column(image)
-        self.images = column.combine_chunks().field('bytes') if pa.types.is_struct(column.type) else column
+        self.images = pc.struct_field(column, 'bytes') if pa.types.is_struct(column.type) else column
         values = table.column(label).to_pylist()
+        found = set(values)
+        if not found or not (all(isinstance(v, str) for v in found) or all(isinstance(v, int) for v in found)):
+            raise DataError(f'{self.files[0]} has no whole column of integer or text labels: {label} holds '
+                            f'{", ".join(sorted({type(v).__name__ for v in found})) or "nothing"}')
         names = self.class_names(table.schema.metadata or {}, label)
-        self.classes = names or [str(v) for v in sorted(set(values))]
-        places = {value: i for i, value in enumerate(sorted(set(values)))}
-        self.labels = values if names and isinstance(values[0], int) else [places[value] for value in values]
+        if names and isinstance(values[0], int):
+            if outside := sorted(found - set(range(len(names)))):
+                raise DataError(f'{self.files[0]} names {len(names)} classes, and has the labels {outside[:5]}')
+            places = {i: i for i in range(len(names))}
+        else:
+            places = {value: i for i, value in enumerate(sorted(found))}
+        self.classes = names or [str(value) for value in places]
+        self.labels: Sequence[int] = [places[value] for value in values]
 
     @staticmethod
     def class_names(metadata: Dict[bytes, bytes], label: str) -> List[str]:
@@ -127,6 +138,11 @@ class Parquet:
         return f'{self.files[0]}[{index}]'
 
 
+def list_images(folder: Path) -> List[Path]:
+    """The images of a folder and those in it, sorted; hidden files are none."""
+    return sorted(p for p in folder.rglob('*') if p.suffix.lower() in SUFFIXES and not p.name.startswith('.'))
+
+
 def decode(file: Any) -> Image.Image:
     """An image with its pixels read, so that a damaged one raises here."""
     image = Image.open(file)
@@ -139,8 +155,8 @@ def open_source(root: str, split: str) -> Source:
 
     Args:
         root: `digits`; a folder with a folder per split (train and val, validation or test) of class folders; a
-            Parquet file, or a folder with a Parquet file (or several) per split, named after it. For `val`, a folder
-            of class folders, or a single Parquet file, will also do.
+            folder with a Parquet file (or several) per split, named after it. For `val`, a folder of class folders,
+            or a single Parquet file, will also do.
         split: train or val.
 
     Raises:
@@ -151,21 +167,22 @@ def open_source(root: str, split: str) -> Source:
     path = Path(root).expanduser()
     if not path.exists():
         raise DataError(f"no data at {path}; data.root is 'digits', a folder with train/ and val/ of class folders, "
-                        'or a Parquet file or a folder of them')
+                        'or a folder with train*.parquet and val*.parquet')
     if path.is_file():
         if path.suffix != '.parquet':
             raise DataError(f'{path} is a file but not .parquet')
+        if split == 'train':
+            raise DataError(f'{path} is one file, which leaves nothing to validate on; '
+                            'expected a folder with train*.parquet and val*.parquet')
         return Parquet([path])
     for name in SPLITS[split]:
         if files := sorted(p for p in path.glob('*.parquet') if p.stem.split('-')[0] == name):
             return Parquet(files)
         if (path / name).is_dir():
             return Folder(path / name)
-    names = ' or '.join(SPLITS[split])
-    has_other_split = any((path / name).is_dir() for names in SPLITS.values() for name in names)
-    if split == 'val' and not has_other_split:
+    if split == 'val' and not any((path / name).is_dir() for name in SPLITS['train']):
         return Folder(path)
-    raise DataError(f'{path} has no {split} split: expected a folder {names} of class folders, or {names}*.parquet')
+    raise DataError(f'{path} has no {split} split: expected {path}/{split}/CLASS/IMAGE or {path}/{split}*.parquet')
 
 
 def check_same_classes(train: Source, val: Source) -> None:
@@ -192,6 +209,10 @@ class Preprocessing:
     crop_pct: float = 0.9
     crop_mode: str = 'center'
 
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise DataError(f'images are read with 1 or 3 channels, the model has {self.channels}')
+
     @classmethod
     def of(cls, cfg: Dict[str, Any]) -> 'Preprocessing':
         """What a model's pretrained_cfg says."""
@@ -203,21 +224,19 @@ class Preprocessing:
                    cfg.get('crop_mode') or 'center')
 
     def as_cfg(self) -> Dict[str, Any]:
+        """The same for a pretrained_cfg."""
         return dict(input_size=(self.channels, *self.size), mean=self.mean, std=self.std, crop_pct=self.crop_pct,
                     interpolation=self.interpolation, crop_mode=self.crop_mode)
 
     def convert(self, image: Image.Image) -> Image.Image:
         """To the model's channels: grey for 1, RGB for 3."""
-        modes = {1: 'L', 3: 'RGB'}
-        if self.channels not in modes:
-            raise DataError(f'images are read with 1 or 3 channels, the model has {self.channels}')
-        return image.convert(modes[self.channels])
+        return image.convert({1: 'L', 3: 'RGB'}[self.channels])
 
-    def transform(self) -> Callable[[Image.Image], torch.Tensor]:
-        """For evaluation: resize, crop, normalise."""
-        return create_transform(
+    def transform(self, normalize: bool = True) -> Callable[[Image.Image], torch.Tensor]:
+        """For evaluation: resize, crop, normalise; without the last, uint8."""
+        return create_transform(  # type: ignore[no-any-return]
             (self.channels, *self.size), mean=self.mean, std=self.std, interpolation=self.interpolation,
-            crop_pct=self.crop_pct, crop_mode=self.crop_mode)
+            crop_pct=self.crop_pct, crop_mode=self.crop_mode, normalize=normalize)
 
 
 @dataclass
@@ -261,6 +280,7 @@ def derive(*keys: int) -> int:
 
 
 def seed_all(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's own generators."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -269,7 +289,8 @@ def seed_all(seed: int) -> None:
 class DiskBatches:
     """Batches from images opened one by one, in worker processes.
 
-    A damaged image is left out of its batch; its name is added to `damaged`.
+    The name of a damaged image is added to `damaged`. It is left out of its batch; in training, where every step has a
+    whole batch, the next image of the source stands in for it.
     """
 
     def __init__(
@@ -302,40 +323,64 @@ class DiskBatches:
         batches = order.split(self.batch_size)[start:len(self)]
         loader = DataLoader(
             _Opener(self, epoch), batch_sampler=[batch.tolist() for batch in batches], num_workers=self.workers,
-            collate_fn=_collate, pin_memory=self.device.type == 'cuda')
+            collate_fn=_collate, pin_memory=self.device.type == 'cuda', worker_init_fn=_leave_signals,
+            generator=torch.Generator())  # which gives workers seeds that nobody uses
         for images, labels, damaged in loader:
             self.damaged += damaged
             if len(labels):
                 yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            elif self.augment:
+                raise DataError('not one training image can be read')
 
 
-class _Opener(Dataset):
-    """What a worker process runs: index -> (tensor, label), or the name of a damaged image."""
+Sample = Tuple[Optional[torch.Tensor], int, List[str]]  # image, label, names of damaged images met on the way
+
+
+class _Opener(Dataset[Sample]):
+    """What a worker process runs: index -> sample."""
 
     def __init__(self, batches: DiskBatches, epoch: int) -> None:
         self.source, self.convert = batches.source, batches.preprocessing.convert
         self.transform, self.seeds = batches.transform, (batches.seed, epoch) if batches.augment else None
+        self.damaged: Set[int] = set()  # opened once, not again
 
-    def __getitem__(self, index: int) -> Tuple[Optional[torch.Tensor], int, str]:
-        try:
-            image = self.convert(self.source.open(index))
-        except DataError:
-            raise
-        except Exception:  # whatever a decoder may raise over damaged bytes
-            return None, 0, self.source.name(index)
+    def __getitem__(self, index: int) -> Sample:
+        count, names = len(self.source.labels), []
+        for i in range(index, index + (count if self.seeds else 1)):
+            if (i := i % count) in self.damaged:
+                continue
+            try:
+                image = self.convert(self.source.open(i))
+            except Exception:  # whatever a decoder may raise over damaged bytes
+                self.damaged.add(i)
+                names.append(self.source.name(i))
+                continue
+            return self.augmented(image, index), self.source.labels[i], names
+        return None, 0, names
+
+    def augmented(self, image: Image.Image, index: int) -> torch.Tensor:
+        """The transformed image, by random numbers of the sample's own; the process keeps its state."""
         if self.seeds is None:
-            return self.transform(image), self.source.labels[index], ''
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # the model's own, without workers
+            return self.transform(image)
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         seed_all(derive(*self.seeds, index))
         tensor = self.transform(image)
-        random.setstate(states[0]), np.random.set_state(states[1]), torch.set_rng_state(states[2])
-        return tensor, self.source.labels[index], ''
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        return tensor
 
 
-def _collate(samples: List[Tuple[Optional[torch.Tensor], int, str]]) -> Tuple[torch.Tensor, torch.Tensor, List[str]]:
+def _collate(samples: List[Sample]) -> Tuple[torch.Tensor, torch.Tensor, List[str]]:
     good = [(image, label) for image, label, _ in samples if image is not None]
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
-    return images, torch.tensor([label for _, label in good]), [name for image, _, name in samples if image is None]
+    return images, torch.tensor([label for _, label in good]), [name for _, _, names in samples for name in names]
+
+
+def _leave_signals(worker: int) -> None:
+    """Ctrl-C, which a terminal sends to workers too, is the main process's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
@@ -346,7 +391,8 @@ def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
 class MemoryBatches:
     """Batches of a set that is decoded once, at the model's size, and lives on the device as uint8.
 
-    Crop, mirror and rotation are one resampling of the batch; erasing is one masked fill.
+    Crop, mirror and rotation are one resampling of the batch; erasing is one masked fill. Images to train on are
+    resized whole; the others are prepared as from disk.
     """
 
     def __init__(
@@ -364,17 +410,20 @@ class MemoryBatches:
                             'set both off, or data.memory to false')
         self.batch_size, self.augment, self.seed, self.device = batch_size, augment, seed, device
         self.damaged: List[str] = []
+        whole = transforms.Compose([
+            transforms.Resize(preprocessing.size, transforms.InterpolationMode.BICUBIC), transforms.PILToTensor()])
+        prepare = whole if augment else preprocessing.transform(normalize=False)
         images, labels = [], []
         for i, label in enumerate(source.labels):
             try:
-                image = preprocessing.convert(source.open(i)).resize(preprocessing.size[::-1], Image.Resampling.BICUBIC)
-            except DataError:
-                raise
+                image = preprocessing.convert(source.open(i))
             except Exception:  # whatever a decoder may raise over damaged bytes
                 self.damaged.append(source.name(i))
                 continue
-            images.append(torch.from_numpy(np.array(image)).view(*preprocessing.size, -1).permute(2, 0, 1))
+            images.append(prepare(image))
             labels.append(label)
+        if not images:
+            raise DataError(f'not one of {len(source.labels)} images can be read: {", ".join(self.damaged[:5])}, …')
         self.images = torch.stack(images).to(device)
         self.labels = torch.tensor(labels, device=device)
         self.mean = torch.tensor(preprocessing.mean, device=device).view(1, -1, 1, 1) * 255
@@ -387,8 +436,8 @@ class MemoryBatches:
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
         """Batches of one epoch from the `start`-th on: normalised images (B, C, H, W) and labels (B,)."""
         if self.augment is None:
-            for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size)):
-                yield (images - self.mean) / self.std, labels
+            for chosen in torch.arange(len(self.labels)).split(self.batch_size)[start:]:
+                yield (self.images[chosen] - self.mean) / self.std, self.labels[chosen]
             return
         order = epoch_order(len(self.labels), self.seed, epoch).to(self.device)
         generator = torch.Generator().manual_seed(derive(self.seed, epoch, 2))
@@ -427,7 +476,7 @@ def resample(images: torch.Tensor, augment: Augment, chances: torch.Tensor) -> t
 
 
 def erase(images: torch.Tensor, augment: Augment, chances: torch.Tensor) -> torch.Tensor:
-    """Fill a random rectangle, 2 to 33 % of the area, of some normalised images, (B, C, H, W); the chances' last six."""
+    """Fill a random rectangle, 2 to 33 % of the area, of some normalised images, (B, C, H, W), by the last six chances."""
     if augment.erase == 0:
         return images
     u = chances[:, -6:].unbind(1)
@@ -435,8 +484,8 @@ def erase(images: torch.Tensor, augment: Augment, chances: torch.Tensor) -> torc
     height, width = _box(0.02 + 0.31 * u[1], math.log(10 / 3) * (2 * u[2] - 1))
     y, x = torch.arange(rows, device=images.device) / rows, torch.arange(cols, device=images.device) / cols
     top, left = (u[3] * (1 - height))[:, None], (u[4] * (1 - width))[:, None]
-    inside = ((y >= top) & (y < top + height[:, None]))[:, :, None] & ((x >= left) & (x < left + width[:, None]))[:, None]
-    inside &= (u[0] < augment.erase)[:, None, None]
+    in_rows, in_cols = (y >= top) & (y < top + height[:, None]), (x >= left) & (x < left + width[:, None])
+    inside = in_rows[:, :, None] & in_cols[:, None] & (u[0] < augment.erase)[:, None, None]
     if augment.erase_mode == 'const':
         noise = torch.zeros_like(images)
     else:  # each sample's own window of one long row of noise

@@ -1,4 +1,4 @@
-"""Pictures of a run, as PNG files: curves, confusion, predictions. Colours are Okabe and Ito's, safe for the colour-blind."""
+"""Pictures of a run, as PNG files: curves, confusion, predictions. Colours are Okabe and Ito's, for every eye."""
 
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
@@ -47,7 +47,7 @@ def plot_confusion(counts: torch.Tensor, classes: Sequence[str], file: Path) -> 
         for i in range(n):
             for j in range(n):
                 if counts[i, j]:
-                    axes.text(j, i, int(counts[i, j]), ha='center', va='center', fontsize=8,
+                    axes.text(j, i, str(int(counts[i, j])), ha='center', va='center', fontsize=8,
                               color='black' if shares[i, j] > .5 else 'white')
     figure.colorbar(image, shrink=.7, label='share of the true class')
     figure.savefig(file, dpi=150)

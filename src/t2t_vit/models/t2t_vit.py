@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .blocks import BLOCKS, build_blocks
-from .checkpoints import FIRST_LAYERS, convert_state_dict, load_weights, verify_file
+from .checkpoints import convert_state_dict, load_weights, verify_file
 from .soft_split import Split
 from .tokens import TOKEN_LAYERS, TokenPerformer, TokensToToken, to_map, to_tokens
 
@@ -472,7 +472,8 @@ def pretrained_cfgs() -> Dict[str, Any]:
     cfgs: Dict[str, Any] = {}
     for name, variant in VARIANTS.items():
         shared = dict(
-            classifier='head', first_conv=FIRST_LAYERS[variant.token_layer], license='bsd-3-clause-clear',
+            classifier='head', first_conv=(),  # none that timm could adapt by itself: convert_state_dict does it
+            license='bsd-3-clause-clear',
             origin_url='https://github.com/yitu-opensource/T2T-ViT', paper_ids='arXiv:2101.11986')
         published = {key: row for key, row in PUBLISHED.items() if key.split('.')[0] == name}
         for key, row in published.items():
