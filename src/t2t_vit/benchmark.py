@@ -9,7 +9,6 @@ import gc
 import importlib.util
 import multiprocessing
 import platform
-import resource
 import statistics
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -20,11 +19,11 @@ from typing import Any, Callable, Dict, List, Literal, Optional, Sequence, Tuple
 
 import timm
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .console import console
 from .models.listing import count_parameters
 from .models.tokens import TokenPerformer
 from .trained import pick_device
@@ -109,7 +108,7 @@ def count_macs(model: nn.Module, img_size: int, in_chans: int = 3) -> Tuple[floa
     return total, total - attention
 
 
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+def _autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, DTYPES[precision]) if precision in DTYPES else nullcontext()
 
 
@@ -122,7 +121,7 @@ def work(
     call = torch.compile(model, fullgraph=True) if compiled else model
     if mode == 'infer':
         def infer() -> None:
-            with torch.inference_mode(not compiled), torch.no_grad(), autocast(device, precision):
+            with torch.inference_mode(not compiled), torch.no_grad(), _autocast(device, precision):
                 call(images)
         return infer
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
@@ -130,7 +129,7 @@ def work(
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
 
     def train() -> None:
-        with autocast(device, precision):
+        with _autocast(device, precision):
             loss = nn.functional.cross_entropy(call(images), labels)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -139,27 +138,34 @@ def work(
     return train
 
 
-def synchronize(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type != 'cpu':
         torch.accelerator.synchronize()
 
 
-def peak_memory_cpu(name: str, mode: Mode, batch_size: int, img_size: int, precision: Precision, threads: int) -> float:
-    """Peak resident memory that one step of a model adds, in MB, measured in a process of its own."""
+def peak_memory_cpu(name: str, mode: Mode, batch_size: int, img_size: int, precision: Precision) -> Optional[float]:
+    """Peak resident memory that a step of a model adds to it, in MB, in a process of its own; None but on Linux."""
     with multiprocessing.get_context('spawn').Pool(1) as pool:
-        return pool.apply(_peak_memory_cpu, (name, mode, batch_size, img_size, precision, threads))
+        return pool.apply(_peak_memory_cpu, (name, mode, batch_size, img_size, precision, torch.get_num_threads()))
 
 
-def _peak_memory_cpu(name: str, mode: Mode, batch_size: int, img_size: int, precision: Precision, threads: int) -> float:
-    import t2t_vit  # noqa: F401
-
+def _peak_memory_cpu(
+        name: str, mode: Mode, batch_size: int, img_size: int, precision: Precision, threads: int) -> Optional[float]:
     torch.set_num_threads(threads)
+    status, reset = Path('/proc/self/status'), Path('/proc/self/clear_refs')
+    if not reset.exists():
+        return None
     model = build(name, img_size)
     images = torch.randn(batch_size, 3, img_size, img_size)
     gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def kilobytes(field: str) -> int:
+        return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
+
+    before = kilobytes('VmRSS')
+    reset.write_text('5')  # the peak begins anew
     work(model, mode, False, images, precision)()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (kilobytes('VmHWM') - before) / 1024
 
 
 def measure(
@@ -184,7 +190,7 @@ def measure(
         sizes[name] = count_parameters(build(name, img_size))[1], *count_macs(build(name, img_size), img_size)
         works[name] = work(build(name, img_size), mode, compiled, images, precision)
         works[name]()
-        synchronize(device)
+        _synchronize(device)
         peaks[name] = None
         if memory and device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats()
@@ -192,21 +198,21 @@ def measure(
             works[name]()
             peaks[name] = (torch.cuda.max_memory_allocated() - held) / 2 ** 20
         elif memory and device.type == 'cpu' and not compiled:
-            peaks[name] = peak_memory_cpu(name, mode, batch_size, img_size, precision, torch.get_num_threads())
+            peaks[name] = peak_memory_cpu(name, mode, batch_size, img_size, precision)
 
     speeds: Dict[str, List[float]] = {name: [] for name in names}
     repeats: Dict[str, int] = {}
     for name in names:
         begun = time.perf_counter()
         works[name]()
-        synchronize(device)
+        _synchronize(device)
         repeats[name] = max(1, round(seconds / (time.perf_counter() - begun)))
     for _ in range(rounds):
         for name in names:
             begun = time.perf_counter()
             for _ in range(repeats[name]):
                 works[name]()
-            synchronize(device)
+            _synchronize(device)
             speeds[name].append(repeats[name] * batch_size / (time.perf_counter() - begun))
 
     rows = []
@@ -230,6 +236,7 @@ def spread(values: List[float]) -> Tuple[float, float, float]:
 
 
 def device_name(device: torch.device) -> str:
+    """The chip's name."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     info = Path('/proc/cpuinfo')
@@ -238,14 +245,20 @@ def device_name(device: torch.device) -> str:
     return name if device.type == 'cpu' else device.type
 
 
+PEERS = [  # ours, and what users would take instead
+    't2t_vit_7', 't2t_vit_14', 't2t_vit_t_14', 'vit_tiny_patch16_224', 'deit_small_patch16_224',
+    'vit_little_patch16_reg1_gap_256', 'resnet50', 'mobilenetv2_100',
+]
+
+
 def bench(
-        models: List[str],
+        models: Sequence[str] = (),
         baseline: str = 'vit_small_patch16_224',
-        modes: List[Mode] = ['infer', 'train'],  # noqa: B006
-        compiled: List[bool] = [False],  # noqa: B006
+        modes: Sequence[Mode] = ('infer', 'train'),
+        compiled: Sequence[bool] = (False,),
         precision: Precision = 'float32',
         batch_size: int = 8,
-        img_sizes: List[int] = [224],  # noqa: B006
+        img_sizes: Sequence[int] = (224,),
         device: str = 'auto',
         threads: Optional[int] = None,
         rounds: int = 10,
@@ -256,7 +269,8 @@ def bench(
     """Compare models in speed, memory and size: one process, interleaved rounds, the ratio to a baseline.
 
     Args:
-        models: Names that timm knows, or FILE.py:FUNCTION, a function of img_size that gives a model.
+        models: Names that timm knows, or FILE.py:FUNCTION, a function of img_size that gives a model; by default
+            three of ours and the models one would take instead.
         baseline: The model that ratios are to; it is timed along.
         modes: infer and train (forward, backward, AdamW).
         compiled: Whether through torch.compile; [false,true] for both.
@@ -273,14 +287,14 @@ def bench(
     if threads:
         torch.set_num_threads(threads)
     target, rows = pick_device(device), []
-    names = [baseline, *(name for name in models if name != baseline)]
-    console = Console()
+    names = [baseline, *(name for name in models or PEERS if name != baseline)]
+    screen = console()
     for img_size in img_sizes:
         for mode in modes:
             for is_compiled in compiled:
                 found = measure(names, baseline, mode, is_compiled, precision, batch_size, img_size, target, rounds,
                                 seconds, memory)
-                console.print(as_table(found))
+                screen.print(as_table(found))
                 rows += found
                 if output:
                     save(rows, Path(output))
@@ -288,6 +302,7 @@ def bench(
 
 
 def as_table(rows: List[Row]) -> Table:
+    """Rows of one set of conditions, for a terminal."""
     first = rows[0]
     table = Table(title=conditions(first))
     for name in ('model', 'images/s', 'ratio', 'quartiles', 'memory MB', 'ratio', 'M params', 'GMAC', 'weights only'):
@@ -298,6 +313,7 @@ def as_table(rows: List[Row]) -> Table:
 
 
 def cells(row: Row) -> List[str]:
+    """A row's figures as they are shown."""
     return [
         row.model, f'{row.images_per_second:.1f}', f'{row.ratio:.3f}', f'{row.ratio_low:.3f}–{row.ratio_high:.3f}',
         '–' if row.memory_mb is None else f'{row.memory_mb:.0f}',
@@ -306,6 +322,7 @@ def cells(row: Row) -> List[str]:
 
 
 def conditions(row: Row) -> str:
+    """What a row's figures hold for."""
     return (f'{"training step" if row.mode == "train" else "inference"}, {"compiled" if row.compiled else "eager"}, '
             f'{row.precision}, batch {row.batch_size}, {row.img_size}², {row.device}, {row.threads} threads, '
             f'torch {row.torch}, {row.rounds} rounds')

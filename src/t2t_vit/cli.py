@@ -14,9 +14,11 @@ COMMANDS = {  # what it is for, where its function stands
     'predict': ('name what is in images', 'predict:predict'),
     'models': ('list the models with their sizes', 'models.listing:models'),
     'convert': ('turn a published checkpoint into safetensors', 'models.listing:convert'),
+    'bench': ('compare models in speed, memory and size', 'benchmark:bench'),
 }
 POSITIONAL = {  # arguments that need no --name
     'predict': {'inputs': dict(nargs='+', help='image files, folders of them, or digits')},
+    'bench': {'models': dict(nargs='*', help='names that timm knows, or FILE.py:FUNCTION; by default a choice')},
     'models': {'pattern': dict(nargs='?', default='*', help='only names that match, as t2t_vit_t_*')},
     'convert': {'file': dict(help='a checkpoint in any published layout')},
 }
@@ -39,9 +41,12 @@ def main(argv: Optional[List[str]] = None) -> int:
             raise UsageError(f'unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; '
                              f'commands: {", ".join(COMMANDS)}')
         return train(argv[1:]) if argv[0] == 'train' else call(argv[0], argv[1:])
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print('\n'.join(f't2t-vit: {line}' for line in str(error).splitlines()), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print('t2t-vit: stopped, nothing to save', file=sys.stderr)
+        return 130
 
 
 def call(command: str, argv: List[str]) -> int:
@@ -59,7 +64,7 @@ def call(command: str, argv: List[str]) -> int:
         parser.add_argument(short, f'--{argument}', type=str, required=True)
     parser.add_function_arguments(
         function, skip={*POSITIONAL.get(command, {}), *SHORT.get(command, {})}, as_positional=False)
-    known = [*parser.get_defaults().keys(), 'help']
+    known = [*vars(parser.get_defaults()), 'help']
     unknown = [word[2:].partition('=')[0] for word in argv if word.startswith('--')]
     problems = [f'unknown option --{key}{nearest(key, known)}' for key in unknown if key not in known]
     if problems:
@@ -87,11 +92,12 @@ def train(argv: List[str]) -> int:
         parser.add_class_arguments(Config)
         parser.print_help()
         return 0
-    found = options(argv, flags=('print_config',))
+    found, problems = options(argv, flags=('print_config',))
     special = {key: value for key, value in found if key in ('recipe', 'config', 'resume', 'print_config')}
     settings = []
     if 'resume' in special:
-        settings += read_settings(Path(special['resume']) / 'config.yaml')
+        saved = read_settings(Path(special['resume']) / 'config.yaml')
+        settings += [setting for setting in saved if setting[1] != 'weights']  # its own state is what it starts from
     if 'recipe' in special:
         if special['recipe'] not in recipes():
             raise UsageError(f'unknown recipe {special["recipe"]!r}{nearest(special["recipe"], recipes())}; '
@@ -99,7 +105,8 @@ def train(argv: List[str]) -> int:
         settings += read_settings(recipes()[special['recipe']])
     if 'config' in special:
         settings += read_settings(Path(special['config']))
-    config = resolve(Config, settings + [(f'--{key}', key, value) for key, value in found if key not in special])
+    settings += [(f'--{key}', key, value) for key, value in found if key not in special]
+    config = resolve(Config, settings, problems)
     if 'print_config' in special:
         print(config.to_yaml(), end='')
         return 0

@@ -234,7 +234,7 @@ class Preprocessing:
 
     def transform(self, normalize: bool = True) -> Callable[[Image.Image], torch.Tensor]:
         """For evaluation: resize, crop, normalise; without the last, uint8."""
-        return create_transform(  # type: ignore[no-any-return]
+        return create_transform(
             (self.channels, *self.size), mean=self.mean, std=self.std, interpolation=self.interpolation,
             crop_pct=self.crop_pct, crop_mode=self.crop_mode, normalize=normalize)
 
@@ -476,7 +476,10 @@ def resample(images: torch.Tensor, augment: Augment, chances: torch.Tensor) -> t
 
 
 def erase(images: torch.Tensor, augment: Augment, chances: torch.Tensor) -> torch.Tensor:
-    """Fill a random rectangle, 2 to 33 % of the area, of some normalised images, (B, C, H, W), by the last six chances."""
+    """Fill a random rectangle, 2 to 33 % of the area, of some normalised images, (B, C, H, W).
+
+    The last six of each image's chances, (B, ≥ 6), say which and where.
+    """
     if augment.erase == 0:
         return images
     u = chances[:, -6:].unbind(1)

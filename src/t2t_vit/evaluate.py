@@ -4,18 +4,19 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Literal, Optional
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
+from .console import console
 from .data import DataError, DiskBatches, MemoryBatches, open_batches, open_source
 from .plots import plot_confusion
+from .settings import require
 from .trained import load_model, pick_device
 
 
@@ -64,7 +65,7 @@ def evaluate(
         checkpoint: str,
         data: str = 'digits',
         model: Optional[str] = None,
-        split: str = 'val',
+        split: Literal['train', 'val'] = 'val',
         batch_size: int = 128,
         workers: int = 2,
         device: str = 'auto',
@@ -82,27 +83,29 @@ def evaluate(
         device: cpu, cuda, mps or auto.
         output: Folder for scores.json and confusion.png; by default the run's own, none for a file.
     """
-    net, preprocessing, names = load_model(checkpoint, model)
+    require(((batch_size >= 1, f'batch_size is at least 1, got {batch_size}'),
+             (workers >= 0, f'workers is at least 0, got {workers}')))
+    target = pick_device(device)
     source = open_source(data, split)
+    net, preprocessing, names = load_model(checkpoint, model)
     if len(source.classes) != len(names) or (names != source.classes and not names[0].isdigit()):
         raise DataError(
             f'the model knows {len(names)} classes ({", ".join(names[:3])}, …), '
             f'{data} has {len(source.classes)} ({", ".join(source.classes[:3])}, …)')
-    target = pick_device(device)
     batches = open_batches(source, preprocessing, batch_size, None, None, workers, device=target)
     start = time.perf_counter()
     scores = score(net.to(target), batches, len(names))
     seconds = time.perf_counter() - start
 
-    console = Console()
+    screen = console()
     table = Table('class', 'images', 'accuracy', title=f'{scores.count} images of {data} ({split})')
     for name, share, n in zip(source.classes, scores.per_class, scores.confusion.sum(1).tolist()):
         table.add_row(name, str(n), '-' if share is None else f'{100 * share:.1f} %')
-    console.print(table)
-    console.print(f'top-1 {100 * scores.top1:.2f} %   top-5 {100 * scores.top5:.2f} %   loss {scores.loss:.4f}   '
+    screen.print(table)
+    screen.print(f'top-1 {100 * scores.top1:.2f} %   top-5 {100 * scores.top5:.2f} %   loss {scores.loss:.4f}   '
                   f'{scores.count / seconds:.0f} images/s')
     if batches.damaged:
-        console.print(f'{len(batches.damaged)} damaged images left out: {", ".join(batches.damaged[:5])}')
+        screen.print(f'{len(batches.damaged)} damaged images left out: {", ".join(batches.damaged[:5])}')
     result = dict(
         checkpoint=checkpoint, data=data, split=split, images=scores.count, top1=scores.top1, top5=scores.top5,
         loss=scores.loss, per_class=dict(zip(source.classes, scores.per_class)), damaged=batches.damaged)
@@ -111,5 +114,5 @@ def evaluate(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / 'scores.json').write_text(json.dumps(result, indent=2) + '\n')
         plot_confusion(scores.confusion, source.classes, folder / 'confusion.png')
-        console.print(f'scores.json and confusion.png are in {folder}')
+        screen.print(f'scores.json and confusion.png are in {folder}')
     return result

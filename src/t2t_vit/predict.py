@@ -1,16 +1,17 @@
 """What a trained model says of images: top-k class names with probabilities."""
 
+from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Tuple
 
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
-from timm.data import get_img_extensions
 
-from .data import DataError, decode, open_source
+from .console import console
+from .data import DataError, decode, list_images, open_source
 from .plots import plot_predictions
+from .settings import require
 from .trained import load_model, pick_device
 
 Item = Tuple[str, Callable[[], Image.Image], str]  # name, how to open it, the truth where it is known
@@ -29,13 +30,11 @@ def find_images(inputs: List[str]) -> List[Item]:
     for name in inputs:
         if name == 'digits':
             source = open_source('digits', 'val')
-            items += [(source.name(i), lambda i=i: source.open(i), source.classes[source.labels[i]])
+            items += [(source.name(i), partial(source.open, i), source.classes[source.labels[i]])
                       for i in range(0, len(source.labels), len(source.labels) // 12)[:12]]
             continue
-        path = Path(name)
-        files = [path] if path.is_file() else sorted(
-            p for p in path.rglob('*') if p.suffix.lower() in get_img_extensions())
-        items += [(str(file), lambda file=file: decode(file), '') for file in files]
+        files = [Path(name)] if Path(name).is_file() else list_images(Path(name))
+        items += [(str(file), partial(decode, file), '') for file in files]
     if not items:
         raise DataError(f'no images in {", ".join(inputs)}')
     return items
@@ -61,10 +60,13 @@ def predict(
         device: cpu, cuda, mps or auto.
         picture: A PNG file to show the first images in, with what they were taken for.
     """
+    require(((top_k >= 1, f'top_k is at least 1, got {top_k}'),
+             (batch_size >= 1, f'batch_size is at least 1, got {batch_size}')))
+    target = pick_device(device)
     items = find_images(inputs)
     net, preprocessing, names = load_model(checkpoint, model)
-    net, transform = net.to(target := pick_device(device)), preprocessing.transform()
-    console, table = Console(), Table('image', *(f'{k + 1}.' for k in range(min(top_k, len(names)))))
+    net, transform = net.to(target), preprocessing.transform()
+    screen, table = console(), Table('image', *(f'{k + 1}.' for k in range(min(top_k, len(names)))))
     results: List[Dict[str, float]] = []
     shown: List[Tuple[Image.Image, str, float, str]] = []
     damaged: List[str] = []
@@ -73,8 +75,6 @@ def predict(
         for name, opener, truth in items[start:start + batch_size]:
             try:
                 opened.append((name, preprocessing.convert(opener()), truth))
-            except DataError:
-                raise
             except Exception:  # whatever a decoder may raise over damaged bytes
                 damaged.append(name)
         if not opened:
@@ -87,10 +87,13 @@ def predict(
             table.add_row(name, *(f'{names[c]} {100 * p:.1f} %' for c, p in zip(cs, ps)))
             if len(shown) < 24:
                 shown.append((image, names[cs[0]], ps[0], truth))
-    console.print(table)
+    if not results:
+        raise DataError(f'not one image can be read: {", ".join(damaged[:5])}')
+    screen.print(table)
     if damaged:
-        console.print(f'{len(damaged)} damaged images left out: {", ".join(damaged[:5])}')
-    if picture and shown:
+        screen.print(f'{len(damaged)} damaged images left out: {", ".join(damaged[:5])}')
+    if picture:
+        Path(picture).parent.mkdir(parents=True, exist_ok=True)
         plot_predictions(shown, Path(picture))
-        console.print(f'the picture is {picture}')
+        screen.print(f'the picture is {picture}')
     return results

@@ -23,17 +23,19 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f', did you mean {near[0]}?' if near else ''
 
 
+def require(rules: Iterable[Tuple[bool, str]]) -> None:
+    """UsageError with the sentence of every rule that does not hold."""
+    if problems := [sentence for holds, sentence in rules if not holds]:
+        raise UsageError('\n'.join(problems))
+
+
 def recipes() -> Dict[str, Path]:
     """The shipped recipes by name."""
     return {file.stem: file for file in sorted(Path(str(resources.files(__package__) / 'recipes')).glob('*.yaml'))}
 
 
-def options(argv: Sequence[str], flags: Sequence[str] = ()) -> List[Tuple[str, Any]]:
-    """`--key value`, `--key=value` and, for `flags`, `--key` alone, in their order.
-
-    Raises:
-        UsageError: for a word that belongs to no option, or an option without its value.
-    """
+def options(argv: Sequence[str], flags: Sequence[str] = ()) -> Tuple[List[Tuple[str, Any]], List[str]]:
+    """`--key value`, `--key=value` and, for `flags`, `--key` alone, in their order; and what is wrong with them."""
     found: List[Tuple[str, Any]] = []
     problems, words = [], list(argv)
     while words:
@@ -49,9 +51,7 @@ def options(argv: Sequence[str], flags: Sequence[str] = ()) -> List[Tuple[str, A
             found.append((key, words.pop(0)))
         else:
             problems.append(f'--{key} has no value')
-    if problems:
-        raise UsageError('\n'.join(problems))
-    return found
+    return found, problems
 
 
 def read_settings(file: Path) -> List[Setting]:
@@ -73,7 +73,8 @@ def flatten(tree: Dict[str, Any], prefix: str = '') -> List[Tuple[str, Any]]:
     """{'a': {'b': 1}} -> [('a.b', 1)]."""
     leaves: List[Tuple[str, Any]] = []
     for key, value in tree.items():
-        leaves += flatten(value, f'{prefix}{key}.') if isinstance(value, dict) and value else [(f'{prefix}{key}', value)]
+        name = f'{prefix}{key}'
+        leaves += flatten(value, f'{name}.') if isinstance(value, dict) and value else [(name, value)]
     return leaves
 
 
@@ -87,19 +88,20 @@ def nest(tree: Dict[str, Any], key: str, value: Any) -> Dict[str, Any]:
     return tree
 
 
-def resolve(kind: Type[T], settings: Sequence[Setting]) -> T:
+def resolve(kind: Type[T], settings: Sequence[Setting], problems: Sequence[str] = ()) -> T:
     """A `kind` with these settings, later ones over earlier ones, and its defaults for the rest.
 
-    `kind` is a dataclass with a method `problems`, which names what is wrong with its values.
+    `kind` is a dataclass with a method `problems`, which names what is wrong with its values; `problems` are those
+    found before.
 
     Raises:
         UsageError: with every unknown key, wrong type and impossible value in one message.
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, 'config')
-    known = [key.partition('.')[2] for key in parser.get_defaults().keys()]
+    known = [key.partition('.')[2] for key in vars(parser.get_defaults().as_flat())]
     tree: Dict[str, Any] = {}
-    problems = []
+    problems = list(problems)
     for place, key, value in settings:
         if not any(key == name or key.startswith(f'{name}.') for name in known):
             problems.append(f'unknown option {place}{nearest(key, known)}')

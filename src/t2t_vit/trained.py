@@ -3,7 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import timm
 import torch
@@ -12,14 +12,19 @@ from torch import nn
 
 from .data import Preprocessing
 from .models.checkpoints import CheckpointError, count_classes, load_weights
+from .models.listing import check_name
+from .settings import UsageError
 
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
 
 
-def save_folder(model: nn.Module, folder: Path) -> None:
-    """Write the model's weights and configuration into `folder`, each beside and renamed; `local-dir:` loads it."""
+def save_folder(model: nn.Module, folder: Path, model_args: Dict[str, Any]) -> None:
+    """Write a model's weights and configuration into `folder`, each beside and renamed; `local-dir:` loads it.
+
+    `model_args` are what it was built with, besides its name and what its pretrained_cfg says.
+    """
     with tempfile.TemporaryDirectory(dir=folder, prefix='.') as draft:
-        save_for_hf(model, draft, safe_serialization=True)
+        save_for_hf(model, draft, model_args=model_args, safe_serialization=True)
         for name in (WEIGHTS, CONFIG):
             os.replace(Path(draft) / name, folder / name)
 
@@ -33,6 +38,7 @@ def load_model(checkpoint: str, model: Optional[str] = None) -> Tuple[nn.Module,
 
     Raises:
         CheckpointError: if there is no such model in it.
+        ValueError: if no model has this name.
     """
     path = Path(checkpoint)
     if checkpoint.startswith('hf-hub:'):
@@ -47,6 +53,7 @@ def load_model(checkpoint: str, model: Optional[str] = None) -> Tuple[nn.Module,
     elif model is None:
         raise CheckpointError(f'{path} is a file of weights: say which model it is of with --model NAME')
     else:
+        check_name(model)
         net = timm.create_model(model, num_classes=count_classes(path))
         load_weights(net, str(path))
     cfg = net.pretrained_cfg
@@ -55,6 +62,15 @@ def load_model(checkpoint: str, model: Optional[str] = None) -> Tuple[nn.Module,
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` for the accelerator if there is one."""
-    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device(device) if device != 'auto' else best or torch.device('cpu')
+    """`auto` for the accelerator if there is one.
+
+    Raises:
+        UsageError: if there is no such device.
+    """
+    if device == 'auto':
+        best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return best or torch.device('cpu')
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
+        raise UsageError(f'no device {device!r} here: {str(error).splitlines()[0]}') from None

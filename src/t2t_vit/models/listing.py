@@ -1,14 +1,15 @@
 """The models as a list with their sizes, and published checkpoints as safetensors."""
 
+import difflib
 import fnmatch
 from typing import Dict, Optional, Tuple, Union
 
 import timm
 import torch
-from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
 
+from ..console import console
 from .checkpoints import count_classes, load_weights, save_weights
 from .t2t_vit import PUBLISHED, VARIANTS
 
@@ -16,6 +17,18 @@ from .t2t_vit import PUBLISHED, VARIANTS
 def count_parameters(model: nn.Module) -> Tuple[int, int]:
     """Numbers of a model: all that its checkpoint holds, fixed tables included, and those that are learned."""
     return sum(t.numel() for t in model.state_dict().values()), sum(p.numel() for p in model.parameters())
+
+
+def check_name(model: str) -> None:
+    """ValueError unless it is the name of a model, or such a name and a tag."""
+    name, _, tag = model.partition('.')
+    if name not in VARIANTS:
+        near = difflib.get_close_matches(name, VARIANTS, n=1)
+        raise ValueError(f'unknown model {model!r}' + (f', did you mean {near[0]}?' if near else '')
+                         + '; `t2t-vit models` lists all')
+    if tag and model not in PUBLISHED:
+        tags = [key.partition('.')[2] for key in PUBLISHED if key.split('.')[0] == name]
+        raise ValueError(f'{name} has no tag {tag!r}; tags: {", ".join(tags) or "none"}')
 
 
 def models(pattern: str = '*') -> Dict[str, Tuple[int, int]]:
@@ -34,7 +47,7 @@ def models(pattern: str = '*') -> Dict[str, Tuple[int, int]]:
         table.add_row(name, str(model.img_size[0]), *(f'{n:,}' for n in counts[name]), ', '.join(tags))
     if not counts:
         raise ValueError(f'no model matches {pattern!r}; `t2t-vit models` lists all')
-    Console().print(table)
+    console().print(table)
     return counts
 
 
@@ -60,8 +73,7 @@ def convert(
         in_chans: Adapt the first layer to another number of channels.
         img_size: Resize the position table for another image size; by default the model's own.
     """
-    if timm.models.get_arch_name(model) not in VARIANTS:
-        raise ValueError(f'unknown model {model!r}; `t2t-vit models` lists all')
+    check_name(model)
     kwargs = dict(in_chans=in_chans, num_classes=count_classes(file, ema) if num_classes is None else num_classes)
     net = timm.create_model(model, **kwargs, **({'img_size': img_size} if img_size else {}))
     new = load_weights(net, file, ema, mmpretrain_1x)

@@ -21,9 +21,11 @@ class Log:
         self.last = 0.0
 
     def say(self, text: str) -> None:
+        """Show lines as they are."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     def records(self) -> List[Dict[str, Any]]:
+        """What metrics.jsonl holds."""
         return read_records(self.file)
 
     def record(self, values: Dict[str, Any]) -> None:

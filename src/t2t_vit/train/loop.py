@@ -2,6 +2,7 @@
 
 import math
 import signal
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -11,7 +12,9 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import timm
 import torch
+import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -21,16 +24,27 @@ from torch import nn
 
 from .. import __version__
 from ..data import (
-    Augment, DataError, MemoryBatches, Preprocessing, check_same_classes, derive, open_batches, open_source, seed_all,
+    Augment,
+    DataError,
+    MemoryBatches,
+    Preprocessing,
+    check_same_classes,
+    derive,
+    open_batches,
+    open_source,
+    seed_all,
 )
 from ..evaluate import score
 from ..models.checkpoints import load_weights
 from ..plots import plot_curves
-from ..settings import UsageError
+from ..settings import UsageError, flatten
 from ..trained import WEIGHTS, save_folder
 from .config import Config
 from .log import Log
 from .state import Position, load_state, save_state
+
+# what another value of does not make another run; `epochs` prolongs or shortens it
+MAY_CHANGE = ('output', 'weights', 'device', 'epochs', 'data.root', 'data.workers')
 
 
 class Interrupted(Exception):
@@ -42,12 +56,15 @@ class Interrupted(Exception):
 
 def build_model(config: Config, preprocessing: Preprocessing, classes: List[str]) -> nn.Module:
     """The model of the run, with its preprocessing and class names in its pretrained_cfg."""
-    args = {**config.model_args, 'img_size': preprocessing.size, 'in_chans': preprocessing.channels}
+    args: Dict[str, Any] = {**config.model_args, 'in_chans': preprocessing.channels}
+    if config.family or timm.models.get_pretrained_cfg(config.model).fixed_input_size:
+        args['img_size'] = preprocessing.size
     model = timm.create_model(config.model, num_classes=len(classes), **args)
     if config.weights:
         path = Path(config.weights)
         load_weights(model, str(path / WEIGHTS if path.is_dir() else path))
-    model.pretrained_cfg.update(preprocessing.as_cfg(), num_classes=len(classes), label_names=classes, custom_load=False)
+    model.pretrained_cfg.update(
+        preprocessing.as_cfg(), num_classes=len(classes), label_names=classes, custom_load=False)
     return model
 
 
@@ -62,7 +79,7 @@ def preprocess(config: Config, channels: int) -> Preprocessing:
     if len(mean) != channels or len(std) != channels:
         raise UsageError(f'data.mean and data.std have a value for each of {channels} channels, got {mean}, {std}')
     return replace(
-        own, size=own.size if size is None else (size, size) if isinstance(size, int) else tuple(size),
+        own, size=own.size if size is None else (size, size) if isinstance(size, int) else size,
         channels=channels, mean=tuple(mean), std=tuple(std), crop_pct=data.crop_pct or own.crop_pct)
 
 
@@ -78,11 +95,12 @@ def mixing(augment: Augment, num_classes: int) -> Tuple[Callable[..., Any], nn.M
 def plan(run: 'Run') -> str:
     """What is about to be done, before it is."""
     config, count = run.config, sum(p.numel() for p in run.net.parameters())
+    size = 'x'.join(map(str, (run.preprocessing.channels, *run.preprocessing.size)))
     start = f'epoch {run.position.epoch + 1}, step {run.position.step + 1}' if run.done else \
         config.weights or 'scratch'
     return '\n'.join((
-        f'model     {config.model}, {count:,} learnable parameters, images of '
-        f'{run.net.pretrained_cfg["input_size"]} on {run.accelerator.device}',
+        f'model     {config.model}, {count:,} learnable parameters, images of {size} '
+        f'on {run.accelerator.device}',
         f'data      {config.data.root}: {run.counts[0]:,} training and {run.counts[1]:,} validation images, '
         f'{len(run.classes)} classes, {"in memory" if isinstance(run.train_set, MemoryBatches) else "from disk"}',
         f'schedule  {config.total_epochs} epochs of {len(run.train_set)} steps of {config.batch_size} images, '
@@ -100,8 +118,14 @@ def summary(record: Dict[str, Any], epochs: int) -> str:
 
 @contextmanager
 def stop_signals() -> Iterator[List[int]]:
-    """While it lasts, Ctrl-C and SIGTERM put their number into the list instead of ending the process."""
+    """While it lasts, Ctrl-C and SIGTERM put their number into the list instead of ending the process.
+
+    Signals are the main thread's: in another one it does nothing.
+    """
     caught: List[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
     handlers = {number: signal.signal(number, lambda number, _: caught.append(number))
                 for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -111,16 +135,26 @@ def stop_signals() -> Iterator[List[int]]:
             signal.signal(number, handler)
 
 
+def check_same_run(config: Config, state: Dict[str, Any], folder: Path) -> None:
+    """UsageError where a state is of a run that was configured otherwise; all differences in one message."""
+    saved, asked = (dict(flatten(yaml.safe_load(text))) for text in (state['config'], config.to_yaml()))
+    changed = [key for key in {**saved, **asked} if key not in MAY_CHANGE and saved.get(key) != asked.get(key)]
+    if changed:
+        raise UsageError('\n'.join(
+            f'{key} is {saved.get(key)} in {folder}, and cannot become {asked.get(key)} there' for key in changed))
+
+
 class Run:
     """A run: its parts, and what is done with them. Loading is its constructor; then step, save, validate."""
 
     def __init__(self, config: Config, folder: Path, state: Optional[Dict[str, Any]]) -> None:
         self.config, self.folder = config, folder
+        AcceleratorState._reset_state(reset_partial_state=True)  # shared by all of a process: another run's precision
         self.accelerator = Accelerator(mixed_precision=config.precision, cpu=config.device == 'cpu')
         train, val = (open_source(config.data.root, split) for split in ('train', 'val'))
         check_same_classes(train, val)
         self.classes = train.classes
-        preprocessing = preprocess(config, channels=1 if config.data.root == 'digits' else 3)
+        self.preprocessing = preprocessing = preprocess(config, channels=1 if config.data.root == 'digits' else 3)
         self.train_set, self.val_set = (
             open_batches(source, preprocessing, config.batch_size, augment, config.data.memory, config.data.workers,
                          config.seed, self.accelerator.device)
@@ -166,7 +200,6 @@ class Run:
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """One step of the optimizer; gives the loss."""
-        begun = time.monotonic()
         seed_all(derive(self.config.seed, self.done, 3))  # each step's own, so that no random state needs saving
         self.schedule.step_update(self.done)
         images, targets = self.mix(images, labels)
@@ -175,8 +208,9 @@ class Run:
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(
-                f'the loss is {value} at epoch {self.position.epoch + 1}, step {self.position.step + 1}; '
-                f'the last state saved is in {self.folder / "checkpoints"}')
+                f'the loss is {value} at epoch {self.position.epoch + 1}, step {self.position.step + 1}: try a lower '
+                'optimizer.lr or optimizer.clip_grad 1' + (
+                    f'; the state before this epoch is in {self.folder}' if self.position.epoch else ''))
         self.accelerator.backward(loss)
         if self.config.optimizer.clip_grad:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad)
@@ -186,7 +220,6 @@ class Run:
             self.ema.update(self.net, self.done + 1)
         self.position.step += 1
         self.position.loss_sum += value
-        self.position.seconds += time.monotonic() - begun
         return value
 
     def save(self) -> Path:
@@ -208,7 +241,7 @@ class Run:
         record['damaged'] = len({*self.train_set.damaged, *self.val_set.damaged})
         best = max(scores, key=lambda suffix: scores[suffix].top1)
         if scores[best].top1 >= position.best:
-            save_folder(candidates[best], self.folder)
+            save_folder(candidates[best], self.folder, self.config.model_args)
         self.position = Position(epoch=position.epoch + 1, best=max(position.best, scores[best].top1))
         return record
 
@@ -234,8 +267,12 @@ def train(config: Config, resume: Optional[str] = None) -> Dict[str, Any]:
     state = load_state(folder / 'checkpoints')
     if state is not None and not resume:
         raise UsageError(f'{folder} holds a run: go on with it by --resume {folder}, or choose another output')
-    if state is None and resume:
-        raise UsageError(f'{folder} holds no state to resume from')
+    if (folder / WEIGHTS).exists() and not resume:
+        raise UsageError(f'{folder} holds a trained model: choose another output')
+    if resume:
+        if state is None:
+            raise UsageError(f'{folder} holds no state to resume from')
+        check_same_run(config, state, folder)
     run = Run(config, folder, state)
     folder.mkdir(parents=True, exist_ok=True)
     log = Log(folder)
@@ -244,16 +281,18 @@ def train(config: Config, resume: Optional[str] = None) -> Dict[str, Any]:
         (folder / 'config.yaml').write_text(config.to_yaml())
     log.say(plan(run))
 
-    record: Dict[str, Any] = {}
     begun, done_before = time.monotonic(), run.done
     with log.live(run.total_steps, run.done), stop_signals() as stopped:
         while run.position.epoch < config.total_epochs:
             run.model.train()
+            clock = time.monotonic()
             for images, labels in run.train_set.epoch(run.position.epoch, run.position.step):
                 loss = run.step(images, labels)
+                run.position.seconds, clock = run.position.seconds + time.monotonic() - clock, time.monotonic()
+                speed = run.position.step * config.batch_size / run.position.seconds
                 left = (time.monotonic() - begun) / (run.done - done_before) * (run.total_steps - run.done)
                 log.step(run.done, f'epoch {run.position.epoch + 1}/{config.total_epochs}  loss {loss:.3f}  '
-                         f'lr {run.lr:.1e}  {run.position.step * len(images) / run.position.seconds:.0f} images/s', left)
+                         f'lr {run.lr:.1e}  {speed:.0f} images/s', left)
                 if stopped:
                     raise Interrupted(run.save(), folder)
             record = run.validate()
@@ -264,4 +303,4 @@ def train(config: Config, resume: Optional[str] = None) -> Dict[str, Any]:
     if damaged := sorted({*run.train_set.damaged, *run.val_set.damaged}):
         log.say(f'{len(damaged)} damaged images were left out: {", ".join(damaged[:5])}')
     log.say(f'best top-1 {100 * run.position.best:.2f} %; weights, config, metrics and curves are in {folder}')
-    return record
+    return log.records()[-1]

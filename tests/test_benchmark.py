@@ -1,0 +1,52 @@
+import csv
+
+import pytest
+
+from t2t_vit.benchmark import bench, build, count_macs, spread
+from t2t_vit.cli import main
+
+# the paper's convention and most counters', in G: all products, and those with weights only
+MACS = {
+    't2t_vit_7': (1.147, 0.976), 't2t_vit_10': (1.516, 1.285), 't2t_vit_12': (1.763, 1.492),
+    't2t_vit_14': (4.783, 4.334), 't2t_vit_19': (8.480, 7.787), 't2t_vit_24': (13.662, 12.676),
+    't2t_vit_t_14': (6.089, 4.334), 't2t_vit_t_19': (9.785, 7.787), 't2t_vit_t_24': (14.967, 12.676),
+    'vit_small_patch16_224': (4.60, 4.24),
+}
+
+
+@pytest.mark.parametrize('name', MACS)
+def test_multiply_adds_are_the_published_ones(name):
+    counted = [macs / 1e9 for macs in count_macs(build(name, 224), 224)]
+    assert counted == pytest.approx(MACS[name], abs=2e-3)
+
+
+def test_spread_is_median_and_quartiles():
+    assert spread([4., 1., 3., 2., 5.]) == (3., 2., 4.)
+    assert spread([2.]) == (2., 2., 2.)
+
+
+def test_rows_hold_speed_ratio_memory_and_conditions(tmp_path):
+    rows = bench(['t2t_vit_4_16'], baseline='vit_s_16', img_sizes=[32], batch_size=1, rounds=3, seconds=.01,
+                 threads=1, device='cpu', output=str(tmp_path))
+    assert [(row.model, row.mode) for row in rows] == [
+        ('vit_s_16', 'infer'), ('t2t_vit_4_16', 'infer'), ('vit_s_16', 'train'), ('t2t_vit_4_16', 'train')]
+    base, ours = rows[2:]
+    assert base.ratio == 1 and ours.ratio > 1  # 0.9 M parameters against 48 M
+    assert ours.ratio_low <= ours.ratio <= ours.ratio_high
+    assert 0 < ours.memory_ratio < 1 and base.memory_mb > 500  # weights, gradients and AdamW's two, of 48 M in float32
+    table = list(csv.DictReader((tmp_path / 'bench.csv').read_text().splitlines()))
+    assert len(table) == 4 and float(table[3]['ratio']) == ours.ratio and table[3]['precision'] == 'float32'
+    assert '| t2t_vit_4_16 |' in (tmp_path / 'README.md').read_text()
+
+
+def test_a_model_from_a_file(tmp_path):
+    (tmp_path / 'mine.py').write_text(
+        'import timm\ndef small(img_size):\n    return timm.create_model("t2t_vit_4_16", img_size=img_size, depth=1)\n')
+    assert len(build(f'{tmp_path / "mine"}.py:small', 16).blocks) == 1
+
+
+def test_unknown_models_are_refused(tmp_path, capsys):
+    with pytest.raises(ValueError, match='no file'):
+        build(f'{tmp_path}/none.py:small', 16)
+    assert main(['bench', 't2t_vit_8', '--rounds', '1']) == 2
+    assert 't2t_vit_8' in capsys.readouterr().err
