@@ -378,9 +378,9 @@ def _collate(samples: List[Sample]) -> Tuple[torch.Tensor, torch.Tensor, List[st
 
 
 def _leave_signals(worker: int) -> None:
-    """Ctrl-C, which a terminal sends to workers too, is the main process's to answer."""
+    """Ctrl-C, and what else goes to the whole group of processes, is the main one's to answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:

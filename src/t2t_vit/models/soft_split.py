@@ -96,9 +96,10 @@ def _split_norm_linear(
     x = F.pad(x, [padding, padding, padding, padding]) - x.detach().mean((1, 2, 3), keepdim=True)
     mean, var = window_mean_var(x, kernel, stride)
     out = F.conv2d(x, as_kernel(scaled, kernel), stride=stride)
-    out = out - (mean * scaled.sum(1).view(1, -1, 1, 1)).detach()
+    if x.device.type != 'cpu':
+        out = out - (mean * scaled.sum(1).view(1, -1, 1, 1)).detach()
     shift = F.linear(norm_bias.to(x.dtype), weight, None if bias is None else bias.to(x.dtype))
-    return out * (var + eps).rsqrt() + shift.view(1, -1, 1, 1)
+    return torch.addcmul(shift.view(1, -1, 1, 1), out, (var + eps).rsqrt())
 
 
 def split_norm_linear(
@@ -122,7 +123,7 @@ def split_norm_linear(
 
     Where a window is flat r is large (up to eps^-1/2) and shows what rounding leaves of (W'·p). Two terms that are
     zero in exact arithmetic keep it small: the image's own mean is taken off first (LayerNorm does not see it), and
-    m·(W'·1) at the end, which matters most where the convolution runs with a short mantissa (TF32).
+    m·(W'·1) at the end, on accelerators, whose convolutions may run with a short mantissa (TF32).
     """
     if torch.jit.is_scripting():  # TorchScript has no autocast to leave
         return _split_norm_linear(x, norm_weight, norm_bias, eps, weight, bias, kernel, stride, padding)

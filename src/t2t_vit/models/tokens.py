@@ -115,12 +115,15 @@ class TokenPerformer(TokenLayer):
         """Draw w: orthogonal rows of length √m; part of every checkpoint, never trained."""
         nn.init.orthogonal_(self.w, gain=math.sqrt(self.num_features))
 
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """φ, (B, N, D) -> (B, N, m); the factor 1/√m stands in the exponent."""
+        half_norm = 0.5 * x.square().sum(-1, keepdim=True) + 0.5 * math.log(self.num_features)
+        return torch.exp(F.linear(x, self.w.to(x.dtype)) - half_norm)
+
     def kernel_attention(self, kqv: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """float32 or float64 (B, N, 3·D) -> attention's output and v, (B, N, D) each."""
-        kq, v = kqv.split([2 * self.token_dim, self.token_dim], dim=-1)
-        kq = kq.unflatten(-1, (2, self.token_dim))  # (B, N, 2, D)
-        half_norm = 0.5 * kq.square().sum(-1, keepdim=True) + 0.5 * math.log(self.num_features)  # 1/√m, in the exponent
-        k, q = torch.exp(F.linear(kq, self.w.to(kq.dtype)) - half_norm).unbind(2)  # φ: (B, N, m) each
+        """float32 (B, N, 3·D) -> attention's output and v, (B, N, D) each."""
+        k, q, v = kqv.chunk(3, dim=-1)
+        k, q = self.features(k), self.features(q)
         weights = q @ k.sum(1).unsqueeze(-1) + self.eps  # (B, N, 1)
         return (q @ (k.transpose(1, 2) @ v)) / weights, v
 

@@ -11,12 +11,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Log:
-    """One run's records: `metrics.jsonl` in its folder, one line an epoch, and the screen."""
+    """One run's records: `metrics.jsonl` in its folder, one line an epoch, and the screen.
 
-    def __init__(self, folder: Path, console: Optional[Console] = None) -> None:
+    Where the screen is no terminal, it is told every `interval` seconds.
+    """
+
+    def __init__(self, folder: Path, console: Optional[Console] = None, interval: float = 10) -> None:
         self.file = folder / 'metrics.jsonl'
         self.console = console or Console(highlight=False)
         self.progress: Optional[Progress] = None
+        self.interval = interval
         self.total = 0
         self.last = 0.0
 
@@ -55,7 +59,7 @@ class Log:
         """Show the number of steps done, what there is to say, and the seconds left."""
         if self.progress:
             self.progress.update(self.progress.task_ids[0], completed=done, description=text)
-        elif time.monotonic() - self.last > 10:
+        elif time.monotonic() - self.last >= self.interval:
             self.last = time.monotonic()
             self.say(f'step {done}/{self.total}  {text}  {duration(left)} left')
 
