@@ -403,7 +403,7 @@ def test_compiles_to_one_graph_for_every_batch_size(name):
 
 
 def test_compiles_with_inductor():
-    model, images = timm.create_model('t2t_vit_4_16').eval(), torch.randn(2, 3, 16, 16)
+    model, images = shallow('t2t_vit_4_16'), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(images), model(images))
 
@@ -417,6 +417,7 @@ def test_exports_with_dynamic_batch(args):
     torch.testing.assert_close(program.module()(images), model(images))
 
 
+@pytest.mark.filterwarnings('ignore:.torch.jit.* is deprecated')
 @pytest.mark.parametrize('args', KINDS)
 def test_torchscript(args):
     model = tiny(**args)

@@ -137,7 +137,8 @@ def stop_signals() -> Iterator[List[int]]:
 
 def check_same_run(config: Config, state: Dict[str, Any], folder: Path) -> None:
     """UsageError where a state is of a run that was configured otherwise; all differences in one message."""
-    saved, asked = (dict(flatten(yaml.safe_load(text))) for text in (state['config'], config.to_yaml()))
+    saved, asked = ({key: value for key, value in flatten(yaml.safe_load(text)) if value != {}}
+                    for text in (state['config'], config.to_yaml()))
     changed = [key for key in {**saved, **asked} if key not in MAY_CHANGE and saved.get(key) != asked.get(key)]
     if changed:
         raise UsageError('\n'.join(

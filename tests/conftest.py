@@ -1,0 +1,86 @@
+"""Small data and one trained run, made once for all tests that use them."""
+
+import os
+
+if 'PYTEST_XDIST_WORKER' in os.environ:  # before torch reads it; subprocesses inherit it
+    os.environ['OMP_NUM_THREADS'] = '1'
+
+import io
+import json
+from pathlib import Path
+from typing import Iterator, List, Tuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from t2t_vit.settings import read_settings, recipes, resolve
+from t2t_vit.train.config import Config
+from t2t_vit.train.loop import train
+
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    torch.set_num_threads(1)
+
+CLASSES = ['flower', 'roof', 'sky']
+
+
+def crops() -> Iterator[Tuple[str, str, Image.Image]]:
+    """Split, class and crop: eight a class to train on and four to validate, not all of one size."""
+    china, flower = load_sample_images().images
+    areas = {'flower': flower[100:340, 200:520], 'roof': china[180:420, 100:600], 'sky': china[:120, :640]}
+    chance = np.random.default_rng(0)
+    for name, area in areas.items():
+        for i in range(12):
+            height, width = 64, 64 + 8 * (i % 3)
+            y, x = (chance.integers(n - m) for n, m in zip(area.shape, (height, width)))
+            yield 'train' if i < 8 else 'val', name, Image.fromarray(area[y:y + height, x:x + width])
+
+
+@pytest.fixture(scope='session')
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ and val/ of three class folders; read only."""
+    root = tmp_path_factory.mktemp('photos')
+    for i, (split, name, image) in enumerate(crops()):
+        (root / split / name).mkdir(parents=True, exist_ok=True)
+        image.save(root / split / name / f'{i:02}.{"png" if i % 2 else "jpg"}', quality=90)
+    return root
+
+
+def write_parquet(file: Path, images: List[bytes], labels: List[object], names: List[str]) -> None:
+    """As the Hub has it; without names, without its metadata."""
+    table = pa.table({'image': [{'bytes': image, 'path': None} for image in images], 'label': labels})
+    features = {'image': {'_type': 'Image'}, 'label': {'names': names, '_type': 'ClassLabel'}}
+    metadata = {'huggingface': json.dumps({'info': {'features': features}})} if names else {}
+    pq.write_table(table.replace_schema_metadata(metadata), file)
+
+
+@pytest.fixture(scope='session')
+def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same photos as a Parquet file a split; read only."""
+    root = tmp_path_factory.mktemp('parquet')
+    for split, file in (('train', 'train-00000-of-00001.parquet'), ('val', 'validation-00000-of-00001.parquet')):
+        images, labels = [], []
+        for _, name, image in (crop for crop in crops() if crop[0] == split):
+            image.save(buffer := io.BytesIO(), 'png')
+            images.append(buffer.getvalue())
+            labels.append(CLASSES.index(name))
+        write_parquet(root / file, images, labels, CLASSES)
+    return root
+
+
+def digits_config(**changes: object) -> Config:
+    """The quick start's recipe with one block, for two epochs of five steps; with changes by dotted names."""
+    small = {'epochs': 2, 'batch_size': 256, 'optimizer.warmup_epochs': 1, 'model_args.depth': 1, **changes}
+    return resolve(Config, read_settings(recipes()['digits']) + [(key, key, value) for key, value in small.items()])
+
+
+@pytest.fixture(scope='session')
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run on the digits; read only."""
+    folder = tmp_path_factory.mktemp('runs') / 'digits'
+    train(digits_config(output=str(folder)))
+    return folder

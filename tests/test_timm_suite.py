@@ -1,0 +1,18 @@
+"""timm's own model tests pass on our models, see timm_suite."""
+
+import pytest
+from timm_suite import published_tests, run
+
+from t2t_vit import VARIANTS
+
+
+@pytest.mark.timeout(1800)
+def test_timms_own_tests_pass():
+    try:
+        published_tests()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    suite, output = run()
+    count = {kind: int(suite.get(kind)) for kind in ('tests', 'failures', 'errors', 'skipped')}
+    assert count['failures'] == count['errors'] == 0, output
+    assert count['tests'] - count['skipped'] >= 9 * len(VARIANTS)

@@ -1,0 +1,368 @@
+"""Runs: what they leave, that they repeat bit for bit, also when cut short, and what stops them."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, Dict, List
+
+import matplotlib.image
+import pytest
+import timm
+import torch
+import yaml
+from conftest import digits_config
+from rich.console import Console
+from safetensors.torch import load_file
+
+from t2t_vit.data import DataError, Digits, DiskBatches, MemoryBatches
+from t2t_vit.models.checkpoints import CheckpointError
+from t2t_vit.settings import UsageError
+from t2t_vit.train import loop
+from t2t_vit.train.log import Log, duration, read_records
+from t2t_vit.train.loop import Interrupted, Run, train
+from t2t_vit.train.state import Position, load_state, save_state
+
+SHORT = {'epochs': 1, 'optimizer.warmup_epochs': 0}
+GREY_PHOTOS = {'data.channels': 1, 'augment.rotate': 0}
+PHOTOS = {'data.mean': None, 'data.std': None, 'augment.rotate': 0}
+
+
+def records(folder: Path) -> List[Dict[str, Any]]:
+    """Of every epoch, but for the speed."""
+    return [{key: value for key, value in record.items() if key != 'images_per_second'}
+            for record in read_records(folder / 'metrics.jsonl')]
+
+
+def same_run(folder: Path, expected: Path) -> bool:
+    """Same metrics, same model, same last weights, averages and moments, bit for bit."""
+    states = [load_state(f / 'checkpoints') for f in (folder, expected)]
+    moments = [list(state['optimizer']['state'].values()) for state in states]
+    return records(folder) == records(expected) and all(
+        found.keys() == want.keys() and all(torch.equal(found[key], want[key]) for key in want)
+        for found, want in (
+            [load_file(f / 'model.safetensors') for f in (folder, expected)],
+            *([state[part] for state in states] for part in ('model', 'ema')),
+            *zip(*moments)))
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Ctrl-C in the middle of a step."""
+    step, made = Run.step, []
+
+    def stopping(run: Run, images: torch.Tensor, labels: torch.Tensor) -> float:
+        made.append(1)
+        if len(made) == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(run, images, labels)
+
+    monkeypatch.setattr(Run, 'step', stopping)
+
+
+# what a run leaves
+
+
+def test_a_run_folder_has_all_pieces(digits_run):
+    assert {str(p.relative_to(digits_run)) for p in digits_run.rglob('*') if p.is_file()} >= {
+        'config.yaml', 'config.json', 'model.safetensors', 'metrics.jsonl', 'curves.png',
+        'checkpoints/last.pt', 'checkpoints/before.pt'}
+    assert matplotlib.image.imread(digits_run / 'curves.png').std() > 0
+
+
+def test_records_of_every_epoch(digits_run):
+    found = read_records(digits_run / 'metrics.jsonl')
+    assert [record['epoch'] for record in found] == [0, 1]
+    assert found[1]['train_loss'] < found[0]['train_loss'] < 3
+    assert all(0 <= record['val_top1'] <= record['val_top5'] <= 1 for record in found)
+
+
+def test_a_run_can_be_repeated_from_its_config(digits_run, tmp_path):
+    config = yaml.safe_load((digits_run / 'config.yaml').read_text())
+    assert config.pop('output') == str(digits_run)
+    assert config == {key: value for key, value in yaml.safe_load(digits_config().to_yaml()).items() if key != 'output'}
+
+
+def test_a_run_folder_loads_in_timm(digits_run):
+    model = timm.create_model(f'local-dir:{digits_run}', pretrained=True).eval()
+    expected = timm.create_model('t2t_vit_4_16', in_chans=1, num_classes=10, depth=1).eval()
+    expected.load_state_dict(load_file(digits_run / 'model.safetensors'))
+    images = torch.randn(2, 1, 16, 16)
+    assert torch.equal(model(images), expected(images))
+    cfg = model.pretrained_cfg
+    assert cfg['label_names'] == [str(i) for i in range(10)]
+    assert (cfg['input_size'], *cfg['mean'], *cfg['std']) == ((1, 16, 16), 0.305, 0.376)
+
+
+def test_a_run_folder_knows_its_model_args(tmp_path):
+    args = {'model_args.depth': 2, 'model_args.token_layer': 'convolution', 'data.img_size': [16, 24]}
+    train(digits_config(output=str(tmp_path), **SHORT, **args))
+    model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert (len(model.blocks), model.img_size) == (2, (16, 24))
+    assert 'conv' in dict(model.tokens_to_token.attention1.named_children())
+
+
+# the same again
+
+
+def test_the_same_run_twice(digits_run, tmp_path):
+    train(digits_config(output=str(tmp_path)))
+    assert same_run(tmp_path, digits_run)
+
+
+def test_another_seed_is_another_run(digits_run, tmp_path):
+    train(digits_config(output=str(tmp_path), seed=1, **SHORT))
+    assert records(tmp_path)[0]['train_loss'] != records(digits_run)[0]['train_loss']
+
+
+@pytest.mark.parametrize('steps', [1, 5, 8], ids=['first step', 'last of an epoch', 'middle of the second'])
+def test_stopped_and_resumed(digits_run, tmp_path, monkeypatch, steps):
+    config = digits_config(output=str(tmp_path))
+    with monkeypatch.context() as context, pytest.raises(Interrupted, match='go on with --resume') as stop:
+        stop_after(context, steps)
+        train(config)
+    assert str(tmp_path / 'checkpoints' / 'last.pt') in str(stop.value)
+    train(config, resume=str(tmp_path))
+    assert same_run(tmp_path, digits_run)
+
+
+def test_stopped_and_resumed_with_all_randomness_on(photos, tmp_path, monkeypatch):
+    random = {
+        **PHOTOS, 'data.root': str(photos), 'data.memory': False, 'batch_size': 8, 'augment.mixup': 0.8,
+        'augment.cutmix': 1.0, 'augment.erase': 0.5, 'augment.auto_augment': 'rand-m9-mstd0.5-inc1',
+        'model_args.drop_path_rate': 0.2, 'model_args.drop_rate': 0.2}
+    train(digits_config(output=str(tmp_path / 'whole'), **random))
+    config = digits_config(output=str(tmp_path / 'parts'), **random)
+    with monkeypatch.context() as context, pytest.raises(Interrupted):
+        stop_after(context, 5)
+        train(config)
+    train(config, resume=str(tmp_path / 'parts'))
+    assert same_run(tmp_path / 'parts', tmp_path / 'whole')
+
+
+def test_a_torn_state_is_passed_over(digits_run, tmp_path):
+    config = digits_config(output=str(tmp_path))
+    train(config)
+    last = tmp_path / 'checkpoints' / 'last.pt'
+    last.write_bytes(last.read_bytes()[:1000])
+    train(config, resume=str(tmp_path))
+    assert same_run(tmp_path, digits_run)
+
+
+def test_resuming_a_finished_run_changes_nothing(digits_run, tmp_path):
+    config = digits_config(output=str(tmp_path))
+    record = train(config)
+    assert train(config, resume=str(tmp_path)) == record
+    assert same_run(tmp_path, digits_run)
+
+
+def test_the_whole_group_of_processes_is_interrupted(photos, tmp_path):
+    """As a terminal does it, with workers under way."""
+    run = subprocess.Popen(
+        [sys.executable, '-m', 't2t_vit.cli', 'train', '--recipe', 'small-images', '--data.root', str(photos),
+         '--batch_size', '4', '--model_args.depth', '1', '--output', str(tmp_path / 'run')],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    metrics = tmp_path / 'run' / 'metrics.jsonl'
+    while run.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGINT)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 130, output
+    assert f'go on with --resume {tmp_path / "run"}' in output and 'Traceback' not in output
+    assert load_state(tmp_path / 'run' / 'checkpoints')['position']['epoch'] >= 1
+
+
+def test_training_in_another_thread(tmp_path):
+    """Which receives no signals."""
+    results: List[Dict[str, Any]] = []
+    thread = threading.Thread(target=lambda: results.append(train(digits_config(output=str(tmp_path), **SHORT))))
+    thread.start()
+    thread.join()
+    assert results[0]['epoch'] == 0
+
+
+# what it can be made of
+
+
+@pytest.mark.parametrize('changes', [
+    {'augment.mixup': 0.8, 'augment.cutmix': 1.0},
+    {'precision': 'bf16'},
+    {'ema_decay': 0},
+    {'optimizer.layer_decay': 0.7, 'optimizer.clip_grad': 1.0},
+    {'optimizer.name': 'sgd', 'optimizer.cooldown_epochs': 1, 'optimizer.lr': 0.1},
+    {'model': 'vit_tiny_patch16_224', 'data.img_size': 16, 'model_args.depth': 1, 'augment.erase': 0.5},
+    {'model': 'test_convnext', 'data.img_size': 32},
+], ids=lambda changes: ' '.join(changes))
+def test_options_at_smoke_size(tmp_path, changes):
+    record = train(digits_config(output=str(tmp_path), **{**SHORT, **changes}))
+    assert 0 < record['train_loss'] < 10
+    assert ('val_top1_ema' in record) == ('ema_decay' not in changes)
+    assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).num_classes == 10
+
+
+@pytest.mark.parametrize('source', ['photos', 'parquet'])
+@pytest.mark.parametrize('memory', [False, True], ids=['disk', 'memory'])
+def test_data_of_ones_own(request, tmp_path, source, memory):
+    config = digits_config(output=str(tmp_path), batch_size=8, **SHORT, **PHOTOS, **{
+        'data.root': str(request.getfixturevalue(source)), 'data.memory': memory})
+    run = Run(config, tmp_path, None)
+    assert type(run.train_set) is type(run.val_set) is (MemoryBatches if memory else DiskBatches)
+    train(config)
+    assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).pretrained_cfg['label_names'] == [
+        'flower', 'roof', 'sky']
+
+
+def test_weights_from_a_run(digits_run, tmp_path):
+    trained = digits_config(weights=str(digits_run), output=str(tmp_path), **SHORT)
+    run = Run(trained, tmp_path, None)
+    for name, tensor in load_file(digits_run / 'model.safetensors').items():
+        assert torch.equal(run.net.state_dict()[name], tensor)
+    assert train(trained)['epoch'] == 0
+
+
+def test_weights_for_other_classes(digits_run, photos, tmp_path):
+    weights = digits_run / 'model.safetensors'
+    config = digits_config(batch_size=8, weights=str(weights), **GREY_PHOTOS, **{'data.root': str(photos)})
+    run = Run(config, tmp_path, None)
+    expected, found = load_file(weights), run.net.state_dict()
+    assert found['head.weight'].shape == (3, 128)
+    assert torch.equal(found['blocks.0.attn.qkv.weight'], expected['blocks.0.attn.qkv.weight'])
+
+
+# what stops it
+
+
+def test_a_folder_with_a_run_is_refused(digits_run):
+    before = {p: p.read_bytes() for p in digits_run.rglob('*') if p.is_file()}
+    with pytest.raises(UsageError, match=f'holds a run: go on with it by --resume {digits_run}'):
+        train(digits_config(output=str(digits_run)))
+    assert {p: p.read_bytes() for p in digits_run.rglob('*') if p.is_file()} == before
+
+
+def test_a_folder_with_a_model_is_refused(digits_run, tmp_path):
+    (tmp_path / 'model.safetensors').write_bytes((digits_run / 'model.safetensors').read_bytes())
+    with pytest.raises(UsageError, match='holds a trained model'):
+        train(digits_config(output=str(tmp_path)))
+
+
+def test_resuming_what_is_no_run(tmp_path):
+    with pytest.raises(UsageError, match='holds no state to resume from'):
+        train(digits_config(), resume=str(tmp_path))
+
+
+def test_resuming_as_another_run(digits_run):
+    changes = {'optimizer.lr': 0.1, 'model_args.drop_rate': 0.5, 'batch_size': 64, 'epochs': 9, 'data.workers': 0}
+    with pytest.raises(UsageError) as error:
+        train(digits_config(**changes), resume=str(digits_run))
+    assert str(error.value).splitlines() == [
+        f'optimizer.lr is 0.0015 in {digits_run}, and cannot become 0.1 there',
+        f'batch_size is 256 in {digits_run}, and cannot become 64 there',
+        f'model_args.drop_rate is None in {digits_run}, and cannot become 0.5 there']
+
+
+def test_states_that_are_all_torn(tmp_path):
+    for name in ('last.pt', 'before.pt'):
+        (tmp_path / name).write_bytes(b'PK torn')
+    with pytest.raises(CheckpointError, match='no state can be read: .*last.pt.*before.pt'):
+        load_state(tmp_path)
+
+
+def test_a_state_replaces_the_one_before(tmp_path):
+    for epoch in range(3):
+        save_state(tmp_path, {'position': vars(Position(epoch=epoch))})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['before.pt', 'last.pt']
+    assert load_state(tmp_path)['position']['epoch'] == 2
+
+
+@pytest.mark.parametrize('epochs, saved', [(0, ''), (1, '; the state before this epoch is in ')])
+def test_a_loss_that_is_not_finite(tmp_path, monkeypatch, epochs, saved):
+    step = Run.step
+    monkeypatch.setattr(Run, 'step', lambda run, images, labels: step(
+        run, images * (1 if run.position.epoch < epochs else float('nan')), labels))
+    with pytest.raises(FloatingPointError, match=f'the loss is nan at epoch {epochs + 1}, step 1: try .*{saved}'):
+        train(digits_config(output=str(tmp_path)))
+    assert len(records(tmp_path)) == epochs
+
+
+def test_other_classes_stop_it_before_it_starts(photos, tmp_path):
+    (tmp_path / 'data' / 'train' / 'cat').mkdir(parents=True)
+    (tmp_path / 'data' / 'val').symlink_to(photos / 'val')
+    (tmp_path / 'data' / 'train' / 'cat' / '1.jpg').write_bytes(b'')
+    with pytest.raises(DataError, match='only in train: cat; only in val: flower, roof, sky'):
+        train(digits_config(output=str(tmp_path / 'run'), **{'data.root': str(tmp_path / 'data')}))
+    assert not (tmp_path / 'run').exists()
+
+
+def test_fewer_images_than_a_batch(tmp_path):
+    with pytest.raises(DataError, match='1437 training images make no batch of 2000'):
+        train(digits_config(output=str(tmp_path / 'run'), batch_size=2000))
+
+
+def test_statistics_for_other_channels():
+    with pytest.raises(UsageError, match='a value for each of 1 channels'):
+        train(digits_config(**{'data.mean': [0.1, 0.2], 'data.std': [1, 1]}))
+
+
+# what it says
+
+
+def test_damaged_images_are_counted_and_named(photos, tmp_path, capsys):
+    (tmp_path / 'train').mkdir()
+    for name in ('flower', 'roof', 'sky'):
+        (tmp_path / 'train' / name).symlink_to(photos / 'train' / name)
+        (tmp_path / 'val' / name).mkdir(parents=True)
+        for file in (photos / 'val' / name).iterdir():
+            (tmp_path / 'val' / name / file.name).symlink_to(file)
+    (tmp_path / 'val' / 'sky' / 'text.jpg').write_text('not an image')
+    train(digits_config(output=str(tmp_path / 'run'), batch_size=8, **SHORT, **PHOTOS, **{'data.root': str(tmp_path)}))
+    assert records(tmp_path / 'run')[0]['damaged'] == 1
+    assert f'1 damaged images were left out: {tmp_path / "val" / "sky" / "text.jpg"}' in capsys.readouterr().out
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop, 'Log', lambda folder: Log(folder, interval=0))
+    train(digits_config(output=str(tmp_path), **SHORT))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == [
+        'model     t2t_vit_4_16, 150,876 learnable parameters, images of 1x16x16 on cpu',
+        'data      digits: 1,437 training and 360 validation images, 10 classes, in memory',
+        'schedule  1 epochs of 5 steps of 256 images, adamw, lr 0.0015, from scratch',
+        f'run       {tmp_path}']
+    assert [line.split()[1] for line in lines[4:9]] == ['1/5', '2/5', '3/5', '4/5', '5/5']
+    assert all(word in lines[4] for word in ('epoch 1/1', 'loss', 'lr', 'images/s', 'left'))
+    assert lines[9].startswith('epoch 1/1  training loss') and lines[10].startswith('best top-1')
+    assert '\x1b' not in ''.join(lines)
+
+
+def test_a_live_line_on_a_terminal(tmp_path):
+    screen = io.StringIO()
+    log = Log(tmp_path, Console(file=screen, force_terminal=True, width=120))
+    with log.live(10, 3):
+        log.step(4, 'epoch 1/2  loss 1.234  lr 1.0e-03  99 images/s', 60)
+    assert '\x1b[' in screen.getvalue() and '4/10' in screen.getvalue() and '99 images/s' in screen.getvalue()
+
+
+def test_records_of_epochs_to_come_are_forgotten(tmp_path):
+    log = Log(tmp_path)
+    for epoch in range(3):
+        log.record({'epoch': epoch})
+    with log.file.open('a') as file:
+        file.write('{"epoch": 3, "tor')
+    log.keep(2)
+    assert log.file.read_text().splitlines() == [json.dumps({'epoch': epoch}) for epoch in range(2)]
+
+
+@pytest.mark.parametrize('seconds, text', [(5, '0:05'), (65.9, '1:05'), (3723, '1:02:03')])
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_digits_in_colour(tmp_path):
+    config = digits_config(**{'data.channels': 3, 'data.mean': None, 'data.std': None})
+    run = Run(config, tmp_path, None)
+    images, labels = next(run.val_set.epoch())
+    assert images.shape == (256, 3, 16, 16) and labels.tolist()[:5] == list(Digits('val').labels[:5])
