@@ -21,7 +21,12 @@ from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 
 from t2t_vit.models.checkpoints import (
-    CheckpointError, convert_state_dict, load_weights, read_checkpoint, save_weights, verify_file,
+    CheckpointError,
+    convert_state_dict,
+    load_weights,
+    read_checkpoint,
+    save_weights,
+    verify_file,
 )
 from t2t_vit.models.t2t_vit import T2TViT
 
@@ -93,7 +98,7 @@ def test_mmpretrain_1x_gives_the_golden_logits(tmp_path):
 
 
 def test_mmcls_0x_keeps_the_scale_it_was_trained_with():
-    """Its published weights are of 0.x: every tensor as it is, under our names, place by place in the modules' order."""
+    """Its published weights are of 0.x: every tensor as it is, under our names, in the order of the modules."""
     checkpoint = read_checkpoint(GOLDEN / 'mmpretrain_transformer.pth')
     model = tiny('transformer')
     converted = convert_state_dict(checkpoint, model)

@@ -49,11 +49,12 @@ def test_words_of_the_command_line_become_values(key, text, value):
 
 def test_every_problem_in_one_message():
     assert problems(
-        ('epohcs', 5), ('batch_size', 'x'), ('optimizer.lr', -1), ('optimizer.name', 'adamv'), ('model', 't2t_vit_41'),
+        ('epohcs', 5), ('batch_size', 'x'), ('optimizer.lr', -1), ('optimizer.name', 'adamv'), ('model', 't2t_vit14'),
         ('augment.auto_augment', 'foo'), ('augment.scale', [0.5, 2])) == [
         'unknown option --epohcs, did you mean epochs?',
         "--batch_size: Expected a <class 'int'>. Got value: x",
-        "unknown model 't2t_vit_41', did you mean t2t_vit_14?; `t2t-vit models` lists ours, any other of timm will also do",
+        "unknown model 't2t_vit14', did you mean t2t_vit_14?; `t2t-vit models` lists ours, "
+        'any other of timm will also do',
         "unknown optimizer.name 'adamv', did you mean adam?",
         'optimizer.lr is above 0, got -1.0',
         'optimizer.min_lr 1e-05 is above optimizer.lr -1.0',
@@ -69,7 +70,7 @@ def test_every_problem_in_one_message():
     ('optimizer.clip_grad', 0), ('augment.scale', [0, 1]), ('augment.ratio', [2, 1]), ('augment.hflip', 2),
     ('augment.erase', -1), ('augment.erase_mode', 'x'), ('augment.interpolation', 'x'), ('augment.switch', 2),
     ('augment.rotate', -1), ('augment.color_jitter', -1), ('augment.smoothing', 1), ('augment.mixup', -1),
-    ('augment.cutmix', -1), ('weights', '/nowhere'), ('model_args.num_heads', 7), ('model_args.depth', 'x')])
+    ('augment.cutmix', -1), ('weights', '/nowhere'), ('model_args.num_heads', 7), ('model_args.block', 'x')])
 def test_impossible_values(key, value):
     assert key.split('.')[-1] in ' '.join(problems((key, value)))
 

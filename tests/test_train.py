@@ -195,8 +195,8 @@ def test_training_in_another_thread(tmp_path):
     {'optimizer.layer_decay': 0.7, 'optimizer.clip_grad': 1.0},
     {'optimizer.name': 'sgd', 'optimizer.cooldown_epochs': 1, 'optimizer.lr': 0.1},
     {'model': 'vit_tiny_patch16_224', 'data.img_size': 16, 'model_args.depth': 1, 'augment.erase': 0.5},
-    {'model': 'test_convnext', 'data.img_size': 32},
-], ids=lambda changes: ' '.join(changes))
+    {'model': 'test_convnext', 'model_args': {}, 'data.img_size': 32},
+], ids=' '.join)
 def test_options_at_smoke_size(tmp_path, changes):
     record = train(digits_config(output=str(tmp_path), **{**SHORT, **changes}))
     assert 0 < record['train_loss'] < 10
@@ -328,7 +328,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
     train(digits_config(output=str(tmp_path), **SHORT))
     lines = capsys.readouterr().out.splitlines()
     assert lines[:4] == [
-        'model     t2t_vit_4_16, 150,876 learnable parameters, images of 1x16x16 on cpu',
+        'model     t2t_vit_4_16, 346,716 learnable parameters, images of 1x16x16 on cpu',
         'data      digits: 1,437 training and 360 validation images, 10 classes, in memory',
         'schedule  1 epochs of 5 steps of 256 images, adamw, lr 0.0015, from scratch',
         f'run       {tmp_path}']

@@ -1,10 +1,12 @@
 """The screen."""
 
 import sys
+from typing import Any, Dict
 
 from rich.console import Console
 
 
 def console() -> Console:
     """Where tables are printed; in a pipe or a file, wide enough that none is cut."""
-    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
+    plain: Dict[str, Any] = dict(highlight=False, markup=False, emoji=False)  # names are no markup
+    return Console(**plain) if sys.stdout.isatty() else Console(**plain, width=200)

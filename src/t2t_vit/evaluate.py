@@ -98,14 +98,15 @@ def evaluate(
     seconds = time.perf_counter() - start
 
     screen = console()
-    table = Table('class', 'images', 'accuracy', title=f'{scores.count} images of {data} ({split})')
+    table = Table('class', 'images', 'accuracy')
     for name, share, n in zip(source.classes, scores.per_class, scores.confusion.sum(1).tolist()):
         table.add_row(name, str(n), '-' if share is None else f'{100 * share:.1f} %')
     screen.print(table)
     screen.print(f'top-1 {100 * scores.top1:.2f} %   top-5 {100 * scores.top5:.2f} %   loss {scores.loss:.4f}   '
-                  f'{scores.count / seconds:.0f} images/s')
+                 f'{scores.count / seconds:.0f} images/s   {scores.count} images of {data} ({split})', soft_wrap=True)
     if batches.damaged:
-        screen.print(f'{len(batches.damaged)} damaged images left out: {", ".join(batches.damaged[:5])}')
+        damaged = ', '.join(batches.damaged[:5])
+        screen.print(f'{len(batches.damaged)} damaged images left out: {damaged}', soft_wrap=True)
     result = dict(
         checkpoint=checkpoint, data=data, split=split, images=scores.count, top1=scores.top1, top5=scores.top5,
         loss=scores.loss, per_class=dict(zip(source.classes, scores.per_class)), damaged=batches.damaged)
@@ -114,5 +115,5 @@ def evaluate(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / 'scores.json').write_text(json.dumps(result, indent=2) + '\n')
         plot_confusion(scores.confusion, source.classes, folder / 'confusion.png')
-        screen.print(f'scores.json and confusion.png are in {folder}')
+        screen.print(f'scores.json and confusion.png are in {folder}', soft_wrap=True)
     return result

@@ -34,7 +34,7 @@ def plot_curves(records: Sequence[Dict[str, Any]], file: Path) -> None:
 
 def plot_confusion(counts: torch.Tensor, classes: Sequence[str], file: Path) -> None:
     """counts[true][predicted] as shares of each true class; names and numbers where there is room for them."""
-    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
     n = len(classes)
     figure = Figure(figsize=(min(4 + 0.32 * n, 16),) * 2, layout='constrained')
     axes = figure.subplots()

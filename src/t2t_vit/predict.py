@@ -91,9 +91,9 @@ def predict(
         raise DataError(f'not one image can be read: {", ".join(damaged[:5])}')
     screen.print(table)
     if damaged:
-        screen.print(f'{len(damaged)} damaged images left out: {", ".join(damaged[:5])}')
+        screen.print(f'{len(damaged)} damaged images left out: {", ".join(damaged[:5])}', soft_wrap=True)
     if picture:
         Path(picture).parent.mkdir(parents=True, exist_ok=True)
         plot_predictions(shown, Path(picture))
-        screen.print(f'the picture is {picture}')
+        screen.print(f'the picture is {picture}', soft_wrap=True)
     return results
