@@ -26,6 +26,7 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
     torch.set_num_threads(1)
 
 CLASSES = ['flower', 'roof', 'sky']
+SMALLER = {'depth': 1, 'token_dim': 16}
 
 
 def crops() -> Iterator[Tuple[str, str, Image.Image]]:
@@ -73,8 +74,8 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def digits_config(**changes: object) -> Config:
-    """The quick start's recipe with one block, for two epochs of five steps; with changes by dotted names."""
-    small = {'epochs': 2, 'batch_size': 256, 'optimizer.warmup_epochs': 1, 'model_args.depth': 1, **changes}
+    """The quick start's recipe for two epochs of five steps and a smaller model; with changes by dotted names."""
+    small = {'epochs': 2, 'batch_size': 256, 'optimizer.warmup_epochs': 1, 'model_args': SMALLER, **changes}
     return resolve(Config, read_settings(recipes()['digits']) + [(key, key, value) for key, value in small.items()])
 
 

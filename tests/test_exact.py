@@ -107,15 +107,15 @@ def test_published_model_at_full_size(file):
     }, expected), BOUND)
 
 
+# At token width 64 the rule's weights make |k|² and |q|² about 60, φ about exp(-30), and what stands in front of `proj`
+# nearly nothing. Rounding in the exponent is enlarged, in the published figures too: these two are up to 1.1e-5 off a
+# float64 run of the reference, ours 5e-6.
+NEARLY_NOTHING = [f'grad_norm.tokens_to_token.attention{i}.proj.weight' for i in (1, 2)]
+
+
 @pytest.mark.parametrize('name', TINY)
 def test_published_small_model(name):
-    """Values and every gradient.
-
-    Nearest to the bound come, at 9.6e-6, the norms of attention1|2.proj.weight's gradients in the files of token
-    width 64. There the rule's weights make |k|² and |q|² about 60, so that φ is exp(-30) or so and what stands in
-    front of `proj` is nearly nothing: rounding of the exponent is amplified, in the golden figures as well, which are
-    up to 1.1e-5 from a float64 run of the reference (ours 7e-6).
-    """
+    """Values and every gradient."""
     expected, metadata = read(name)
     model = golden_model(json.loads(metadata['config']), metadata['class'])
     found = results(model, expected.pop('input'), expected.pop('loss_weights'))
@@ -129,7 +129,9 @@ def test_published_small_model(name):
         elif kind == 'grad_norm':
             renamed[key] = found[f'gradient of {parameter}'].norm().view(1)
     assert sum('grad' in key for key in renamed) == 1 + len(list(model.parameters()))
-    check(errors(renamed, expected), BOUND)
+    found = errors(renamed, expected)
+    check({key: found.pop(key) for key in NEARLY_NOTHING if key in found}, 2 * BOUND)
+    check(found, BOUND)
 
 
 # the plain transcription

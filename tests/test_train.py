@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import digits_config
+from conftest import SMALLER, digits_config
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -89,7 +89,7 @@ def test_a_run_can_be_repeated_from_its_config(digits_run, tmp_path):
 
 def test_a_run_folder_loads_in_timm(digits_run):
     model = timm.create_model(f'local-dir:{digits_run}', pretrained=True).eval()
-    expected = timm.create_model('t2t_vit_4_16', in_chans=1, num_classes=10, depth=1).eval()
+    expected = timm.create_model('t2t_vit_4_16', in_chans=1, num_classes=10, **SMALLER).eval()
     expected.load_state_dict(load_file(digits_run / 'model.safetensors'))
     images = torch.randn(2, 1, 16, 16)
     assert torch.equal(model(images), expected(images))
@@ -194,7 +194,7 @@ def test_training_in_another_thread(tmp_path):
     {'ema_decay': 0},
     {'optimizer.layer_decay': 0.7, 'optimizer.clip_grad': 1.0},
     {'optimizer.name': 'sgd', 'optimizer.cooldown_epochs': 1, 'optimizer.lr': 0.1},
-    {'model': 'vit_tiny_patch16_224', 'data.img_size': 16, 'model_args.depth': 1, 'augment.erase': 0.5},
+    {'model': 'vit_tiny_patch16_224', 'model_args': {'depth': 1}, 'data.img_size': 16},
     {'model': 'test_convnext', 'model_args': {}, 'data.img_size': 32},
 ], ids=' '.join)
 def test_options_at_smoke_size(tmp_path, changes):
