@@ -95,6 +95,12 @@ def test_options_and_what_is_wrong_with_them():
     assert wrong == ["what is 'word' for? options are --name value", '--d has no value']
 
 
+def test_values_stay_as_they_were():
+    args = {'depth': 1}
+    config = resolve(Config, [('a', 'model_args', args), ('b', 'model_args.num_heads', 2)])
+    assert args == {'depth': 1} and config.model_args == {'depth': 1, 'num_heads': 2}
+
+
 def test_flatten():
     assert flatten({'a': {'b': 1, 'c': {}}, 'd': [2]}) == [('a.b', 1), ('a.c', {}), ('d', [2])]
 

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+from copy import deepcopy
 from importlib import resources
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Sequence, Tuple, Type, TypeVar
@@ -84,7 +85,7 @@ def nest(tree: Dict[str, Any], key: str, value: Any) -> Dict[str, Any]:
     branch = tree
     for parent in parents:
         branch = branch.setdefault(parent, {})
-    branch[name] = value
+    branch[name] = deepcopy(value)  # later settings may reach into it
     return tree
 
 

@@ -87,6 +87,7 @@ class Config:
         ema_decay: Of the moving average of the weights, warmed up; 0 for none.
         precision: no (float32), bf16 or fp16.
         device: cpu, or auto for the best there is.
+        threads: Of the CPU; torch's own choice by default. A small model on a busy machine is faster with one.
         seed: Of everything random.
         output: The run's folder; by default a new one in runs/.
     """
@@ -102,6 +103,7 @@ class Config:
     ema_decay: float = 0.99996
     precision: Literal['no', 'bf16', 'fp16'] = 'no'
     device: Literal['auto', 'cpu'] = 'auto'
+    threads: Optional[int] = None
     seed: int = 42
     output: Optional[str] = None
 
@@ -128,6 +130,7 @@ class Config:
             (self.batch_size % 2 == 0 or not (a.mixup or a.cutmix),
              f'mixup and cutmix need an even batch_size, got {self.batch_size}'),
             (0 <= self.ema_decay < 1, f'ema_decay is at least 0 and below 1, got {self.ema_decay}'),
+            (self.threads is None or self.threads >= 1, f'threads is at least 1, got {self.threads}'),
             (d.workers >= 0, f'data.workers is at least 0, got {d.workers}'),
             (d.img_size is None or min((d.img_size,) if isinstance(d.img_size, int) else d.img_size) >= 1,
              f'data.img_size is at least 1, got {d.img_size}'),

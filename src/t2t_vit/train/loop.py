@@ -44,7 +44,7 @@ from .log import Log
 from .state import Position, load_state, save_state
 
 # what another value of does not make another run; `epochs` prolongs or shortens it
-MAY_CHANGE = ('output', 'weights', 'device', 'epochs', 'data.root', 'data.workers')
+MAY_CHANGE = ('output', 'weights', 'device', 'epochs', 'threads', 'data.root', 'data.workers')
 
 
 class Interrupted(Exception):
@@ -150,6 +150,8 @@ class Run:
 
     def __init__(self, config: Config, folder: Path, state: Optional[Dict[str, Any]]) -> None:
         self.config, self.folder = config, folder
+        if config.threads:
+            torch.set_num_threads(config.threads)
         AcceleratorState._reset_state(reset_partial_state=True)  # shared by all of a process: another run's precision
         self.accelerator = Accelerator(mixed_precision=config.precision, cpu=config.device == 'cpu')
         train, val = (open_source(config.data.root, split) for split in ('train', 'val'))
