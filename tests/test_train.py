@@ -328,7 +328,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
     train(digits_config(output=str(tmp_path), **SHORT))
     lines = capsys.readouterr().out.splitlines()
     assert lines[:4] == [
-        'model     t2t_vit_4_16, 346,716 learnable parameters, images of 1x16x16 on cpu',
+        'model     t2t_vit_4_16, 161,772 learnable parameters, images of 1x16x16 on cpu',
         'data      digits: 1,437 training and 360 validation images, 10 classes, in memory',
         'schedule  1 epochs of 5 steps of 256 images, adamw, lr 0.0015, from scratch',
         f'run       {tmp_path}']
