@@ -173,7 +173,7 @@ class Config:
         policy = self.augment.auto_augment
         problems += refusal('augment.auto_augment', lambda: create_transform(32, is_training=True, auto_augment=policy))
         if is_model(self.model) and not unknown:
-            with torch.device('meta'):
+            with torch.device('meta' if self.family else 'cpu'):  # not every model of timm's can be built on meta
                 problems += refusal('model and model_args', lambda: timm.create_model(self.model, **self.model_args))
         return problems
 
