@@ -272,6 +272,15 @@ class ReferenceT2TViT(nn.Module):
         return self.stages(x)['head']
 
 
+def plain_14(img_size):
+    """T2T-ViT-14 as published, for `t2t-vit bench tests/reference.py:plain_14`."""
+    return ReferenceT2TViT(img_size=img_size)
+
+
+def plain_t_14(img_size):
+    return ReferenceT2TViT('transformer', img_size=img_size)
+
+
 def fill(module, seed=7):
     """Weights by rule: every parameter but the position table from its name, see golden/README.md."""
     for name, tensor in module.state_dict().items():

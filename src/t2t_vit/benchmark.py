@@ -91,6 +91,8 @@ class AllTokens(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, num_classes)."""
+        if not hasattr(self.model, 'forward_features'):  # a model of the user's own
+            return self.model(x)
         return self.model.forward_head(self.model.forward_features(x))  # type: ignore[operator]
 
 
