@@ -93,7 +93,7 @@ def test_recipe_below_file_below_option(run, tmp_path):
     (tmp_path / 'a.yaml').write_text('{epochs: 7, seed: 1, optimizer: {warmup_epochs: 2}}')
     code, lines, _ = run('train', '--seed', 2, '--config', tmp_path / 'a.yaml', '--recipe', 'digits', '--print_config')
     assert code == 0
-    assert {'model: t2t_vit_4_16', 'epochs: 7', 'seed: 2', '  warmup_epochs: 2', '  lr: 0.0015'} <= set(lines)
+    assert {'model: t2t_vit_4_16', 'epochs: 7', 'seed: 2', '  warmup_epochs: 2', '  lr: 0.002'} <= set(lines)
 
 
 def test_a_printed_config_gives_itself(run, tmp_path):

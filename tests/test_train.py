@@ -259,7 +259,7 @@ def test_resuming_as_another_run(digits_run):
     with pytest.raises(UsageError) as error:
         train(digits_config(**changes), resume=str(digits_run))
     assert str(error.value).splitlines() == [
-        f'optimizer.lr is 0.0015 in {digits_run}, and cannot become 0.1 there',
+        f'optimizer.lr is 0.002 in {digits_run}, and cannot become 0.1 there',
         f'batch_size is 256 in {digits_run}, and cannot become 64 there',
         f'model_args.drop_rate is None in {digits_run}, and cannot become 0.5 there']
 
@@ -330,7 +330,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
     assert lines[:4] == [
         'model     t2t_vit_4_16, 161,772 learnable parameters, images of 1x16x16 on cpu',
         'data      digits: 1,437 training and 360 validation images, 10 classes, in memory',
-        'schedule  1 epochs of 5 steps of 256 images, adamw, lr 0.0015, from scratch',
+        'schedule  1 epochs of 5 steps of 256 images, adamw, lr 0.002, from scratch',
         f'run       {tmp_path}']
     assert [line.split()[1] for line in lines[4:9]] == ['1/5', '2/5', '3/5', '4/5', '5/5']
     assert all(word in lines[4] for word in ('epoch 1/1', 'loss', 'lr', 'images/s', 'left'))
