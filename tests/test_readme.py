@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
 SMOKE = ['--epochs', '1', '--optimizer.warmup_epochs', '0', '--optimizer.cooldown_epochs', '0', '--batch_size', '8',
          '--model_args.depth', '1', '--data.workers', '0']
+SMOKE_BENCH = ['--rounds', '1', '--seconds', '0.01', '--memory', 'false', '--batch_size', '1', '--img_sizes', '[64]']
 
 
 def blocks(language: str) -> List[str]:
@@ -37,7 +38,7 @@ def run(words: List[str], folder: Path) -> None:
     """One command line, as far as it can be run small."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith('MAKE')}
     if words[0] == 't2t-vit':
-        smoke = SMOKE if words[1] == 'train' and '--resume' not in words else []
+        smoke = {'train': [] if '--resume' in words else SMOKE, 'bench': SMOKE_BENCH}.get(words[1], [])
         assert cli.main(words[1:] + smoke) == 0
     elif words[0] == 'make':
         subprocess.run([*words, '--dry-run'], cwd=ROOT, env=environment, check=True, capture_output=True)
