@@ -197,7 +197,7 @@ class T2TViT(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Groups for layer decay: tokens and class token, each block, norm and head."""
+        """Groups for layer decay: tokens and class token, each block (the last norm with the last), head."""
         return dict(
             stem=r'^cls_token|^pos_embed|^tokens_to_token', blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))])
 

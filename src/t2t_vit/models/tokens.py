@@ -121,7 +121,7 @@ class TokenPerformer(TokenLayer):
         return torch.exp(F.linear(x, self.w.to(x.dtype)) - half_norm)
 
     def kernel_attention(self, kqv: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """float32 (B, N, 3·D) -> attention's output and v, (B, N, D) each."""
+        """float32 or float64 (B, N, 3·D) -> attention's output and v, (B, N, D) each."""
         k, q, v = kqv.chunk(3, dim=-1)
         k, q = self.features(k), self.features(q)
         weights = q @ k.sum(1).unsqueeze(-1) + self.eps  # (B, N, 1)
