@@ -4,10 +4,11 @@ __version__ = '0.1.0'
 
 from .models.blocks import Block
 from .models.checkpoints import CheckpointError, convert_state_dict, load_weights
+from .models.pyramid import Pyramid
 from .models.t2t_vit import PUBLISHED, VARIANTS, T2TViT
 from .models.tokens import TokenLayer
 
 __all__ = [
-    'PUBLISHED', 'VARIANTS', 'Block', 'CheckpointError', 'T2TViT', 'TokenLayer', '__version__', 'convert_state_dict',
-    'load_weights',
+    'PUBLISHED', 'VARIANTS', 'Block', 'CheckpointError', 'Pyramid', 'T2TViT', 'TokenLayer', '__version__',
+    'convert_state_dict', 'load_weights',
 ]

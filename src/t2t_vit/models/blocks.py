@@ -11,8 +11,10 @@ from typing import Any, Callable, Dict, List, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import nn
+
+from .recompute import Mlp, recomputed
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, dropout: float) -> torch.Tensor:
@@ -154,9 +156,17 @@ class Block(nn.Module):
 
     def residual(self, x: torch.Tensor, class_only: bool) -> torch.Tensor:
         """Both residual steps, (B, N, C) -> (B, N, C), or (B, 1, C)."""
-        y = self.attn(self.norm1(x), class_only)
+        y = self.norm1(x)
+        if torch.jit.is_scripting():
+            x = (x[:, :1] if class_only else x) + self.drop_path(self.attn(y, class_only))
+            return x + self.drop_path(self.mlp(self.norm2(x)))
+        with recomputed(y, self.norm1, x):
+            y = self.attn(y, class_only)
         x = (x[:, :1] if class_only else x) + self.drop_path(y)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        y = self.norm2(x)
+        with recomputed(y, self.norm2, x):
+            y = self.mlp(y)
+        return x + self.drop_path(y)
 
     def forward(self, x: torch.Tensor, class_only: bool = False) -> torch.Tensor:
         """(B, N, C) -> (B, N, C), or (B, 1, C)."""

@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import re
+import zipfile
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple, Union, cast
 
 import torch
@@ -50,6 +51,8 @@ FIRST_LAYERS = {
 FIRST_NORM = ('tokens_to_token.attention1.norm1.weight', 'tokens_to_token.attention1.norm1.bias')
 
 HEAD = ('head.weight', 'head.bias')
+
+GROWTH, SMALL_FILE = 10, 100 << 20  # what a file may take in memory: so many times its size, or so many bytes
 
 
 class CheckpointError(ValueError):
@@ -100,8 +103,12 @@ def read_safetensors(path: PathLike) -> Dict[str, torch.Tensor]:
 def read_pickle(path: PathLike) -> Mapping[str, Any]:
     """What torch.save wrote, if it is of `SAFE_TYPES` only."""
     try:
+        check_growth(path, unpacked_size(path))
         with torch.serialization.safe_globals(SAFE_TYPES):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        check_growth(path, claimed_size(checkpoint))
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged pickle can raise anything
         wanted = re.findall(r'GLOBAL ([\w.]+)', str(error)) if isinstance(error, pickle.UnpicklingError) else []
         raise CheckpointError(
@@ -112,6 +119,28 @@ def read_pickle(path: PathLike) -> Mapping[str, Any]:
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f'{path} holds a {type(checkpoint).__name__}; expected a dict of tensors by name')
     return checkpoint
+
+
+def unpacked_size(path: PathLike) -> int:
+    """Bytes of a zip archive's records, as its directory has them; 0 for another file. torch.save compresses none."""
+    if not zipfile.is_zipfile(path):
+        return 0
+    with zipfile.ZipFile(path) as archive:
+        return sum(record.file_size for record in archive.infolist())
+
+
+def claimed_size(checkpoint: Any) -> int:
+    """Bytes of all tensors in a dict and the dicts in it, by their shapes: strides of 0 make few values many."""
+    if isinstance(checkpoint, torch.Tensor):
+        return checkpoint.numel() * checkpoint.element_size()
+    return sum(map(claimed_size, checkpoint.values())) if isinstance(checkpoint, dict) else 0
+
+
+def check_growth(path: PathLike, size: int) -> None:
+    """CheckpointError for what a file would take in memory, where that is out of proportion to the file."""
+    here = os.path.getsize(path)
+    if size > max(GROWTH * here, SMALL_FILE):
+        raise CheckpointError(f'{path} has {here:,} bytes and would take {size:,} in memory; such a file is refused')
 
 
 def verify_file(path: PathLike, size: Optional[int] = None, sha256: Optional[str] = None) -> None:
@@ -125,12 +154,17 @@ def verify_file(path: PathLike, size: Optional[int] = None, sha256: Optional[str
         raise CheckpointError(f'{path} has {found_size} bytes; expected {size}')
     if sha256 is None:
         return
+    if (found := hash_file(path)) != sha256.lower():
+        raise CheckpointError(f'{path} has SHA-256 {found}; expected {sha256}')
+
+
+def hash_file(path: PathLike) -> str:
+    """SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
         while part := file.read(1 << 20):
             digest.update(part)
-    if digest.hexdigest() != sha256.lower():
-        raise CheckpointError(f'{path} has SHA-256 {digest.hexdigest()}; expected {sha256}')
+    return digest.hexdigest()
 
 
 def save_weights(
@@ -148,7 +182,7 @@ def save_weights(
 
 def few(names: Iterable[str], count: int = 4) -> str:
     """The first of many names, for a message."""
-    names = list(names)
+    names = [name if len(name) <= 80 else f'{name[:80]}…' for name in names]
     return ', '.join(names[:count]) + (', …' if len(names) > count else '')
 
 
@@ -160,7 +194,14 @@ def select_weights(checkpoint: Mapping[str, Any], ema: bool) -> Mapping[str, tor
         raise CheckpointError(
             f'found no weights under {few(map(str, weights)) or "an empty dict"}; '
             f'expected tensors by name, or such a dict as {" or ".join(entries)}')
+    if odd := [name for name, tensor in weights.items() if is_odd(tensor)]:
+        raise CheckpointError(f'found sparse or quantized tensors, or such without values: {few(odd)}')
     return weights
+
+
+def is_odd(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is anything but plain numbers in memory."""
+    return tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested
 
 
 def rename(weights: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
@@ -266,13 +307,17 @@ def describe(state_dict: Mapping[str, torch.Tensor]) -> str:
 def check_fit(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
     """CheckpointError unless names and shapes are the expected ones; the head may be missing."""
     missing = [name for name in expected if name not in state_dict and name not in HEAD]
+    kinds = [f'{name} {str(tensor.dtype)[6:]} instead of {str(expected[name].dtype)[6:]}'
+             for name, tensor in state_dict.items()
+             if name in expected and tensor.is_floating_point() != expected[name].is_floating_point()]
     unexpected = [name for name in state_dict if name not in expected]
     other = [
         f'{name} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}'
         for name, tensor in state_dict.items() if name in expected and tensor.shape != expected[name].shape]
     problems = [
         f'{len(names)} {kind}: {few(names)}'
-        for kind, names in (('missing', missing), ('unexpected', unexpected), ('of another shape', other)) if names]
+        for kind, names in (('missing', missing), ('unexpected', unexpected), ('of another shape', other),
+                            ('of another kind', kinds)) if names]
     if problems:
         raise CheckpointError(
             f'found {describe(state_dict)}; expected {describe(expected)}; ' + '; '.join(problems))
@@ -316,9 +361,10 @@ def convert_state_dict(
     return state_dict
 
 
-def count_classes(path: PathLike, ema: bool = True) -> int:
-    """Classes of the head in a checkpoint file; 0 where it has none."""
-    return len(rename(select_weights(read_checkpoint(path), ema)).get('head.weight', ()))
+def count_classes(checkpoint: Mapping[str, Any], ema: bool = True) -> int:
+    """Classes of the head in a checkpoint; 0 where it has none."""
+    head = rename(select_weights(checkpoint, ema)).get('head.weight')
+    return len(head) if head is not None and head.ndim else 0
 
 
 def load_weights(

@@ -1,8 +1,8 @@
-"""The models as a list with their sizes, and published checkpoints as safetensors."""
+"""Models by name: their list with sizes, any model a user can name, and published checkpoints as safetensors."""
 
 import difflib
 import fnmatch
-from typing import Dict, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import timm
 import torch
@@ -10,7 +10,8 @@ from rich.table import Column, Table
 from torch import nn
 
 from ..console import console
-from .checkpoints import count_classes, load_weights, save_weights
+from .checkpoints import CheckpointError, PathLike, convert_state_dict, count_classes, read_checkpoint, save_weights
+from .own import load_own
 from .t2t_vit import PUBLISHED, VARIANTS
 
 
@@ -29,6 +30,51 @@ def check_name(model: str) -> None:
     if tag and model not in PUBLISHED:
         tags = [key.partition('.')[2] for key in PUBLISHED if key.split('.')[0] == name]
         raise ValueError(f'{name} has no tag {tag!r}; tags: {", ".join(tags) or "none"}')
+
+
+def build_from_file(
+        name: str, path: PathLike, ema: bool = True, mmpretrain_1x: Optional[bool] = None,
+        num_classes: Optional[int] = None, **kwargs: Any) -> Tuple[nn.Module, List[str]]:
+    """A registered model with the weights of any published file, and the names that keep their initial values.
+
+    It has the classes of the file's head unless `num_classes` says otherwise; `kwargs` are timm's and the model's.
+    Nothing is allocated before the file is known to fit.
+
+    Raises:
+        ValueError: if no model has this name.
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if the file cannot be used.
+    """
+    check_name(name)
+    checkpoint = read_checkpoint(path)
+    try:
+        classes = count_classes(checkpoint, ema) if num_classes is None else num_classes
+        with torch.device('meta'):
+            draft = timm.create_model(name, num_classes=classes, **kwargs)
+        weights = convert_state_dict(checkpoint, draft, ema, mmpretrain_1x)
+    except CheckpointError as error:
+        raise CheckpointError(f'{path}: {error}') from None
+    net = timm.create_model(name, num_classes=classes, **kwargs)
+    return net, list(net.load_state_dict(weights, strict=False).missing_keys)
+
+
+def build(name: str, img_size: Union[int, Tuple[int, int]], **kwargs: Any) -> nn.Module:
+    """A model for this image size: any that `timm.create_model` knows, or FILE.py:FUNCTION, called with `img_size`.
+
+    `kwargs`, as `pretrained`, are for timm's alone.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    if '.py:' in name:
+        return load_own(name)(img_size=img_size)
+    if not name.startswith(('hf-hub:', 'local-dir:')) and not timm.models.is_model(name):
+        raise ValueError(f'unknown model {name!r}; expected a name timm knows, hf-hub:USER/NAME, local-dir:FOLDER, '
+                         'or FILE.py:FUNCTION')
+    try:
+        return timm.create_model(name, img_size=img_size, **kwargs)
+    except TypeError:  # convolutional networks take any size as they are
+        return timm.create_model(name, **kwargs)
 
 
 def models(pattern: str = '*') -> Dict[str, Tuple[int, int]]:
@@ -73,10 +119,8 @@ def convert(
         in_chans: Adapt the first layer to another number of channels.
         img_size: Resize the position table for another image size; by default the model's own.
     """
-    check_name(model)
-    kwargs = dict(in_chans=in_chans, num_classes=count_classes(file, ema) if num_classes is None else num_classes)
-    net = timm.create_model(model, **kwargs, **({'img_size': img_size} if img_size else {}))
-    new = load_weights(net, file, ema, mmpretrain_1x)
+    size = {'img_size': img_size} if img_size else {}
+    net, new = build_from_file(model, file, ema, mmpretrain_1x, num_classes, in_chans=in_chans, **size)
     save_weights(net.state_dict(), output, {'model': model})
     total, learned = count_parameters(net)
     print(f'{output}: {model}, {total:,} parameters, {learned:,} learned' + (f'; new: {", ".join(new)}' if new else ''))

@@ -10,6 +10,8 @@ from typing import List, NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
+from .recompute import scale_shift
+
 
 class Split(NamedTuple):
     """One soft split: k×k windows, a window every `stride` pixels (overlap s = k - stride), `padding` zeros around.
@@ -98,8 +100,8 @@ def _split_norm_linear(
     out = F.conv2d(x, as_kernel(scaled, kernel), stride=stride)
     if x.device.type != 'cpu':
         out = out - (mean * scaled.sum(1).view(1, -1, 1, 1)).detach()
-    shift = F.linear(norm_bias.to(x.dtype), weight, None if bias is None else bias.to(x.dtype))
-    return torch.addcmul(shift.view(1, -1, 1, 1), out, (var + eps).rsqrt())
+    shift = F.linear(norm_bias.to(x.dtype), weight, None if bias is None else bias.to(x.dtype)).view(1, -1, 1, 1)
+    return scale_shift(out, (var + eps).rsqrt(), shift)
 
 
 def split_norm_linear(

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import resample_abs_pos_embed, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -29,18 +29,14 @@ from torch.utils.checkpoint import checkpoint
 
 from .blocks import BLOCKS, build_blocks
 from .checkpoints import convert_state_dict, load_weights, verify_file
+from .own import load_own
+from .positions import resample, sinusoid_table
+from .pyramid import Pyramid
 from .soft_split import Split
 from .tokens import TOKEN_LAYERS, TokenPerformer, TokensToToken, to_map, to_tokens
 
 POOLS = ('token', 'avg', '')
 PAPER_SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))  # kernel, stride, padding (Sec. 3.1)
-
-
-def sinusoid_table(positions: int, dim: int) -> torch.Tensor:
-    """The fixed position table (Sec. 3.2): sin and cos of position / 10000^(2i/D), alternating; (1, positions, D)."""
-    rates = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angles = torch.arange(positions, dtype=torch.float64).unsqueeze(1) * rates
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[None, :, :dim].float()
 
 
 def init_weights(module: nn.Module, name: str = '') -> None:
@@ -54,15 +50,21 @@ def init_weights(module: nn.Module, name: str = '') -> None:
 
 
 def choose(kind: str, value: Any, table: Dict[str, Any]) -> Any:
-    """The table's entry, or `value` itself where it is a callable of the user's own; ValueError for another name."""
+    """The table's entry, or what is the user's own: `value` itself where it is a callable, or a class in FILE.py:CLASS.
+
+    Raises:
+        ValueError: for another name.
+    """
     if callable(value):
         return value
+    if '.py:' in str(value):
+        return load_own(value)
     if value in table:
         return table[value]
     near = difflib.get_close_matches(str(value), table, n=1)
     raise ValueError(
         f'unknown {kind} {value!r}' + (f', did you mean {near[0]!r}?' if near else '')
-        + f' (choices: {", ".join(map(repr, table))}, or a callable)')
+        + f' (choices: {", ".join(map(repr, table))}, a callable, or FILE.py:CLASS)')
 
 
 class T2TViT(nn.Module):
@@ -78,13 +80,14 @@ class T2TViT(nn.Module):
         global_pool: What the head reads: the class `token`, the `avg` of the other tokens, or '' (no pooling).
         splits: (kernel, stride, padding) of each soft split; the default is the paper's. A token layer follows each
             but the last, so a single one, with `token_layer='none'`, is a ViT's hard or soft patch embedding.
-        token_layer: `performer`, `transformer`, `convolution` or `none`, or a class of one's own (see `TokenLayer`).
+        token_layer: `performer`, `transformer`, `convolution` or `none`, or a class of one's own (see `TokenLayer`),
+            itself or as FILE.py:CLASS.
         token_dim: Width of the token layers.
         embed_dim: Width of the backbone; of its first block where blocks are dense.
         depth: Number of blocks, or the numbers in each group, with a transition to half the width between groups.
         num_heads: Attention heads of each block.
         mlp_ratio: Hidden width of a block's MLP over its width.
-        block: `plain`, `se`, `ghost` or `dense`, or a class of one's own (see `Block`).
+        block: `plain`, `se`, `ghost` or `dense`, or a class of one's own (see `Block`), itself or as FILE.py:CLASS.
         growth_rate: Channels that a dense block adds.
         drop_rate: Dropout before the head.
         pos_drop_rate: Dropout after the position table.
@@ -139,6 +142,9 @@ class T2TViT(nn.Module):
              f"token_layer='none' takes a single split, as ((16, 16, 0),), got {len(cuts)}"),
             (embed_dim % num_heads != 0, f'embed_dim {embed_dim} is not a multiple of num_heads {num_heads}'),
             (embed_dim % 2 != 0, f'embed_dim must be even, got {embed_dim}'),
+            (sum((depth,) if isinstance(depth, int) else depth) > 1000, f'depth is at most 1000, got {depth}'),
+            (not all(1 <= side <= 32768 for side in self.img_size),
+             f'img_size is at least 1 and at most 32768, got {img_size}'),
             (num_classes < 0, f'num_classes is at least 0, got {num_classes}'),
             (any(not 0 <= rate < 1 for rate in (
                 drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate)),
@@ -179,6 +185,8 @@ class T2TViT(nn.Module):
 
     def init_weights(self) -> None:
         """Give every weight its published initial distribution."""
+        if self.cls_token.is_meta:  # nothing to fill, and torch would take a second over it
+            return
         named_apply(init_weights, self)
         trunc_normal_(self.cls_token, std=.02)
 
@@ -228,14 +236,14 @@ class T2TViT(nn.Module):
         """Resample the position table for another image size, once, instead of at every forward."""
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         old, self.grid_size = self.grid_size, self.tokens_to_token.grids(*self.img_size)[-1]
-        self.pos_embed = resample_abs_pos_embed(self.pos_embed, list(self.grid_size), list(old))
+        self.pos_embed = resample(self.pos_embed, self.grid_size, old)
         for record in ('_traits', '_model_args'):  # where timm's builder notes what it saves beside the weights
             if record in self.__dict__:
                 getattr(self, record)['img_size'] = self.img_size
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """Class token in front, positions added: a map (B, D, h, w) -> (B, 1 + N, D)."""
-        pos_embed = resample_abs_pos_embed(self.pos_embed, [x.shape[-2], x.shape[-1]], self.grid_size)
+        pos_embed = resample(self.pos_embed, (x.shape[-2], x.shape[-1]), self.grid_size)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), to_tokens(x)], dim=1)
         return self.pos_drop(x + pos_embed)
 
@@ -499,7 +507,8 @@ def build(name: str, pretrained: bool, **kwargs: Any) -> T2TViT:
     stages = len(args['splits']) - 1
     return build_model_with_cfg(
         T2TViT, name, pretrained, pretrained_filter_fn=convert_state_dict,
-        feature_cfg=dict(feature_cls='getter', out_indices=(*range(stages), -1) if stages else 3), **args)
+        feature_cfg=dict(feature_cls=Pyramid, out_indices=stages + 1) if stages else dict(
+            feature_cls='getter', out_indices=3), **args)
 
 
 def register(name: str) -> Callable[..., T2TViT]:

@@ -8,14 +8,14 @@ Letters: B images, C channels, (H, W) the map, (h, w) the grid after the split, 
 
 import math
 from collections import OrderedDict
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from timm.models import register_notrace_module
 from torch import nn
 
+from .recompute import Mlp, recomputed
 from .soft_split import Split, full_precision, split_linear, split_norm_linear
 
 
@@ -26,6 +26,10 @@ class TokenLayer(nn.Module):
     (B, in_chans, H, W) to (B, token_dim, h, w).
     """
 
+    if TYPE_CHECKING:  # TorchScript would read them as attributes of every layer
+        norm2: nn.Module  # of those that end in `mlp_map`
+        mlp: nn.Module
+
     def __init__(self, in_chans: int, token_dim: int, split: Split) -> None:
         super().__init__()
         self.in_chans = in_chans
@@ -33,6 +37,14 @@ class TokenLayer(nn.Module):
         self.kernel, self.stride, self.padding = split
         self.window_dim = in_chans * split.kernel ** 2
         self.norm_eps = 1e-5
+
+    def mlp_map(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """The MLP's residual step with a layer's own `norm2` and `mlp`, then the map: (B, N, D) -> (B, D, h, w)."""
+        y = self.norm2(x)
+        if torch.jit.is_scripting():
+            return to_map(x + self.mlp(y), height, width)
+        with recomputed(y, self.norm2, x):
+            return to_map(x + self.mlp(y), height, width)
 
 
 def to_tokens(x: torch.Tensor) -> torch.Tensor:
@@ -43,6 +55,23 @@ def to_tokens(x: torch.Tensor) -> torch.Tensor:
 def to_map(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Re-structurization (Sec. 3.1): (B, N, C) -> (B, C, h, w), a channels_last view."""
     return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+class Dropout(nn.Dropout):
+    """Dropout whose mask on a CPU takes a number of 16 bits for each value, four of one that is drawn.
+
+    torch draws one for each value, one after the other. The chance is a multiple of 2^-16, 0.10001 for 0.1.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Any shape, the same."""
+        if torch.jit.is_scripting():
+            return F.dropout(x, self.p, self.training)
+        if not self.training or x.device.type != 'cpu' or torch.compiler.is_compiling():
+            return F.dropout(x, self.p, self.training)
+        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
+        kept = bits[:x.numel()].view(x.shape) >= round(self.p * 2 ** 16) - 2 ** 15
+        return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
 
 
 class SingleHeadAttention(nn.Module):
@@ -78,9 +107,23 @@ class TokenTransformer(TokenLayer):
         q, k, v = to_tokens(qkv).unsqueeze(1).chunk(3, dim=-1)  # (B, 1, N, D) each
         x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         x = v.squeeze(1) + self.attn.proj(x.squeeze(1))
-        x = x + self.mlp(self.norm2(x))
-        return to_map(x, height, width)
+        return self.mlp_map(x, height, width)
 
+
+
+class PerformerMlp(nn.Sequential):
+    """Linear, GELU, Linear, dropout, under their published names; keeps GELU's input only for the backward pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        hidden = self[0](x)
+        x = self[1](hidden)
+        if torch.jit.is_scripting():
+            x = self[2](x)
+        else:
+            with recomputed(x, self[1], hidden):
+                x = self[2](x)
+        return self[3](x)
 
 
 class TokenPerformer(TokenLayer):
@@ -104,10 +147,10 @@ class TokenPerformer(TokenLayer):
         self.norm1 = nn.LayerNorm(self.window_dim, eps=self.norm_eps)
         self.kqv = nn.Linear(self.window_dim, 3 * token_dim)
         self.proj = nn.Linear(token_dim, token_dim)
-        self.proj_drop = nn.Dropout(self.dropout)
+        self.proj_drop = Dropout(self.dropout)
         self.norm2 = nn.LayerNorm(token_dim)
-        self.mlp = nn.Sequential(
-            nn.Linear(token_dim, token_dim), nn.GELU(), nn.Linear(token_dim, token_dim), nn.Dropout(self.dropout))
+        self.mlp = PerformerMlp(
+            nn.Linear(token_dim, token_dim), nn.GELU(), nn.Linear(token_dim, token_dim), Dropout(self.dropout))
         self.register_buffer('w', torch.empty(self.num_features, token_dim))
         self.init_features()
 
@@ -125,7 +168,7 @@ class TokenPerformer(TokenLayer):
         k, q, v = kqv.chunk(3, dim=-1)
         k, q = self.features(k), self.features(q)
         weights = q @ k.sum(1).unsqueeze(-1) + self.eps  # (B, N, 1)
-        return (q @ (k.transpose(1, 2) @ v)) / weights, v
+        return (q / weights) @ (k.transpose(1, 2) @ v), v  # m is half of D: half the divisions
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, D, h, w)."""
@@ -139,8 +182,7 @@ class TokenPerformer(TokenLayer):
             with full_precision(x):
                 y, v = self.kernel_attention(to_tokens(kqv))
         x = v.to(x.dtype) + self.proj_drop(self.proj(y.to(x.dtype)))
-        x = x + self.mlp(self.norm2(x))
-        return to_map(x, height, width)
+        return self.mlp_map(x, height, width)
 
 
 
