@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 from copy import deepcopy
 from importlib import resources
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 T = TypeVar('T')
+MOST_VALUES = 10_000  # of a file
 Setting = Tuple[str, str, Any]  # where it stands, its dotted key, its value
 
 
@@ -32,7 +34,8 @@ def require(rules: Iterable[Tuple[bool, str]]) -> None:
 
 def recipes() -> Dict[str, Path]:
     """The shipped recipes by name."""
-    return {file.stem: file for file in sorted(Path(str(resources.files(__package__) / 'recipes')).glob('*.yaml'))}
+    files = Path(str(resources.files(__package__) / 'recipes')).glob('*.yaml')
+    return {file.stem: file for file in sorted(files, key=lambda file: file.stem)}
 
 
 def options(argv: Sequence[str], flags: Sequence[str] = ()) -> Tuple[List[Tuple[str, Any]], List[str]]:
@@ -55,19 +58,66 @@ def options(argv: Sequence[str], flags: Sequence[str] = ()) -> Tuple[List[Tuple[
     return found, problems
 
 
-def read_settings(file: Path) -> List[Setting]:
-    """The leaves of a YAML file.
+def read_settings(file: Path, above: Sequence[Path] = ()) -> List[Setting]:
+    """The leaves of a YAML file, behind those of the recipe that it names as its `base`.
+
+    `base` is a shipped recipe's name, or a file beside this one. `above` are the files on the way here.
 
     Raises:
-        UsageError: if it is not there, or no YAML mapping.
+        UsageError: if it is not there, no YAML mapping, or its own base.
     """
     try:
-        tree = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f'cannot read {file}: {" ".join(str(error).split())}') from None
+        text = file.read_text()
+    except (OSError, ValueError) as error:  # ValueError: bytes that are no text, names that are no path
+        raise UsageError(f'cannot read {file}: {error}') from None
+    tree = parse_settings(text, str(file))
+    base = tree.pop('base', None)
+    settings: List[Setting] = []
+    if base is not None:
+        beside = file.parent / str(base)
+        if str(base) not in recipes() and not os.path.isfile(beside):  # Path.is_file raises where a name is too long
+            raise UsageError(
+                f'base in {file}: no recipe and no file {str(base)[:200]!r}{nearest(str(base), recipes())}')
+        source = recipes().get(str(base), beside)
+        if source in (*above, file):
+            raise UsageError(f'base in {file}: {base} leads back to itself')
+        settings = read_settings(source, (*above, file))
+    return settings + [(f'{key} in {file}', key, value) for key, value in flatten(tree)]
+
+
+def parse_settings(text: str, place: str) -> Dict[str, Any]:
+    """A YAML mapping, with nothing executed; `place` is where it stands, for messages.
+
+    Raises:
+        UsageError: if it is none, or one that unfolds without measure.
+    """
+    try:
+        tree = yaml.safe_load(text)
+        count = count_values(tree, {})
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of dates and long numbers
+        raise UsageError(f'cannot read {place}: {" ".join(str(error).split())}') from None
+    if count > MOST_VALUES:
+        raise UsageError(f'{place} unfolds to {count:,} values; a configuration has at most {MOST_VALUES:,}')
     if not isinstance(tree, dict):
-        raise UsageError(f'{file} holds no settings: expected lines of key: value')
-    return [(f'{key} in {file}', key, value) for key, value in flatten(tree)]
+        raise UsageError(f'{place} holds no settings: expected lines of key: value')
+    return tree
+
+
+def count_values(node: Any, known: Dict[int, int]) -> int:
+    """Values of nested dicts and lists, those behind YAML's aliases counted as often as they appear.
+
+    Raises:
+        ValueError: if something holds itself.
+    """
+    if not isinstance(node, (dict, list)):
+        return 1
+    if known.get(id(node)) == 0:
+        raise ValueError('an alias leads back to itself')
+    if id(node) not in known:
+        known[id(node)] = 0
+        known[id(node)] = 1 + sum(count_values(child, known) for child in (
+            node.values() if isinstance(node, dict) else node))
+    return known[id(node)]
 
 
 def flatten(tree: Dict[str, Any], prefix: str = '') -> List[Tuple[str, Any]]:
@@ -80,11 +130,13 @@ def flatten(tree: Dict[str, Any], prefix: str = '') -> List[Tuple[str, Any]]:
 
 
 def nest(tree: Dict[str, Any], key: str, value: Any) -> Dict[str, Any]:
-    """Set tree['a']['b'] for 'a.b'; gives the tree."""
+    """Set `tree['a']['b']` for 'a.b'; gives the tree."""
     *parents, name = key.split('.')
     branch = tree
     for parent in parents:
-        branch = branch.setdefault(parent, {})
+        if not isinstance(branch.get(parent), dict):  # a later setting goes over a plain value
+            branch[parent] = {}
+        branch = branch[parent]
     branch[name] = deepcopy(value)  # later settings may reach into it
     return tree
 
@@ -101,20 +153,37 @@ def resolve(kind: Type[T], settings: Sequence[Setting], problems: Sequence[str] 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, 'config')
     known = [key.partition('.')[2] for key in vars(parser.get_defaults().as_flat())]
-    tree: Dict[str, Any] = {}
-    problems = list(problems)
-    for place, key, value in settings:
+
+    def parse(some: Sequence[Setting], defaults: bool = True) -> Any:
+        tree: Dict[str, Any] = {}
+        for _, key, value in some:
+            nest(tree, f'config.{key}', value)
+        return parser.parse_object(tree, defaults=defaults)
+
+    def problem(setting: Setting) -> str:
+        place, key, _ = setting
         if not any(key == name or key.startswith(f'{name}.') for name in known):
-            problems.append(f'unknown option {place}{nearest(key, known)}')
-            continue
+            return f'unknown option {place[:200]}{nearest(key, known)}'
         try:
-            parser.parse_object(nest({}, f'config.{key}', value))
+            parse([setting], defaults=False)
         except argparse.ArgumentError as error:
-            problems.append(f'{place}: {" ".join(str(error).split()[3:])}')  # without jsonargparse's own name of it
-            continue
-        nest(tree, f'config.{key}', value)
-    config = parser.instantiate(parser.parse_object(tree)).config
+            return f'{place}: {" ".join(str(error).split()[3:])}'  # without jsonargparse's own name of it
+        return ''
+
+    problems = list(problems)
+    settings = [(place, key, 'null' if value is None else value) for place, key, value in settings]  # type-checked so
+    try:
+        if any(name.startswith(f'{key}.') for _, key, _ in settings for name in known):
+            raise AttributeError('a plain value for a group of settings')
+        parsed = parse(settings)
+    except (argparse.ArgumentError, AttributeError):  # a wrong type, or options of what is no group of options
+        # one by one takes many times as long, and finds all that is wrong
+        found = [(problem(setting), setting) for setting in settings]
+        problems += [text for text, _ in found if text]
+        parsed = parse([setting for text, setting in found if not text])
+    config = parser.instantiate(parsed).config
     problems += config.problems()
     if problems:
-        raise UsageError('\n'.join(problems))
+        more = [f'… and {len(problems) - 50} more'] if len(problems) > 50 else []
+        raise UsageError('\n'.join([*problems[:50], *more]))
     return config

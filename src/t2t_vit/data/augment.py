@@ -1,0 +1,438 @@
+"""Augmentation of whole batches on their device, by the recipes and the definitions that timm has for single images.
+
+Images are floats (B, C, H, W) that hold whole shades, 0 to 255. What is random comes in as numbers in [0, 1), a row
+for each image, and each operation is applied to the images of a batch that drew it: no loop goes over images.
+
+Two things differ from timm: everything is resampled bilinearly, and a crop is taken of the image at the model's size.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from timm.data.auto_augment import rand_augment_transform
+
+
+@dataclass
+class Augment:
+    """What is done to training images.
+
+    Args:
+        scale: Share of the image's area that the random crop keeps, least and most; 1 and 1 for no crop.
+        ratio: Aspect of the crop, least and most.
+        pad: Black pixels put around the image at the model's size, from which a window of that size is cut.
+        hflip: Chance of a mirror image; 0 for digits and letters.
+        rotate: Largest random rotation, degrees either way (small sets held in memory only).
+        color_jitter: Strength of brightness, contrast and saturation jitter (not with auto_augment).
+        auto_augment: timm's policy, as rand-m9-mstd0.5-inc1.
+        interpolation: bilinear, bicubic or random; always bilinear for sets held in memory.
+        erase: Chance that a random rectangle is erased.
+        erase_mode: pixel (noise), rand (one colour) or const (black).
+        mixup: Alpha of mixup, 0 for none.
+        cutmix: Alpha of cutmix, 0 for none.
+        switch: Chance of cutmix where both are on.
+        smoothing: Label smoothing.
+    """
+
+    scale: Tuple[float, float] = (0.08, 1.0)
+    ratio: Tuple[float, float] = (0.75, 1.3333)
+    pad: int = 0
+    hflip: float = 0.5
+    rotate: float = 0.0
+    color_jitter: float = 0.0
+    auto_augment: Optional[str] = 'rand-m9-mstd0.5-inc1'
+    interpolation: str = 'random'
+    erase: float = 0.25
+    erase_mode: str = 'pixel'
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    switch: float = 0.5
+    smoothing: float = 0.1
+
+
+# Operations: images, an argument for each (B, 1, 1, 1), and the colour that fills what comes in from outside (C, 1, 1).
+
+Operation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def grey(images: torch.Tensor) -> torch.Tensor:
+    """Luminance, (B, 1, H, W), in PIL's whole numbers."""
+    if images.shape[1] == 1:
+        return images
+    red, green, blue = images.int().split(1, dim=1)
+    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).float()
+
+
+def blend(start: torch.Tensor, images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """From `start` at 0 through the images at 1 and on."""
+    return (start + factor * (images - start)).clamp(0, 255).floor()
+
+
+def auto_contrast(images: torch.Tensor, _: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
+    """Each channel's darkest shade to 0, its brightest to 255."""
+    low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
+    return torch.where(high > low, ((images - low) * 255 / (high - low).clamp(min=1)).floor(), images)
+
+
+def equalize(images: torch.Tensor, _: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
+    """Each channel's shades as evenly spread as they can be."""
+    flat = images.flatten(2).long()
+    counts = torch.zeros(*flat.shape[:2], 256, device=images.device)
+    counts.scatter_add_(2, flat, torch.ones(1, device=images.device).expand(flat.shape))
+    shades = torch.arange(256, device=images.device)
+    brightest = flat.amax(2, keepdim=True)
+    step = ((flat.shape[2] - counts.gather(2, brightest)) / 255).floor()
+    below = counts.cumsum(2) - counts
+    table = (((step / 2).floor() + below) / step.clamp(min=1)).floor().clamp(max=255)
+    return torch.where(step > 0, table, shades).gather(2, flat).view_as(images)
+
+
+def invert(images: torch.Tensor, _: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
+    """The negative."""
+    return 255 - images
+
+
+def posterize(images: torch.Tensor, bits: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """Only the highest bits of each shade."""
+    width = 2 ** (8 - bits.clamp(max=8))
+    return (images / width).floor() * width
+
+
+def solarize(images: torch.Tensor, threshold: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """The negative of what is as bright as the threshold."""
+    return torch.where(images < threshold, images, 255 - images)
+
+
+def solarize_add(images: torch.Tensor, add: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """The dark half made brighter."""
+    return torch.where(images < 128, (images + add).clamp(max=255), images)
+
+
+def color(images: torch.Tensor, factor: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """Saturation: 0 for grey, 1 for the image."""
+    return blend(grey(images), images, factor)
+
+
+def contrast(images: torch.Tensor, factor: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """0 for the mean luminance, 1 for the image."""
+    return blend((grey(images).mean((1, 2, 3), keepdim=True) + 0.5).floor(), images, factor)
+
+
+def brightness(images: torch.Tensor, factor: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """0 for black, 1 for the image."""
+    return blend(torch.zeros_like(images), images, factor)
+
+
+def sharpness(images: torch.Tensor, factor: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """0 for the image smoothed by PIL's 3×3 filter, which leaves the outermost pixels alone; 1 for the image."""
+    if min(images.shape[2:]) < 3:
+        return images
+    channels = images.shape[1]
+    kernel = torch.ones(3, 3, device=images.device)
+    kernel[1, 1] = 5
+    inner = F.conv2d(images, kernel.expand(channels, 1, 3, 3), groups=channels)
+    smooth = images.clone()
+    smooth[:, :, 1:-1, 1:-1] = (inner / 13 + 0.5).floor()
+    return blend(smooth, images, factor)
+
+
+def warp(images: torch.Tensor, theta: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+    """Resample: theta maps output places to input places, both in [-1, 1], (B, 2, 3); outside there is `fill`."""
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    found = F.grid_sample(images, grid, mode='bilinear', padding_mode='border', align_corners=False).round()
+    inside = ((grid >= -1) & (grid < 1)).all(-1)[:, None]
+    return torch.where(inside, found, fill)
+
+
+def plane(rows: Sequence[Sequence['float | torch.Tensor']], like: torch.Tensor) -> torch.Tensor:
+    """Six numbers for each image, as (B, 2, 3)."""
+    flat = like.flatten()
+    return torch.stack([torch.stack([value + torch.zeros_like(flat) for value in row], 1) for row in rows], 1)
+
+
+def shear_x(images: torch.Tensor, factor: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+    """The lower, the further to the left, from the upper edge on."""
+    slope = factor.flatten() * images.shape[2] / images.shape[3]
+    return warp(images, plane([[1, slope, slope], [0, 1, 0]], factor), fill)
+
+
+def shear_y(images: torch.Tensor, factor: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+    """The further to the right, the higher, from the left edge on."""
+    slope = factor.flatten() * images.shape[3] / images.shape[2]
+    return warp(images, plane([[1, 0, 0], [slope, 1, slope]], factor), fill)
+
+
+def translate_x(images: torch.Tensor, share: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+    """To the left by a share of the width."""
+    return warp(images, plane([[1, 0, 2 * share.flatten()], [0, 1, 0]], share), fill)
+
+
+def translate_y(images: torch.Tensor, share: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+    """Up by a share of the height."""
+    return warp(images, plane([[1, 0, 0], [0, 1, 2 * share.flatten()]], share), fill)
+
+
+def rotate(images: torch.Tensor, degrees: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+    """Against the clock, about the centre."""
+    angle, aspect = degrees.flatten().deg2rad(), images.shape[2] / images.shape[3]
+    theta = plane([[angle.cos(), -aspect * angle.sin(), 0], [angle.sin() / aspect, angle.cos(), 0]], degrees)
+    return warp(images, theta, fill)
+
+
+# Levels: timm's magnitude of each image (B,), 0 to 10 and more, and a random sign, as the operation's argument.
+
+Level = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def signed(most: float) -> Level:
+    """At magnitude 10, `most` either way."""
+    return lambda magnitude, sign: sign * magnitude / 10 * most
+
+
+def whole(most: int, limit: int) -> Level:
+    """At magnitude 10, `most`, in whole steps."""
+    return lambda magnitude, _: (magnitude / 10 * most).floor().clamp(max=limit)
+
+
+def falling(most: int, limit: int) -> Level:
+    """At magnitude 0, `most`; at 10, 0: the stronger the magnitude, the more is changed."""
+    return lambda magnitude, sign: most - whole(most, limit)(magnitude, sign)
+
+
+def enhance(magnitude: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """0.1 to 1.9."""
+    return magnitude / 10 * 1.8 + 0.1
+
+
+def enhance_away(magnitude: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
+    """From 1, which changes nothing, to 0.1 or 1.9."""
+    return (1 + sign * magnitude / 10 * 0.9).clamp(min=0.1)
+
+
+OPERATIONS: Dict[str, Tuple[Operation, Level]] = {  # by timm's names; those that end in Increasing are its `inc1`
+    'AutoContrast': (auto_contrast, signed(0)),
+    'Equalize': (equalize, signed(0)),
+    'Invert': (invert, signed(0)),
+    'Rotate': (rotate, signed(30)),
+    'Posterize': (posterize, whole(4, 8)),
+    'PosterizeIncreasing': (posterize, falling(4, 8)),
+    'PosterizeOriginal': (posterize, lambda magnitude, sign: 4 + whole(4, 8)(magnitude, sign)),
+    'Solarize': (solarize, whole(256, 256)),
+    'SolarizeIncreasing': (solarize, falling(256, 256)),
+    'SolarizeAdd': (solarize_add, whole(110, 128)),
+    'Color': (color, enhance),
+    'ColorIncreasing': (color, enhance_away),
+    'Contrast': (contrast, enhance),
+    'ContrastIncreasing': (contrast, enhance_away),
+    'Brightness': (brightness, enhance),
+    'BrightnessIncreasing': (brightness, enhance_away),
+    'Sharpness': (sharpness, enhance),
+    'SharpnessIncreasing': (sharpness, enhance_away),
+    'ShearX': (shear_x, signed(0.3)),
+    'ShearY': (shear_y, signed(0.3)),
+    'TranslateXRel': (translate_x, signed(0.45)),
+    'TranslateYRel': (translate_y, signed(0.45)),
+}
+
+
+def apply_drawn(
+        images: torch.Tensor,
+        drawn: torch.Tensor,
+        arguments: torch.Tensor,
+        operations: Sequence[Operation],
+        fill: torch.Tensor,
+) -> torch.Tensor:
+    """To each image the operation whose number it drew, (B,), none at -1, with its argument, (B,); in place.
+
+    `drawn` stands on the CPU, so that finding who drew what makes no accelerator wait.
+    """
+    for k in drawn[drawn >= 0].unique().tolist():
+        chosen = (drawn == k).nonzero()[:, 0]
+        argument = arguments[chosen].view(-1, 1, 1, 1).to(images.device, images.dtype)
+        chosen = chosen.to(images.device)
+        images[chosen] = operations[k](images[chosen], argument, fill)
+    return images
+
+
+class RandAugment:
+    """timm's RandAugment of a batch, by its policy string."""
+
+    def __init__(self, policy: str) -> None:
+        parsed = rand_augment_transform(policy, {'translate_pct': 0.45})  # else old versions write into their defaults
+        names = [op.name for op in parsed.ops]
+        self.missing = [name for name in names if name not in OPERATIONS]
+        self.operations, self.levels = zip(*(OPERATIONS[name] for name in names if name in OPERATIONS))
+        first = parsed.ops[0]
+        self.chance, self.magnitude, self.spread = first.prob, first.magnitude, first.magnitude_std
+        self.most = first.magnitude_max or 10
+        self.layers, self.weights = parsed.num_layers, parsed.choice_weights
+        self.columns = 4 * self.layers
+
+    def __call__(self, images: torch.Tensor, chances: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+        """Augmented images; `chances` (B, columns) on the CPU."""
+        weights = torch.ones(len(self.operations)) if self.weights is None else torch.tensor(self.weights)
+        weights = weights.double().repeat(len(images), 1)
+        for u in chances.double().split(4, dim=1):
+            below = weights.cumsum(1) <= u[:, :1] * weights.sum(1, keepdim=True)
+            drawn = below.sum(1).clamp(max=len(self.operations) - 1)
+            if self.weights is not None:  # then timm draws without putting back
+                weights.scatter_(1, drawn[:, None], 0)
+            arguments = self.arguments(drawn, u[:, 2], 1 - 2 * (u[:, 3] < 0.5).double())
+            apply_drawn(images, drawn.where(u[:, 1] < self.chance, -1), arguments, self.operations, fill)
+        return images
+
+    def arguments(self, drawn: torch.Tensor, u: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
+        """What each operation is called with, (B,)."""
+        if self.spread == math.inf:
+            magnitude = self.magnitude * u
+        else:
+            magnitude = self.magnitude + self.spread * torch.special.ndtri(u) if self.spread else \
+                torch.full_like(u, self.magnitude)
+        magnitude = magnitude.clamp(0, self.most)
+        table = torch.stack([level(magnitude, sign) for level in self.levels], 1)
+        return table.gather(1, drawn[:, None])[:, 0]
+
+
+JITTERS = (brightness, contrast, color)
+ORDERS = torch.tensor(list(itertools.permutations(range(3))))
+
+
+def jitter(images: torch.Tensor, strength: float, chances: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+    """torchvision's ColorJitter without hue: three factors in a random order; `chances` (B, 4) on the CPU."""
+    order = ORDERS[(chances[:, 0] * len(ORDERS)).long()]
+    low = max(0.0, 1 - strength)
+    factors = low + (1 + strength - low) * chances[:, 1:]
+    for drawn in order.unbind(1):
+        apply_drawn(images, drawn, factors.gather(1, drawn[:, None])[:, 0], JITTERS, fill)
+    return images
+
+
+# Crop, mirror, rotation, padding, erasing.
+
+
+def _box(area: torch.Tensor, log_ratio: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Height and width, as shares of the image, of a box with this share of its area."""
+    return (area * (-log_ratio).exp()).sqrt().clamp(max=1), (area * log_ratio.exp()).sqrt().clamp(max=1)
+
+
+def crop_boxes(augment: Augment, chances: torch.Tensor) -> torch.Tensor:
+    """Top, left, height and width of each image's crop as shares of it, and 1 where it is mirrored, (B, 5).
+
+    The first six of each image's chances, (B, ≥ 6), say so.
+    """
+    u = chances.unbind(1)
+    low, high = augment.scale
+    log_low, log_high = math.log(augment.ratio[0]), math.log(augment.ratio[1])
+    height, width = _box(low + (high - low) * u[0], log_low + (log_high - log_low) * u[1])
+    if low == 1:
+        height = width = torch.ones_like(u[0])
+    return torch.stack([u[5] * (1 - height), u[4] * (1 - width), height, width, (u[3] < augment.hflip).float()], 1)
+
+
+def resample(images: torch.Tensor, augment: Augment, boxes: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
+    """Each image's box, mirrored where it says so, and a random rotation, in one resampling, (B, C, H, W)."""
+    top, left, height, width, mirrored = boxes.unbind(1)
+    if augment.scale[0] == 1 and augment.rotate == 0:  # nothing to interpolate
+        return torch.where(mirrored.bool()[:, None, None, None], images.flip(-1), images)
+    angle = (2 * chances[:, 2] - 1) * math.radians(augment.rotate)
+    mirror, aspect = 1 - 2 * mirrored, images.shape[-2] / images.shape[-1]
+    theta = torch.stack([
+        torch.stack([width * mirror * angle.cos(), -height * aspect * angle.sin(), 2 * left + width - 1], 1),
+        torch.stack([width * mirror * angle.sin() / aspect, height * angle.cos(), 2 * top + height - 1], 1),
+    ], 1)  # output place -> input place, both in [-1, 1]: (B, 2, 3)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode='bilinear', padding_mode='border', align_corners=False)
+
+
+def shift_box(boxes: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Boxes, (B, 5), of windows that lie (rows, cols) pixels of the result, (B,), further down and right than these.
+
+    They may reach out of the image, where it is black.
+    """
+    top, left, height, width, mirrored = boxes.unbind(1)
+    across = cols * (1 - 2 * mirrored)
+    return torch.stack([top + height * rows / size[0], left + width * across / size[1], height, width, mirrored], 1)
+
+
+def pad_and_crop(
+        images: torch.Tensor, pad: int, boxes: torch.Tensor, chances: torch.Tensor,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """A window of each image with `pad` black pixels around it, and the boxes of what is seen; chances (B, 2)."""
+    size = images.shape[-2:]
+    rows, cols = (chances * (2 * pad + 1)).long().unbind(1)
+    windows = F.pad(images, (pad,) * 4).unfold(2, size[0], 1).unfold(3, size[1], 1)  # a view: (B, C, y, x, H, W)
+    seen = windows[torch.arange(len(images), device=images.device), :, rows, cols]
+    return seen, shift_box(boxes, rows - pad, cols - pad, size)
+
+
+@lru_cache(maxsize=4)
+def noise_bank(length: int, device: torch.device) -> torch.Tensor:
+    """One long row of noise, of which each sample takes a window."""
+    return torch.randn(4096 + length, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def erase(images: torch.Tensor, augment: Augment, chances: torch.Tensor) -> torch.Tensor:
+    """Fill a random rectangle, 2 to 33 % of the area, of some normalised images, (B, C, H, W).
+
+    The last six of each image's chances, (B, ≥ 6), say which and where.
+    """
+    if augment.erase == 0:
+        return images
+    u = chances[:, -6:].unbind(1)
+    rows, cols = images.shape[-2:]
+    height, width = _box(0.02 + 0.31 * u[1], math.log(10 / 3) * (2 * u[2] - 1))
+    y, x = torch.arange(rows, device=images.device) / rows, torch.arange(cols, device=images.device) / cols
+    top, left = (u[3] * (1 - height))[:, None], (u[4] * (1 - width))[:, None]
+    in_rows, in_cols = (y >= top) & (y < top + height[:, None]), (x >= left) & (x < left + width[:, None])
+    inside = in_rows[:, :, None] & in_cols[:, None] & (u[0] < augment.erase)[:, None, None]
+    if augment.erase_mode == 'const':
+        noise = torch.zeros_like(images)
+    else:
+        shape = (images.shape[1], 1, 1) if augment.erase_mode == 'rand' else images.shape[1:]
+        windows = noise_bank(images[0].numel(), images.device).unfold(0, math.prod(shape), 1)  # a view
+        noise = windows[(u[5] * 4096).long()].view(-1, *shape)
+    return torch.where(inside[:, None], noise, images)
+
+
+def in_memory(augment: Augment) -> bool:
+    """Whether batches can be augmented so."""
+    policy = augment.auto_augment
+    return not policy or (policy.startswith('rand') and not RandAugment(policy).missing)
+
+
+class BatchAugment:
+    """All that is done to a batch of training images, in timm's order.
+
+    That is: crop, mirror and rotation, padding, RandAugment or else colour jitter, normalising, erasing.
+    """
+
+    def __init__(self, augment: Augment, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """`mean` and `std` of the shades, (1, C, 1, 1)."""
+        self.augment, self.mean, self.std = augment, mean, std
+        self.fill = mean[0].round()
+        self.policy = RandAugment(augment.auto_augment) if augment.auto_augment else None
+        self.widths = [12, 2, self.policy.columns if self.policy else 4]  # crop and erasing, padding, colours
+
+    def chances(self, count: int, generators: List[torch.Generator]) -> torch.Tensor:
+        """A row of random numbers for every sample, on the CPU; generators: for crop and erasing, for the rest."""
+        first, *rest = self.widths
+        return torch.cat([torch.rand(count, first, generator=generators[0]),
+                          torch.rand(count, sum(rest), generator=generators[1])], 1)
+
+    def __call__(self, images: torch.Tensor, chances: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Normalised images (B, C, H, W) of uint8 ones, and boxes (B, 5) of what is seen, but for the rotation."""
+        places, shifts, colors = chances.split(self.widths, dim=1)
+        places = places.to(images.device)
+        boxes = crop_boxes(self.augment, places)
+        images = resample(images.float(), self.augment, boxes, places)
+        if self.augment.pad:
+            images, boxes = pad_and_crop(images, self.augment.pad, boxes, shifts.to(images.device))
+        if self.policy:
+            images = self.policy(images.round_(), colors, self.fill)
+        elif self.augment.color_jitter:
+            images = jitter(images.round_(), self.augment.color_jitter, colors, self.fill)
+        return erase((images - self.mean) / self.std, self.augment, places), boxes

@@ -1,0 +1,436 @@
+"""How batches are made of a source.
+
+`DiskBatches` opens and augments image by image in worker processes (timm's transforms); `MemoryBatches` holds a small
+set decoded, on the device, and augments whole batches there. Both give the same batches where their augmentation
+resamples nothing.
+
+What is random in a sample is a function of (seed, epoch, sample) in both: neither the number of workers, nor how many
+processes share a batch, nor where a run was interrupted changes it.
+"""
+
+import itertools
+import math
+import random
+import signal
+import time
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+import numpy as np
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image
+from timm.data import create_transform
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torchvision import transforms
+
+from .augment import Augment, BatchAugment, in_memory, shift_box
+from .sources import DataError, Source
+
+
+class Batch(NamedTuple):
+    """Some samples.
+
+    Images are normalised, (B, C, H, W); labels (B,); indices are the samples' places in the source, (B,). Boxes,
+    (B, 5), are what an image shows of the original: top, left, height and width as shares of it, then 1 where it is
+    mirrored. A box reaches out of the original where padding is seen, and knows nothing of rotation and shear.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
+    boxes: torch.Tensor
+
+
+@dataclass
+class Preprocessing:
+    """How an image becomes a tensor, in timm's words; travels with a model as its pretrained_cfg."""
+
+    size: Tuple[int, int]
+    channels: int
+    mean: Tuple[float, ...]
+    std: Tuple[float, ...]
+    interpolation: str = 'bicubic'
+    crop_pct: float = 0.9
+    crop_mode: str = 'center'
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise DataError(f'images are read with 1 or 3 channels, the model has {self.channels}')
+
+    @classmethod
+    def of(cls, cfg: Dict[str, Any]) -> 'Preprocessing':
+        """What a model's pretrained_cfg says."""
+        channels, height, width = cfg['input_size']
+        mean, std = tuple(cfg['mean']), tuple(cfg['std'])
+        if len(mean) != channels:  # an RGB model rebuilt for another number of channels
+            mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
+        return cls((height, width), channels, mean, std, cfg['interpolation'], cfg['crop_pct'],
+                   cfg.get('crop_mode') or 'center')
+
+    def as_cfg(self) -> Dict[str, Any]:
+        """The same for a pretrained_cfg."""
+        return dict(input_size=(self.channels, *self.size), mean=self.mean, std=self.std, crop_pct=self.crop_pct,
+                    interpolation=self.interpolation, crop_mode=self.crop_mode)
+
+    def convert(self, image: Image.Image) -> Image.Image:
+        """To the model's channels: grey for 1, RGB for 3."""
+        return image.convert({1: 'L', 3: 'RGB'}[self.channels])
+
+    def transform(self, normalize: bool = True) -> Callable[[Image.Image], torch.Tensor]:
+        """For evaluation: resize, crop, normalise; without the last, uint8."""
+        return create_transform(
+            (self.channels, *self.size), mean=self.mean, std=self.std, interpolation=self.interpolation,
+            crop_pct=self.crop_pct, crop_mode=self.crop_mode, normalize=normalize)
+
+    def resized(self, image: Image.Image) -> Tuple[int, int]:
+        """Height and width that `transform` gives an image before it crops; a strip may become long."""
+        factors = [size / self.crop_pct / side for size, side in zip(self.size, (image.height, image.width))]
+        if self.crop_mode != 'squash':
+            factors = [min(factors) if self.crop_mode == 'border' else max(factors)] * 2
+        return int(image.height * factors[0]), int(image.width * factors[1])
+
+    def kept(self, image: Image.Image) -> Tuple[float, ...]:
+        """The box that `transform` keeps of an image, to within a pixel: top, left, height, width, 0 for unmirrored.
+
+        In the crop mode `border` it reaches out of the image.
+        """
+        ratios = [side * self.crop_pct / size for side, size in zip((image.height, image.width), self.size)]
+        ratio = max(ratios) if self.crop_mode == 'border' else min(ratios)
+        height, width = (self.crop_pct if self.crop_mode == 'squash' else self.crop_pct * ratio / own for own in ratios)
+        return (1 - height) / 2, (1 - width) / 2, height, width, 0.0
+
+
+class TrainTransform:
+    """timm's transform of one training image, which tells its crop too; its random numbers are drawn as timm does."""
+
+    def __init__(self, preprocessing: Preprocessing, augment: Augment) -> None:
+        primary, self.secondary, self.final = create_transform(
+            (preprocessing.channels, *preprocessing.size), is_training=True, mean=preprocessing.mean,
+            std=preprocessing.std, scale=augment.scale, ratio=augment.ratio, hflip=augment.hflip,
+            color_jitter=augment.color_jitter, auto_augment=augment.auto_augment,
+            interpolation=augment.interpolation, re_prob=augment.erase, re_mode=augment.erase_mode, separate=True)
+        self.crop, self.size = primary.transforms[0], preprocessing.size
+        self.pad, self.hflip = augment.pad, augment.hflip
+
+    def __call__(self, image: Image.Image) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The image as (C, H, W), and the box of what it shows, (5,)."""
+        top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+        modes = self.crop.interpolation
+        mode = random.choice(modes) if isinstance(modes, (tuple, list)) else modes
+        box = torch.tensor([top / image.height, left / image.width, height / image.height, width / image.width, 0])
+        image = TF.resized_crop(image, top, left, height, width, list(self.size), mode)
+        if self.pad:
+            image = TF.pad(image, [self.pad])
+            row, col, *_ = transforms.RandomCrop.get_params(image, self.size)
+            image = TF.crop(image, row, col, *self.size)
+            rows, cols = torch.tensor([row - self.pad]), torch.tensor([col - self.pad])
+            box = shift_box(box[None], rows, cols, self.size)[0]
+        if self.hflip and torch.rand(1) < self.hflip:
+            image = TF.hflip(image)
+            box[4] = 1
+        return self.final(self.secondary(image)), box
+
+
+def derive(*keys: int) -> int:
+    """One seed out of several numbers, the same on every machine."""
+    return int(np.random.SeedSequence(keys).generate_state(1)[0])
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's own generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
+    """The order of an epoch's samples, (count,)."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(derive(seed, epoch, 1)))
+
+
+class Steps:
+    """Which samples of an epoch a process takes in each step.
+
+    A step has `batch_size` samples of each of `world` processes, in the order of the epoch; they are shared out in one
+    piece each. In training every step is whole. Else every sample is taken once, and the last step may give some
+    processes fewer samples, or none.
+    """
+
+    def __init__(self, count: int, batch_size: int, training: bool, seed: int, rank: int, world: int) -> None:
+        if not 0 <= rank < world:
+            raise ValueError(f'rank is at least 0 and below world, got rank {rank} of world {world}')
+        self.count, self.batch_size, self.training = count, batch_size, training
+        self.seed, self.rank, self.world = seed, rank, world
+
+    def __len__(self) -> int:
+        steps = self.count / (self.batch_size * self.world)
+        return math.floor(steps) if self.training else math.ceil(steps)
+
+    def epoch(self, epoch: int, start: int) -> List[torch.Tensor]:
+        """The samples of each step from the `start`-th on."""
+        order = epoch_order(self.count, self.seed, epoch) if self.training else torch.arange(self.count)
+        steps = order.split(self.batch_size * self.world)[start:len(self)]
+        own = (step.tensor_split(self.world)[self.rank] for step in steps)
+        return [samples for samples in own if len(samples)]
+
+
+class DiskBatches:
+    """Batches from images opened one by one, in worker processes, which stay for all epochs.
+
+    The name of a damaged image is added to `damaged`. It is left out of its batch; in training, where every step has a
+    whole batch, the next image of the source stands in for it.
+
+    One epoch is under way at a time: where another begins, what is left of it is dropped.
+    """
+
+    def __init__(
+            self,
+            source: Source,
+            preprocessing: Preprocessing,
+            batch_size: int,
+            augment: Optional[Augment] = None,
+            workers: int = 2,
+            seed: int = 0,
+            device: torch.device = torch.device('cpu'),
+            rank: int = 0,
+            world: int = 1,
+    ) -> None:
+        self.source, self.batch_size, self.augment, self.device = source, batch_size, augment, device
+        self.damaged: List[str] = []
+        self.steps = Steps(len(source.labels), batch_size, augment is not None, seed, rank, world)
+        self.order = _Order(self.steps)
+        self.loader = DataLoader(
+            _Opener(source, preprocessing, augment, seed), batch_sampler=self.order, num_workers=workers,
+            collate_fn=_collate, pin_memory=device.type == 'cuda', worker_init_fn=leave_signals,
+            persistent_workers=workers > 0, generator=torch.Generator())  # which gives workers seeds that nobody uses
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Batches of one epoch from the `start`-th on."""
+        self.order.epoch, self.order.start = epoch, start
+        for batch, damaged in self.loader:
+            self.damaged = [*dict.fromkeys([*self.damaged, *damaged])] if damaged else self.damaged
+            if batch is not None:
+                yield Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
+            elif self.augment:
+                raise DataError('not one training image can be read')
+
+
+class _Order(Sampler[List[Tuple[int, int]]]):
+    """What the workers are sent: for every step a list of (epoch, index)."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps, self.epoch, self.start = steps, 0, 0
+
+    def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
+        return iter(self.lists(self.epoch, self.steps.epoch(self.epoch, self.start)))
+
+    @staticmethod
+    def lists(epoch: int, steps: Sequence[torch.Tensor]) -> Iterator[List[Tuple[int, int]]]:
+        """Each when it is asked for: a million numbers as Python's take long."""
+        for samples in steps:
+            yield [(epoch, index) for index in samples.tolist()]
+
+
+Sample = Tuple[Optional[Tuple[torch.Tensor, int, int, torch.Tensor]], List[str]]  # as in Batch; names of damaged images
+
+
+class _Opener(Dataset[Sample]):
+    """What a worker process runs: (epoch, index) -> sample."""
+
+    def __init__(
+            self, source: Source, preprocessing: Preprocessing, augment: Optional[Augment], seed: int) -> None:
+        self.source, self.preprocessing, self.seed = source, preprocessing, seed
+        self.train = TrainTransform(preprocessing, augment) if augment else None
+        self.evaluate = preprocessing.transform()
+        self.damaged: Set[int] = set()  # opened once, not again
+
+    def __getitem__(self, place: Tuple[int, int]) -> Sample:
+        epoch, index = place
+        count, names = len(self.source.labels), []
+        for i in range(index, index + (count if self.train else 1)):
+            if (i := i % count) in self.damaged:
+                continue
+            try:
+                image = self.preprocessing.convert(self.source.open(i))
+            except Exception:  # whatever a decoder may raise over damaged bytes
+                self.damaged.add(i)
+                names.append(self.source.name(i))
+                continue
+            tensor, box = self.transformed(image, epoch, index)
+            return (tensor, self.source.labels[i], i, box), names
+        return None, names
+
+    def transformed(self, image: Image.Image, epoch: int, index: int) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The image and its box, by random numbers of the sample's own; the main process keeps its state."""
+        if self.train is None:
+            return self.evaluate(image), torch.tensor(self.preprocessing.kept(image))
+        states = None if get_worker_info() else (random.getstate(), np.random.get_state(), torch.get_rng_state())
+        seed = derive(self.seed, epoch, index)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds all devices, which takes a millisecond
+        sample = self.train(image)
+        if states is not None:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+        return sample
+
+
+def _collate(samples: List[Sample]) -> Tuple[Optional[Batch], List[str]]:
+    names = [name for _, damaged in samples for name in damaged]
+    good = [sample for sample, _ in samples if sample is not None]
+    if not good:
+        return None, names
+    return Batch(*default_collate(good)), names  # which stacks straight into the memory that processes share
+
+
+def leave_signals(worker: int) -> None:
+    """Ctrl-C, and what else goes to the whole group of processes, is the main one's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class MemoryBatches:
+    """Batches of a set that is decoded once, at the model's size, and lives on the device as uint8.
+
+    Images to train on are resized whole; the others are prepared as from disk. `BatchAugment` does the rest.
+    """
+
+    def __init__(
+            self,
+            source: Source,
+            preprocessing: Preprocessing,
+            batch_size: int,
+            augment: Optional[Augment] = None,
+            workers: int = 0,
+            seed: int = 0,
+            device: torch.device = torch.device('cpu'),
+            rank: int = 0,
+            world: int = 1,
+    ) -> None:
+        if augment and not in_memory(augment):
+            raise DataError(f'augment.auto_augment {augment.auto_augment} has operations for single images only: '
+                            'set data.memory to false, or take a policy as rand-m9-mstd0.5-inc1')
+        self.batch_size, self.seed, self.device = batch_size, seed, device
+        self.damaged: List[str] = []
+        whole = transforms.Compose([
+            transforms.Resize(preprocessing.size, transforms.InterpolationMode.BICUBIC), transforms.PILToTensor()])
+        prepare = whole if augment else preprocessing.transform(normalize=False)
+        images, indices, boxes = [], [], []
+        for i in range(len(source.labels)):
+            try:
+                image = preprocessing.convert(source.open(i))
+            except Exception:  # whatever a decoder may raise over damaged bytes
+                self.damaged.append(source.name(i))
+                continue
+            images.append(prepare(image))
+            indices.append(i)
+            boxes.append(preprocessing.kept(image))
+        if not images:
+            raise DataError(f'not one of {len(source.labels)} images can be read: {", ".join(self.damaged[:5])}, …')
+        self.images = torch.stack(images).to(device)
+        self.labels = torch.tensor([source.labels[i] for i in indices], device=device)
+        self.indices = torch.tensor(indices, device=device)
+        self.boxes = torch.tensor(boxes, device=device)
+        self.mean = torch.tensor(preprocessing.mean, device=device).view(1, -1, 1, 1) * 255
+        self.std = torch.tensor(preprocessing.std, device=device).view(1, -1, 1, 1) * 255
+        self.augment = BatchAugment(augment, self.mean, self.std) if augment else None
+        self.steps = Steps(len(images), batch_size, augment is not None, seed, rank, world)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Batches of one epoch from the `start`-th on."""
+        chances = self.augment.chances(len(self.labels), [
+            torch.Generator().manual_seed(derive(self.seed, epoch, key)) for key in (2, 4)]) if self.augment else None
+        for samples in self.steps.epoch(epoch, start):
+            chosen = samples.to(self.device, non_blocking=True)
+            if self.augment and chances is not None:
+                images, boxes = self.augment(self.images[chosen], chances[samples])
+            else:
+                images, boxes = (self.images[chosen] - self.mean) / self.std, self.boxes[chosen]
+            yield Batch(images, self.labels[chosen], self.indices[chosen], boxes)
+
+
+def small_images(source: Source, preprocessing: Preprocessing, training: bool) -> bool:
+    """Whether a set is held in memory by default: at most 64² pixels and 1 GiB at the model's size.
+
+    To train on, its images must not be much larger than that themselves, or a crop would show less than from disk;
+    sixteen of them are looked at.
+    """
+    pixels, count = preprocessing.size[0] * preprocessing.size[1], len(source.labels)
+    if pixels > 64 * 64 or count * pixels * preprocessing.channels > 1 << 30:
+        return False
+    sizes = []
+    for i in range(0, count, max(1, count // 16)) if training else ():
+        try:
+            sizes.append(source.open(i).size)
+        except Exception:  # whatever a decoder may raise over damaged bytes
+            continue
+    return all(width * height <= 2 * pixels for width, height in sizes)
+
+
+def open_batches(
+        source: Source,
+        preprocessing: Preprocessing,
+        batch_size: int,
+        augment: Optional[Augment],
+        memory: Optional[bool],
+        workers: int = 2,
+        seed: int = 0,
+        device: torch.device = torch.device('cpu'),
+        rank: int = 0,
+        world: int = 1,
+) -> 'DiskBatches | MemoryBatches':
+    """The loader that fits: in memory where asked for, or where `memory` is None and the set is of small images.
+
+    Args:
+        source: Where the images come from.
+        preprocessing: The model's.
+        batch_size: Images a step, of this process.
+        augment: What is done to training images; None for validation.
+        memory: Whether to hold the set decoded.
+        workers: Processes that open images.
+        seed: Of order and augmentation.
+        device: Where batches go.
+        rank: This process's number among those that share every step.
+        world: How many these are.
+    """
+    if memory is None:
+        memory = small_images(source, preprocessing, augment is not None) and (augment is None or in_memory(augment))
+    if augment and augment.rotate and not memory:
+        raise DataError('augment.rotate works on sets held in memory only: set data.memory to true, or rotate to 0')
+    loader = MemoryBatches if memory else DiskBatches
+    return loader(source, preprocessing, batch_size, augment, workers, seed, device, rank, world)
+
+
+def measure_input(batches: 'DiskBatches | MemoryBatches', seconds: float = 5.0) -> float:
+    """Images per second that the input side alone delivers.
+
+    The first batch is not counted: workers start with it. Epochs follow each other until the time is over.
+
+    Raises:
+        DataError: if there are no batches.
+    """
+    if not len(batches):
+        raise DataError(f'the images make no batch of {batches.batch_size}')
+    return images_per_second((len(batch.labels) for epoch in itertools.count() for batch in batches.epoch(epoch)),
+                             batches.device, seconds)
+
+
+def images_per_second(counts: Iterator[int], device: torch.device, seconds: float) -> float:
+    """How fast an endless row of batches comes, by the number of images in each; the first is not counted."""
+    wait = torch.accelerator.synchronize if device.type != 'cpu' else lambda: None
+    next(counts)
+    wait()
+    begun, images = time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds:
+        images += next(counts)
+    wait()
+    return images / (time.perf_counter() - begun)
