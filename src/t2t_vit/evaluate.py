@@ -1,6 +1,7 @@
 """Scores of a model on labelled images: loss, top-1, top-5, per class, confusion."""
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 from torch import nn
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from .console import console
@@ -22,7 +23,7 @@ from .trained import load_model, pick_device
 
 @dataclass
 class Scores:
-    """Of n images: mean cross-entropy, shares of right answers in [0, 1], and counts[true][predicted]."""
+    """Of n images: mean cross-entropy, shares of right answers in [0, 1], and `counts[true][predicted]`."""
 
     count: int
     loss: float
@@ -39,7 +40,10 @@ class Scores:
 
 @torch.inference_mode()
 def score(model: nn.Module, batches: 'DiskBatches | MemoryBatches', num_classes: int) -> Scores:
-    """Run the model over all batches; it is left in the mode it was in."""
+    """Run the model over all batches, each process over its own; all get the scores of the whole.
+
+    The model is left in the mode it was in.
+    """
     training, device = model.training, next(model.parameters()).device
     model.eval()
     metrics = MetricCollection({
@@ -47,18 +51,18 @@ def score(model: nn.Module, batches: 'DiskBatches | MemoryBatches', num_classes:
         'top5': MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average='micro'),
         'confusion': MulticlassConfusionMatrix(num_classes),
     }).to(device)
-    loss, count = 0.0, 0
-    for images, labels in batches.epoch():
+    loss = MeanMetric(nan_strategy=math.nan).to(device)  # what is not a number stays so
+    for images, labels, *_ in batches.epoch():
         logits = model(images.to(device)).float()
         labels = labels.to(device)
-        loss += F.cross_entropy(logits, labels, reduction='sum').item()
-        count += len(labels)
+        loss.update(F.cross_entropy(logits, labels, reduction='none'))
         metrics.update(logits, labels)
     model.train(training)
+    result, mean = metrics.compute(), loss.compute().item()
+    count = int(result['confusion'].sum())
     if not count:
         raise DataError('not one image could be read')
-    result = metrics.compute()
-    return Scores(count, loss / count, result['top1'].item(), result['top5'].item(), result['confusion'].cpu())
+    return Scores(count, mean, result['top1'].item(), result['top5'].item(), result['confusion'].cpu())
 
 
 def evaluate(
@@ -69,24 +73,29 @@ def evaluate(
         batch_size: int = 128,
         workers: int = 2,
         device: str = 'auto',
+        cache: Optional[str] = None,
+        download: bool = False,
         output: Optional[str] = None,
 ) -> Dict[str, Any]:
     """Score a trained model on labelled images; of a data set, only the split asked for is needed.
 
     Args:
         checkpoint: A run's folder, hf-hub:USER/NAME, or a file in any published layout (then with --model).
-        data: digits, a folder with val/ of class folders, a folder of class folders, or a Parquet file.
+        data: digits, torch/NAME, hfds/NAME, a folder with val/ of class folders, a folder of class folders, or a
+            Parquet file or tar, or a folder of them.
         model: The registered name of the model in a file.
         split: val or train.
         batch_size: Images at once.
         workers: Processes that open images.
         device: cpu, cuda, mps or auto.
+        cache: Where torch/ and hfds/ sets are kept; by default ~/.cache/t2t-vit, and the Hub's own.
+        download: Fetch a torch/ set that is not there.
         output: Folder for scores.json and confusion.png; by default the run's own, none for a file.
     """
     require(((batch_size >= 1, f'batch_size is at least 1, got {batch_size}'),
              (workers >= 0, f'workers is at least 0, got {workers}')))
     target = pick_device(device)
-    source = open_source(data, split)
+    source = open_source(data, split, cache, download)
     net, preprocessing, names = load_model(checkpoint, model)
     if len(source.classes) != len(names) or (names != source.classes and not names[0].isdigit()):
         raise DataError(

@@ -1,14 +1,17 @@
-"""Pictures of a run, as PNG files: curves, confusion, predictions. Colours are Okabe and Ito's, for every eye."""
+"""Pictures of runs and benchmarks, as PNG files. Colours are Okabe and Ito's, for every eye."""
 
+import textwrap
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 from PIL import Image
 
 BLUE, ORANGE, GREEN, RED = '#0072B2', '#E69F00', '#009E73', '#D55E00'
+CYCLE = (BLUE, ORANGE, GREEN, RED, '#CC79A7', '#56B4E9', '#000000', '#999999')
+MARKERS = 'osD^vPX*'
 
 
 def plot_curves(records: Sequence[Dict[str, Any]], file: Path) -> None:
@@ -33,7 +36,7 @@ def plot_curves(records: Sequence[Dict[str, Any]], file: Path) -> None:
 
 
 def plot_confusion(counts: torch.Tensor, classes: Sequence[str], file: Path) -> None:
-    """counts[true][predicted] as shares of each true class; names and numbers where there is room for them."""
+    """`counts[true][predicted]` as shares of each true class; names and numbers where there is room for them."""
     shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
     n = len(classes)
     figure = Figure(figsize=(min(4 + 0.32 * n, 16),) * 2, layout='constrained')
@@ -68,3 +71,92 @@ def plot_predictions(rows: List[Tuple[Image.Image, str, float, str]], file: Path
                      color=RED if wrong else 'black')
     figure.savefig(file, dpi=150)
 
+
+
+def plot_sizes(
+        curves: Dict[str, List[Tuple[int, float, Optional[float]]]], conditions: str, file: Path) -> None:
+    """Time and memory over image size, both axes logarithmic: model -> (pixels a side, ms an image, MB) each."""
+    figure = Figure(figsize=(9, 3.6), layout='constrained')
+    left, right = figure.subplots(1, 2)
+    for (name, points), color, marker in zip(curves.items(), CYCLE, MARKERS):
+        sizes = [size for size, _, _ in points]
+        left.plot(sizes, [ms for _, ms, _ in points], color=color, marker=marker, label=name)
+        held = [(size, mb) for size, _, mb in points if mb]
+        right.plot([size for size, _ in held], [mb for _, mb in held], color=color, marker=marker, label=name)
+    for axes, label in ((left, 'ms an image'), (right, 'peak memory of a step (MB)')):
+        axes.set(xlabel='pixels a side', ylabel=label, xscale='log', yscale='log')
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(alpha=.3)
+    left.legend(frameon=False, fontsize=8)
+    figure.suptitle('\n'.join(textwrap.wrap(conditions, 110)), fontsize=9)
+    figure.savefig(file, dpi=150)
+
+
+def plot_speed(points: Dict[str, Tuple[float, float]], family: Sequence[str], conditions: str, file: Path) -> None:
+    """Top-1 against speed: model -> (images/s, % top-1); those of `family` stand out, joined by a line."""
+    figure = Figure(figsize=(7, 4.2), layout='constrained')
+    axes = figure.subplots()
+    ours = sorted((points[name], name) for name in points if name in family)
+    axes.plot([x for (x, _), _ in ours], [y for (_, y), _ in ours], color=BLUE, alpha=.3)
+    for name, (x, y) in points.items():
+        mine = name in family
+        axes.plot(x, y, marker='o' if mine else 's', color=BLUE if mine else ORANGE, linestyle='none')
+        axes.annotate(name, (x, y), xytext=(5, 4), textcoords='offset points', fontsize=8)
+    axes.set(xlabel='images/s', ylabel='published top-1 on ImageNet (%)', xscale='log')
+    axes.xaxis.set_major_formatter('{x:g}')
+    axes.xaxis.set_minor_formatter('{x:g}')
+    axes.margins(x=.15)
+    axes.grid(alpha=.3, which='both')
+    axes.set_title('\n'.join(textwrap.wrap(conditions, 80)), fontsize=9)
+    figure.savefig(file, dpi=150)
+
+
+def plot_arms(
+        arms: Sequence[Tuple[str, int, Sequence[float], float, bool]], conditions: str, file: Path) -> None:
+    """Top-1 and parameters, a line each: name, parameters, % of each seed, half of the mean's interval, whether own."""
+    kinds = {'T2T-ViT': BLUE, 'ViT': ORANGE, 'CNN': GREEN, 'your design': RED}
+    figure = Figure(figsize=(9, 1.6 + .24 * len(arms)), layout='constrained')
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    for i, (name, parameters, top1, half, own) in enumerate(arms):
+        family = 'T2T-ViT' if name.startswith('t2t') else 'ViT' if name.startswith('vit') else 'CNN'
+        kind = 'your design' if own else family
+        left.errorbar(sum(top1) / len(top1), i, xerr=half, fmt='o', color=kinds[kind], capsize=3)
+        left.plot(top1, [i] * len(top1), marker='|', color='black', linestyle='none', markersize=7)
+        right.barh(i, parameters / 1e6, color=kinds[kind], label=kind, height=.6)
+    left.set_yticks(range(len(arms)), [name for name, *_ in arms], fontsize=8)
+    left.set_ylim(len(arms) - .4, -.6)
+    left.set(xlabel='top-1 (%): mean, 95 % interval, a dash for each seed')
+    right.set(xlabel='million parameters')
+    for axes in (left, right):
+        axes.grid(alpha=.3, axis='x')
+    handles, labels = right.get_legend_handles_labels()
+    found = dict(zip(labels, handles))
+    figure.legend(found.values(), found.keys(), frameon=False, fontsize=8, ncols=4, loc='outside lower center')
+    figure.suptitle('\n'.join(textwrap.wrap(conditions, 115)), fontsize=8)
+    figure.savefig(file, dpi=150)
+
+
+def plot_differences(
+        pairs: Sequence[Tuple[str, float, float, float, str]], margin: float, conditions: str, file: Path) -> None:
+    """Differences of top-1 with intervals, a line each: label, points, half width, the paper's points, verdict."""
+    colors = {'holds': BLUE, 'better': BLUE, 'does not hold': RED, 'worse': RED}
+    figure = Figure(figsize=(9, 1.6 + .25 * len(pairs)), layout='constrained')
+    axes = figure.subplots()
+    axes.axvspan(-margin, margin, color='#999999', alpha=.15, lw=0, label=f'within {margin:g} point')
+    axes.axvline(0, color='black', lw=.8)
+    for i, (_, difference, half, published, verdict) in enumerate(pairs):
+        color = next((color for text, color in colors.items() if verdict.startswith(text)), '#666666')
+        axes.errorbar(difference, i, xerr=half, fmt='o', color=color, capsize=3)
+        axes.plot(published, i, marker='x', color='black', linestyle='none', label=None if i else 'paper, ImageNet')
+    edge = max(abs(bound) for _, d, h, p, _ in pairs for bound in (d - h, d + h, 0. if p != p else p))
+    axes.set_xlim(-1.08 * edge, 1.08 * edge)
+    axes.set_yticks(range(len(pairs)), [label for label, *_ in pairs], fontsize=8)
+    right = axes.secondary_yaxis('right')
+    right.set_yticks(range(len(pairs)), [verdict for *_, verdict in pairs], fontsize=8)
+    axes.set_ylim(len(pairs) - .4, -.6)
+    axes.set(xlabel='points of top-1, first minus second, with 95 % interval')
+    axes.grid(alpha=.3, axis='x')
+    figure.legend(frameon=False, fontsize=8, ncols=2, loc='outside lower center')
+    figure.suptitle('\n'.join(textwrap.wrap(conditions, 115)), fontsize=8)
+    figure.savefig(file, dpi=150)

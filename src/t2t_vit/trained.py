@@ -1,5 +1,7 @@
 """A trained model as a folder: weights, architecture, preprocessing and class names, as timm and the Hub keep them."""
 
+import hashlib
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -7,26 +9,52 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import timm
 import torch
+from timm.data import ImageNetInfo
 from timm.models import save_for_hf
 from torch import nn
 
 from .data import Preprocessing
-from .models.checkpoints import CheckpointError, count_classes, load_weights
-from .models.listing import check_name
+from .models.checkpoints import CheckpointError, convert_state_dict, few, read_checkpoint
+from .models.listing import build_from_file
+from .models.t2t_vit import VARIANTS
 from .settings import UsageError
 
-WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
+WEIGHTS, CONFIG, CARD = 'model.safetensors', 'config.json', 'README.md'
 
 
-def save_folder(model: nn.Module, folder: Path, model_args: Dict[str, Any]) -> None:
+def save_folder(model: nn.Module, folder: Path, model_args: Dict[str, Any], card: Optional[str] = None) -> None:
     """Write a model's weights and configuration into `folder`, each beside and renamed; `local-dir:` loads it.
 
-    `model_args` are what it was built with, besides its name and what its pretrained_cfg says.
+    `model_args` are what it was built with, besides its name and what its pretrained_cfg says; `card` is its model
+    card.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix='.') as draft:
         save_for_hf(model, draft, model_args=model_args, safe_serialization=True)
-        for name in (WEIGHTS, CONFIG):
+        if card is not None:
+            (Path(draft) / CARD).write_text(card, encoding='utf-8')
+        for name in (WEIGHTS, CONFIG) + ((CARD,) if card is not None else ()):
             os.replace(Path(draft) / name, folder / name)
+
+
+def check_folder(path: Path) -> None:
+    """CheckpointError unless a trained model stands in the folder."""
+    missing = [name for name in (WEIGHTS, CONFIG) if not (path / name).exists()]
+    if missing:
+        raise CheckpointError(f'{path} is not the folder of a trained model: it has no {" and no ".join(missing)}')
+
+
+def from_pretrained(place: str, **kwargs: Any) -> Any:
+    """A trained model, by timm: from a run's folder, `hf-hub:USER/NAME` or `local-dir:FOLDER`.
+
+    `kwargs` go to `timm.create_model`, as num_classes for another head.
+
+    Raises:
+        CheckpointError: if there is no model in the folder.
+    """
+    if not place.startswith('hf-hub:'):
+        check_folder(Path(place.removeprefix('local-dir:')))
+        place = f'local-dir:{place.removeprefix("local-dir:")}'
+    return timm.create_model(place, pretrained=True, **kwargs)
 
 
 def load_model(checkpoint: str, model: Optional[str] = None) -> Tuple[nn.Module, Preprocessing, List[str]]:
@@ -42,23 +70,76 @@ def load_model(checkpoint: str, model: Optional[str] = None) -> Tuple[nn.Module,
     """
     path = Path(checkpoint)
     if checkpoint.startswith('hf-hub:'):
-        net = timm.create_model(checkpoint, pretrained=True)
-    elif path.is_dir():
-        missing = [name for name in (WEIGHTS, CONFIG) if not (path / name).exists()]
-        if missing:
-            raise CheckpointError(f'{path} is not the folder of a trained model: it has no {" and no ".join(missing)}')
-        net = timm.create_model(f'local-dir:{path}', pretrained=True)
+        net = from_pretrained(checkpoint)
+    elif path.is_dir() or checkpoint.startswith('local-dir:'):
+        return load_folder(Path(checkpoint.removeprefix('local-dir:')))
     elif not path.exists():
         raise CheckpointError(f'no checkpoint at {path}; expected a run folder, a file, or hf-hub:USER/NAME')
     elif model is None:
         raise CheckpointError(f'{path} is a file of weights: say which model it is of with --model NAME')
     else:
-        check_name(model)
-        net = timm.create_model(model, num_classes=count_classes(path))
-        load_weights(net, str(path))
-    cfg = net.pretrained_cfg
-    names = list(cfg.get('label_names') or map(str, range(net.num_classes)))
-    return net.eval(), Preprocessing.of(cfg), names
+        net, _ = build_from_file(model, path)
+    return describe(net)
+
+
+def load_folder(path: Path) -> Tuple[nn.Module, Preprocessing, List[str]]:
+    """`load_model` of a run's folder, or of one that timm's or the Hub's tools wrote.
+
+    Raises:
+        CheckpointError: if something is missing, damaged, or does not belong together.
+    """
+    check_folder(path)
+    try:
+        config = json.loads((path / CONFIG).read_text())
+        if config['architecture'] in VARIANTS:  # nothing is allocated before the weights are known to fit
+            with torch.device('meta'):
+                draft = timm.create_model(f'local-dir:{path}')
+            found = convert_state_dict(read_checkpoint(path / WEIGHTS), draft)
+            if missing := [name for name in draft.state_dict() if name not in found]:
+                raise CheckpointError(f'{path / WEIGHTS} is not of {config["architecture"]} with {draft.num_classes} '
+                                      f'classes: {few(missing)} missing')
+        return describe(timm.create_model(f'local-dir:{path}', pretrained=True))
+    except CheckpointError as error:
+        raise CheckpointError(str(error) if str(path) in str(error) else f'{path}: {error}') from None
+    except Exception as error:  # whatever timm and the model make of damaged settings
+        raise CheckpointError(f'{path} does not hold a whole model, see {path / CONFIG}: '
+                              f'{type(error).__name__} {few([str(error)])}') from error
+
+
+def describe(net: Any) -> Tuple[nn.Module, Preprocessing, List[str]]:
+    """What `load_model` gives, of a model that timm built."""
+    names = class_names(net)
+    if len(names) != net.num_classes or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(
+            f'label_names are {net.num_classes} names, one for each class, got {few(map(str, names))}')
+    return net.eval(), Preprocessing.of(net.pretrained_cfg), names
+
+
+def class_names(net: nn.Module) -> List[str]:
+    """As its configuration has them, or numbers."""
+    cfg = getattr(net, 'pretrained_cfg', {})
+    return list(cfg.get('label_names') or map(str, range(int(getattr(net, 'num_classes', 0)))))
+
+
+def spoken_names(names: List[str]) -> List[str]:
+    """Class names for people: of a model for a thousand classes without names, ImageNet-1k's, by timm's list.
+
+    The first word of each synset; where two have the same (two kinds of crane), with the synset's number.
+    """
+    if names != [str(i) for i in range(1000)]:
+        return names
+    info = ImageNetInfo()
+    words = [description.partition(',')[0] for description in info.label_descriptions()]
+    return [f'{word} ({synset})' if words.count(word) > 1 else word for word, synset in zip(words, info.label_names())]
+
+
+def hash_weights(model: nn.Module) -> str:
+    """SHA-256 of all tensors with their names: the same for the same weights, whatever file they came in."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        sha.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def pick_device(device: str) -> torch.device:

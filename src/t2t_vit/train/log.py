@@ -1,82 +1,75 @@
-"""What a run tells: metrics as JSON lines, and a live line on a terminal or plain lines elsewhere."""
+"""What a run tells: metrics as JSON lines and to trackers, a live line on a terminal or plain lines elsewhere."""
 
 import json
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
+from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..console import Live
+from .config import Config
+
+FIRST = 50  # steps after which the time left is said once
 
 
 class Log:
-    """One run's records: `metrics.jsonl` in its folder, one line an epoch, and the screen.
+    """One run's records: `metrics.jsonl` in its folder, one line an epoch, the trackers that are asked for, the screen.
 
-    Where the screen is no terminal, it is told every `interval` seconds.
+    Where the screen is no terminal, it is told every `interval` seconds. Of several processes only the main one
+    speaks.
     """
 
-    def __init__(self, folder: Path, console: Optional[Console] = None, interval: float = 10) -> None:
+    def __init__(self, folder: Path, accelerator: Accelerator, console: Optional[Console] = None,
+                 interval: float = 10) -> None:
+        self.folder, self.accelerator, self.interval = folder, accelerator, interval
         self.file = folder / 'metrics.jsonl'
-        self.console = console or Console(highlight=False)
-        self.progress: Optional[Progress] = None
-        self.interval = interval
-        self.total = 0
-        self.last = 0.0
+        self.main = accelerator.is_main_process
+        self.console = console or Console(highlight=False, quiet=not self.main)
 
     def say(self, text: str) -> None:
         """Show lines as they are."""
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def records(self) -> List[Dict[str, Any]]:
-        """What metrics.jsonl holds."""
-        return read_records(self.file)
+    def begin(self, config: Config, records: List[Dict[str, Any]]) -> None:
+        """Make the folder with its configuration, and with the records of the epochs that are done."""
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / 'config.yaml').write_text(config.to_yaml())
+            self.file.write_text(''.join(json.dumps(record) + '\n' for record in records))
+        self.accelerator.wait_for_everyone()
+        if config.trackers:
+            self.accelerator.project_configuration.set_directories(str(self.folder))
+            self.accelerator.init_trackers('t2t-vit', config=config.flat())
 
     def record(self, values: Dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl."""
-        with self.file.open('a') as file:
-            file.write(json.dumps(values) + '\n')
-
-    def keep(self, epochs: int) -> None:
-        """Forget the records of later epochs, which a resumed run makes again."""
-        kept = [record for record in self.records() if record['epoch'] < epochs]
-        self.file.write_text(''.join(json.dumps(record) + '\n' for record in kept))
+        """Add a line to metrics.jsonl, and tell the trackers."""
+        if self.main:
+            with self.file.open('a') as file:
+                file.write(json.dumps(values) + '\n')
+        self.accelerator.log({key: value for key, value in values.items() if key != 'epoch'}, step=values['epoch'])
 
     @contextmanager
     def live(self, total: int, done: int) -> Iterator[None]:
-        """While it lasts, `step` shows where the run is: a bar on a terminal, now and then a line elsewhere."""
-        self.total, self.last = total, time.monotonic()
-        if not self.console.is_terminal:
+        """While it lasts, `step` shows where the run is."""
+        with Live(self.console, 'step', total, done, self.interval, quiet=not self.main) as self.shown:
             yield
-            return
-        with Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                      console=self.console) as self.progress:
-            self.progress.add_task('', total=total, completed=done)
-            yield
-        self.progress = None
 
-    def step(self, done: int, text: str, left: float) -> None:
-        """Show the number of steps done, what there is to say, and the seconds left."""
-        if self.progress:
-            self.progress.update(self.progress.task_ids[0], completed=done, description=text)
-        elif time.monotonic() - self.last >= self.interval:
-            self.last = time.monotonic()
-            self.say(f'step {done}/{self.total}  {text}  {duration(left)} left')
+    def step(self, done: int, text: str) -> None:
+        """Show the number of steps done, and what there is to say."""
+        if done - self.shown.first == FIRST:
+            self.say(f'{FIRST} steps in {self.shown.seconds:.1f} s: {self.shown.left(done)} left, '
+                     'validation not counted')
+        self.shown.show(done, text)
 
 
-def read_records(file: Path) -> List[Dict[str, Any]]:
-    """The lines of a metrics.jsonl; one torn by a crash is passed over."""
-    records = []
-    for line in file.read_text().splitlines() if file.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
-
-
-def duration(seconds: float) -> str:
-    """As 1:02:03 or 2:03."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours}:{minutes:02d}:{seconds:02d}' if hours else f'{minutes}:{seconds:02d}'
+def summary(record: Dict[str, Any], epochs: int) -> str:
+    """A record as a line."""
+    average = f', average of weights {100 * record["val_top1_ema"]:.2f} %' if 'val_top1_ema' in record else ''
+    limit = 'the input' if record['waited'] > .5 else 'the model'
+    skipped = f', {record["skipped"]} steps left out' if record['skipped'] else ''
+    return (f'epoch {record["epoch"] + 1}/{epochs}  training loss {record["train_loss"]:.3f}  '
+            f'validation loss {record["val_loss"]:.3f}  top-1 {100 * record["val_top1"]:.2f} %{average}  '
+            f'{record["images_per_second"]:.0f} images/s, {100 * record["waited"]:.0f} % of the time waiting for '
+            f'images: limited by {limit}{skipped}')

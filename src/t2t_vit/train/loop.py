@@ -1,124 +1,58 @@
-"""Training: load, step, save, validate."""
+"""Training: load, step, save, validate. One process or many, the same lines."""
 
 import math
 import signal
 import threading
 import time
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
-import timm
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from timm.data import Mixup
-from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from accelerate.utils import broadcast_object_list, gather_object
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch.nn.utils import get_total_norm
 
 from .. import __version__
-from ..data import (
-    Augment,
-    DataError,
-    MemoryBatches,
-    Preprocessing,
-    check_same_classes,
-    derive,
-    open_batches,
-    open_source,
-    seed_all,
-)
-from ..evaluate import score
-from ..models.checkpoints import load_weights
+from ..data import Batch, DataError, Part, check_same_classes, derive, open_batches, open_source, seed_all
+from ..evaluate import Scores, score
+from ..hub import Card, licence_of, public
 from ..plots import plot_curves
 from ..settings import UsageError, flatten
-from ..trained import WEIGHTS, save_folder
+from ..trained import WEIGHTS, pick_device, save_folder
+from .build import build_model, build_optimizer, build_schedule, freeze, parameter_groups, preprocess
 from .config import Config
-from .log import Log
-from .state import Position, load_state, save_state
+from .log import Log, summary
+from .plan import plan
+from .state import Position, git_revision, load_state, read_state, save_state, saved_states
+from .tasks import make_task
 
 # what another value of does not make another run; `epochs` prolongs or shortens it
-MAY_CHANGE = ('output', 'weights', 'device', 'epochs', 'threads', 'data.root', 'data.workers')
+MAY_CHANGE = ('output', 'weights', 'device', 'epochs', 'threads', 'accumulate', 'save_minutes', 'keep', 'max_skips',
+              'trackers', 'data.root', 'data.cache', 'data.download', 'data.workers', 'objective.labels')
+RESTART = 75  # exit code of a run that was told to make room, and can go on: EX_TEMPFAIL
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, and its state is saved."""
+    """The run was asked to stop, and its state is saved; `code` is the exit code that says why."""
 
-    def __init__(self, path: Path, folder: Path) -> None:
+    def __init__(self, code: int, path: Path, folder: Path) -> None:
         super().__init__(f'stopped, and saved in {path}; go on with --resume {folder}')
+        self.code = code
 
 
-def build_model(config: Config, preprocessing: Preprocessing, classes: List[str]) -> nn.Module:
-    """The model of the run, with its preprocessing and class names in its pretrained_cfg."""
-    args: Dict[str, Any] = {**config.model_args, 'in_chans': preprocessing.channels}
-    if config.family or timm.models.get_pretrained_cfg(config.model).fixed_input_size:
-        args['img_size'] = preprocessing.size
-    model = timm.create_model(config.model, num_classes=len(classes), **args)
-    if config.weights:
-        path = Path(config.weights)
-        load_weights(model, str(path / WEIGHTS if path.is_dir() else path))
-    model.pretrained_cfg.update(
-        preprocessing.as_cfg(), num_classes=len(classes), label_names=classes, custom_load=False)
-    return model
-
-
-def preprocess(config: Config, channels: int) -> Preprocessing:
-    """The model's own preprocessing, with what the configuration says otherwise."""
-    own = Preprocessing.of(timm.models.get_pretrained_cfg(config.model).to_dict())
-    data, size = config.data, config.data.img_size
-    channels = data.channels or channels
-    mean, std = data.mean or own.mean, data.std or own.std
-    if channels == 1 and len(mean) == 3:
-        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
-    if len(mean) != channels or len(std) != channels:
-        raise UsageError(f'data.mean and data.std have a value for each of {channels} channels, got {mean}, {std}')
-    return replace(
-        own, size=own.size if size is None else (size, size) if isinstance(size, int) else size,
-        channels=channels, mean=tuple(mean), std=tuple(std), crop_pct=data.crop_pct or own.crop_pct)
-
-
-def mixing(augment: Augment, num_classes: int) -> Tuple[Callable[..., Any], nn.Module]:
-    """What is done to a batch on the device, (images, labels) -> (images, targets), and the loss that goes with it."""
-    if augment.mixup or augment.cutmix:
-        return Mixup(
-            augment.mixup, augment.cutmix, switch_prob=augment.switch, label_smoothing=augment.smoothing,
-            num_classes=num_classes), SoftTargetCrossEntropy()
-    return lambda images, labels: (images, labels), nn.CrossEntropyLoss(label_smoothing=augment.smoothing)
-
-
-def plan(run: 'Run') -> str:
-    """What is about to be done, before it is."""
-    config, count = run.config, sum(p.numel() for p in run.net.parameters())
-    size = 'x'.join(map(str, (run.preprocessing.channels, *run.preprocessing.size)))
-    start = f'epoch {run.position.epoch + 1}, step {run.position.step + 1}' if run.done else \
-        config.weights or 'scratch'
-    return '\n'.join((
-        f'model     {config.model}, {count:,} learnable parameters, images of {size} '
-        f'on {run.accelerator.device}',
-        f'data      {config.data.root}: {run.counts[0]:,} training and {run.counts[1]:,} validation images, '
-        f'{len(run.classes)} classes, {"in memory" if isinstance(run.train_set, MemoryBatches) else "from disk"}',
-        f'schedule  {config.total_epochs} epochs of {len(run.train_set)} steps of {config.batch_size} images, '
-        f'{config.optimizer.name}, lr {config.optimizer.lr:g}, from {start}',
-        f'run       {run.folder}'))
-
-
-def summary(record: Dict[str, Any], epochs: int) -> str:
-    """A record as a line."""
-    average = f', average of weights {100 * record["val_top1_ema"]:.2f} %' if 'val_top1_ema' in record else ''
-    return (f'epoch {record["epoch"] + 1}/{epochs}  training loss {record["train_loss"]:.3f}  '
-            f'validation loss {record["val_loss"]:.3f}  top-1 {100 * record["val_top1"]:.2f} %{average}  '
-            f'{record["images_per_second"]:.0f} images/s')
+class Diverged(FloatingPointError):
+    """Loss or gradient were not finite for too many steps in a row."""
 
 
 @contextmanager
 def stop_signals() -> Iterator[List[int]]:
-    """While it lasts, Ctrl-C and SIGTERM put their number into the list instead of ending the process.
+    """While it lasts, Ctrl-C, SIGTERM and SIGUSR1 put their number into the list instead of ending the process.
 
     Signals are the main thread's: in another one it does nothing.
     """
@@ -127,7 +61,7 @@ def stop_signals() -> Iterator[List[int]]:
         yield caught
         return
     handlers = {number: signal.signal(number, lambda number, _: caught.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+                for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM))}
     try:
         yield caught
     finally:
@@ -135,61 +69,100 @@ def stop_signals() -> Iterator[List[int]]:
             signal.signal(number, handler)
 
 
-def check_same_run(config: Config, state: Dict[str, Any], folder: Path) -> None:
+def check_same_run(config: Config, state: Dict[str, Any], place: Path) -> None:
     """UsageError where a state is of a run that was configured otherwise; all differences in one message."""
-    saved, asked = ({key: value for key, value in flatten(yaml.safe_load(text)) if value != {}}
+    saved, asked = ({key: value for key, value in flatten(yaml.safe_load(text)) if value not in ({}, [])}
                     for text in (state['config'], config.to_yaml()))
     changed = [key for key in {**saved, **asked} if key not in MAY_CHANGE and saved.get(key) != asked.get(key)]
     if changed:
         raise UsageError('\n'.join(
-            f'{key} is {saved.get(key)} in {folder}, and cannot become {asked.get(key)} there' for key in changed))
+            f'{key} is {saved.get(key)} in {place}, and cannot become {asked.get(key)} there' for key in changed))
+
+
+def find_start(config: Config, folder: Path, resume: Optional[str]) -> Tuple[Optional[Dict[str, Any]], List[str]]:
+    """What a run begins with, and what there is to say of it.
+
+    The first of these that is there: the last readable state of its own folder, the state file that is given, the
+    weights that are given, scratch. The last two are `build_model`'s.
+
+    Raises:
+        UsageError: if the folder holds a run that was not asked for, or none that was.
+    """
+    own = folder / 'checkpoints'
+    held = bool(saved_states(own))
+    if not resume and (held or (folder / WEIGHTS).exists()):
+        raise UsageError(f'{folder} holds a run: go on with it by --resume {folder}, or choose another output')
+    state, notes = load_state(own)
+    if state is None and resume and resume != 'auto':
+        if not Path(resume).is_file():
+            raise UsageError(f'{resume} holds no state to resume from')
+        state, own = read_state(Path(resume)), Path(resume)
+    if state is not None:
+        check_same_run(config, state, own)
+    return state, [f'passed over: {note}' for note in notes]
 
 
 class Run:
     """A run: its parts, and what is done with them. Loading is its constructor; then step, save, validate."""
 
-    def __init__(self, config: Config, folder: Path, state: Optional[Dict[str, Any]]) -> None:
-        self.config, self.folder = config, folder
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        AcceleratorState._reset_state(reset_partial_state=True)  # shared by all of a process: another run's precision
-        self.accelerator = Accelerator(mixed_precision=config.precision, cpu=config.device == 'cpu')
-        train, val = (open_source(config.data.root, split) for split in ('train', 'val'))
+    def __init__(
+            self, config: Config, folder: Path, state: Optional[Dict[str, Any]], accelerator: Accelerator) -> None:
+        self.config, self.folder, self.accelerator = config, folder, accelerator
+        rank, world = accelerator.process_index, accelerator.num_processes
+        self.check_split(world)
+        where = config.data
+        train, val = (open_source(where.root, split, where.cache, where.download) for split in ('train', 'val'))
         check_same_classes(train, val)
+        if where.train_images:
+            train = Part(train, where.train_images)
+        if where.val_images:
+            val = Part(val, where.val_images)
         self.classes = train.classes
-        self.preprocessing = preprocessing = preprocess(config, channels=1 if config.data.root == 'digits' else 3)
+        self.preprocessing = preprocess(config, channels=1 if config.data.root == 'digits' else 3)
         self.train_set, self.val_set = (
-            open_batches(source, preprocessing, config.batch_size, augment, config.data.memory, config.data.workers,
-                         config.seed, self.accelerator.device)
+            open_batches(source, self.preprocessing, config.batch_size // world, augment, config.data.memory,
+                         config.data.workers, config.seed, accelerator.device, rank, world)
             for source, augment in ((train, config.augment), (val, None)))
         if len(self.train_set) == 0:
             raise DataError(f'{len(train.labels)} training images make no batch of {config.batch_size}')
         self.counts = len(train.labels), len(val.labels)
         self.total_steps = len(self.train_set) * config.total_epochs
 
-        seed_all(derive(config.seed))
-        self.net = build_model(config, preprocessing, self.classes).to(self.accelerator.device)
-        tuning = config.optimizer
-        optimizer = create_optimizer_v2(
-            self.net, tuning.name, tuning.lr, tuning.weight_decay, tuning.momentum, layer_decay=tuning.layer_decay)
-        self.schedule, _ = create_scheduler_v2(
-            optimizer, 'cosine', config.epochs, cooldown_epochs=tuning.cooldown_epochs,
-            warmup_epochs=tuning.warmup_epochs, warmup_lr=tuning.warmup_lr, min_lr=tuning.min_lr,
-            step_on_epochs=False, updates_per_epoch=len(self.train_set))
+        seed_all(derive(config.seed))  # the same weights in every process
+        # a resumed run's own configuration no longer says what it started from
+        self.origin: Dict[str, Optional[str]] = (state or {}).get('origin') or dict(
+            weights=config.weights and Path(config.weights).name, license=licence_of(config.weights))
+        self.net = build_model(
+            config, self.preprocessing, self.classes, self.origin['license']).to(accelerator.device)
+        freeze(self.net, config.optimizer.frozen)
+        self.task = make_task(config, self.net, train.name).to(accelerator.device)
+        self.groups = parameter_groups(config, self.task)
+        optimizer = build_optimizer(config, self.groups)
+        self.schedule = build_schedule(config, optimizer, len(self.train_set))
         self.ema = ModelEmaV3(self.net, config.ema_decay, use_warmup=True) if config.ema_decay else None
-        self.model, self.optimizer = self.accelerator.prepare(self.net, optimizer)
-        self.mix, self.loss = mixing(config.augment, len(self.classes))
+        self.model, self.optimizer = accelerator.prepare(self.task, optimizer)
+        self.parameters = [parameter for parameter in self.task.parameters() if parameter.requires_grad]
 
-        self.parts: Dict[str, Any] = {'model': self.net, 'optimizer': self.optimizer}
+        self.parts: Dict[str, Any] = {'model': self.task, 'optimizer': self.optimizer, 'schedule': self.schedule}
         if self.ema:
             self.parts['ema'] = self.ema.module
-        if self.accelerator.scaler:
-            self.parts['scaler'] = self.accelerator.scaler
+        if accelerator.scaler:
+            self.parts['scaler'] = accelerator.scaler
         self.position = Position()
         if state is not None:
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.position = Position(**state['position'])
+
+    def check_split(self, world: int) -> None:
+        """UsageError where a batch cannot be dealt out to processes and parts."""
+        batch, parts, augment = self.config.batch_size, self.config.accumulate * world, self.config.augment
+        if batch % parts:
+            raise UsageError(f'batch_size {batch} is not a multiple of {parts}: {world} processes, '
+                             f'{self.config.accumulate} parts each')
+        if (augment.mixup or augment.cutmix) and batch // parts % 2:
+            raise UsageError(f'mixup and cutmix need an even number of images in each part, got {batch // parts}: '
+                             f'batch_size {batch} in {parts} parts')
 
     @property
     def done(self) -> int:
@@ -201,109 +174,186 @@ class Run:
         """The learning rate of the head's group, the peak one under layer decay."""
         return max(group['lr'] for group in self.optimizer.param_groups)
 
-    def step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
-        """One step of the optimizer; gives the loss."""
-        seed_all(derive(self.config.seed, self.done, 3))  # each step's own, so that no random state needs saving
+    def step(self, batch: Batch, stop: bool = False) -> Tuple[float, bool]:
+        """One step of the optimizer; gives the mean loss over all processes, and whether one of them is to stop."""
+        # each step's own random numbers, a function of its number, so that no generator's state needs saving
+        seed_all(derive(self.config.seed, self.done, 3, self.accelerator.process_index))
         self.schedule.step_update(self.done)
-        images, targets = self.mix(images, labels)
-        with self.accelerator.autocast():
-            loss = self.loss(self.model(images), targets)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f'the loss is {value} at epoch {self.position.epoch + 1}, step {self.position.step + 1}: try a lower '
-                'optimizer.lr or optimizer.clip_grad 1' + (
-                    f'; the state before this epoch is in {self.folder}' if self.position.epoch else ''))
-        self.accelerator.backward(loss)
-        if self.config.optimizer.clip_grad:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.ema:
-            self.ema.update(self.net, self.done + 1)
+        total = torch.zeros((), device=self.accelerator.device)
+        count = self.config.accumulate
+        for i, part in enumerate(zip(*(tensor.chunk(count) for tensor in batch))):
+            last = i == count - 1  # gradients go round once a step
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                with self.accelerator.autocast():
+                    loss = self.model(Batch(*part)) / count
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        value, stop = self.agree(total, stop)
+        self.update(value)
         self.position.step += 1
-        self.position.loss_sum += value
-        return value
+        return value, stop
 
-    def save(self) -> Path:
-        """Write all that is needed to go on."""
+    def agree(self, loss: torch.Tensor, stop: bool) -> Tuple[float, bool]:
+        """Mean loss of all processes, and whether any is to stop: all must go the same way."""
+        if self.accelerator.num_processes == 1:
+            return loss.item(), stop
+        both = torch.stack([loss, torch.tensor(float(stop), device=loss.device)])
+        mean, share = self.accelerator.reduce(both, reduction='mean').tolist()
+        return mean, share > 0
+
+    def update(self, loss: float) -> None:
+        """Move the weights and their average, unless loss or gradient are not finite: then leave out the step.
+
+        Raises:
+            Diverged: after `max_skips` such steps in a row.
+        """
+        clip, position = self.config.optimizer.clip_grad, self.position
+        if clip:
+            norm = self.accelerator.clip_grad_norm_(self.parameters, clip)
+        else:
+            self.accelerator.unscale_gradients()
+            norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        finite = math.isfinite(norm) and (math.isfinite(loss) or self.accelerator.scaler is not None)
+        if finite or self.accelerator.scaler is not None:  # a scaler leaves the step out itself, and learns from it
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        if finite:
+            position.in_a_row = 0
+            position.loss_sum += loss
+            if self.ema:
+                self.ema.update(self.net, self.done + 1)
+            return
+        position.skipped += 1
+        position.in_a_row += 1
+        position.skipped_here += 1
+        if position.in_a_row >= self.config.max_skips:
+            raise Diverged(
+                f'loss or gradient were not finite in {position.in_a_row} steps in a row, the last of them step '
+                f'{position.step + 1} of epoch {position.epoch + 1} (loss {loss}): try a lower optimizer.lr or '
+                f'optimizer.clip_grad 1; the last good state is in {self.folder / "checkpoints"}')
+
+    def save(self) -> Optional[Path]:
+        """Write all that is needed to go on; the main process's work."""
+        if not self.accelerator.is_main_process:
+            return None
         return save_state(self.folder / 'checkpoints', {
             **{name: part.state_dict() for name, part in self.parts.items()},
-            'position': asdict(self.position), 'config': self.config.to_yaml(), 'version': __version__})
+            'position': asdict(self.position), 'config': self.config.to_yaml(), 'origin': self.origin,
+            'version': __version__, 'revision': git_revision(), 'processes': self.accelerator.num_processes,
+        }, self.done, self.config.keep)
 
     def validate(self) -> Dict[str, Any]:
         """Close the epoch: score the weights and their average, keep the better where it is the best so far."""
         position, candidates = self.position, {'': self.net, **({'_ema': self.ema.module} if self.ema else {})}
+        made = position.step - position.skipped_here
         record: Dict[str, Any] = dict(
-            epoch=position.epoch, lr=self.lr, train_loss=position.loss_sum / position.step,
-            images_per_second=round(position.step * self.config.batch_size / position.seconds, 1))
+            epoch=position.epoch, lr=self.lr, train_loss=position.loss_sum / made if made else math.nan,
+            images_per_second=round(position.step * self.config.batch_size / position.seconds, 1),
+            waited=round(position.waited / position.seconds, 3), skipped=position.skipped)
         scores = {suffix: score(model, self.val_set, len(self.classes)) for suffix, model in candidates.items()}
         for suffix, result in scores.items():
             record.update({f'val_loss{suffix}': result.loss, f'val_top1{suffix}': result.top1,
                            f'val_top5{suffix}': result.top5})
-        record['damaged'] = len({*self.train_set.damaged, *self.val_set.damaged})
+        record['damaged'] = len(self.damaged())
         best = max(scores, key=lambda suffix: scores[suffix].top1)
-        if scores[best].top1 >= position.best:
-            save_folder(candidates[best], self.folder, self.config.model_args)
-        self.position = Position(epoch=position.epoch + 1, best=max(position.best, scores[best].top1))
+        if scores[best].top1 >= position.best and self.accelerator.is_main_process:
+            card = self.card(scores[best], 'the moving average' if best else 'the weights')
+            save_folder(candidates[best], self.folder, self.config.model_args, card.text(candidates[best]))
+        self.position = Position(
+            epoch=position.epoch + 1, best=max(position.best, scores[best].top1), skipped=position.skipped,
+            in_a_row=position.in_a_row, records=[*position.records, record])
         return record
 
+    def card(self, scores: Scores, which: str) -> Card:
+        """The model card of weights with these scores."""
+        config, root = self.config, self.config.data.root
+        name = Path(root).name if Path(root).expanduser().exists() else root
+        return Card(
+            data=f'{name}: {self.counts[0]:,} training and {self.counts[1]:,} validation images of '
+                 f'{len(self.classes)} classes: {", ".join(self.classes[:20])}{", …" * (len(self.classes) > 20)}.',
+            dataset=name, recipe=yaml.safe_dump(public(flatten(yaml.safe_load(config.to_yaml()))), sort_keys=False),
+            scores={'top-1': scores.top1, 'top-5': scores.top5, 'loss': scores.loss},
+            note=f'Of {which} after epoch {self.position.epoch + 1} of {config.total_epochs}, on {scores.count:,} '
+                 'images. That epoch was chosen by this score, which flatters it a little.',
+            **self.origin)
 
-def train(config: Config, resume: Optional[str] = None) -> Dict[str, Any]:
+    def damaged(self) -> List[str]:
+        """Names of images that no process could read."""
+        return sorted(set(gather_object([*self.train_set.damaged, *self.val_set.damaged])))
+
+
+def train(config: Config, resume: Optional[str] = None, dry_run: bool = False) -> Dict[str, Any]:
     """Train a model and leave a run folder; gives the last epoch's record.
-
-    A run starts from the first of these that is given: its own last state (`resume`), `config.weights`, scratch.
 
     Args:
         config: What to do.
-        resume: The folder of a run with this configuration, to go on with it.
+        resume: A run's folder or one of its state files, to go on with it; `auto` for the output folder's own state
+            where it has one, and a start from the beginning where not.
+        dry_run: Say what would be done, and stop there; nothing is written.
 
     Raises:
         UsageError: for a configuration that cannot be run; all problems in one message.
         DataError: for data that cannot be used.
-        FloatingPointError: where the loss is no longer finite.
-        Interrupted: after Ctrl-C or SIGTERM, when the state is saved.
+        Diverged: where loss or gradient stay not finite.
+        OSError: where the state cannot be written, as on a full disk.
+        Interrupted: after Ctrl-C, SIGTERM or SIGUSR1, when the state is saved.
     """
     if problems := config.problems():
         raise UsageError('\n'.join(problems))
-    folder = Path(resume or config.output or f'runs/{config.model}-{datetime.now():%Y%m%d-%H%M%S}')
-    state = load_state(folder / 'checkpoints')
-    if state is not None and not resume:
-        raise UsageError(f'{folder} holds a run: go on with it by --resume {folder}, or choose another output')
-    if (folder / WEIGHTS).exists() and not resume:
-        raise UsageError(f'{folder} holds a trained model: choose another output')
-    if resume:
-        if state is None:
-            raise UsageError(f'{folder} holds no state to resume from')
-        check_same_run(config, state, folder)
-    run = Run(config, folder, state)
-    folder.mkdir(parents=True, exist_ok=True)
-    log = Log(folder)
-    log.keep(run.position.epoch)
-    if state is None:
-        (folder / 'config.yaml').write_text(config.to_yaml())
-    log.say(plan(run))
+    if resume == 'auto' and not config.output:
+        raise UsageError('--resume auto needs --output, the folder to look into')
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    AcceleratorState._reset_state(reset_partial_state=True)  # shared by all of a process: another run's precision
+    accelerator = Accelerator(
+        mixed_precision=config.precision, cpu=pick_device(config.device).type == 'cpu',  # or it sees no other process
+        log_with=config.trackers or None)
+    of_a_folder = resume if resume and Path(resume).is_dir() else None
+    folder = Path(broadcast_object_list(
+        [of_a_folder or config.output or f'runs/{config.model}-{datetime.now():%Y%m%d-%H%M%S}'])[0])
+    state, notes = find_start(config, folder, resume)
+    run = Run(config, folder, state, accelerator)
+    log = Log(folder, accelerator)
+    log.say('\n'.join(plan(run) + notes))
+    if dry_run:
+        return {}
+    log.begin(config, run.position.records)
+    try:
+        return follow(run, log)
+    finally:
+        accelerator.end_training()
 
-    begun, done_before = time.monotonic(), run.done
+
+def follow(run: Run, log: Log) -> Dict[str, Any]:
+    """All epochs of a run from where it is; gives the last record."""
+    config, position = run.config, run.position
     with log.live(run.total_steps, run.done), stop_signals() as stopped:
+        saved = time.monotonic()
         while run.position.epoch < config.total_epochs:
             run.model.train()
-            clock = time.monotonic()
-            for images, labels in run.train_set.epoch(run.position.epoch, run.position.step):
-                loss = run.step(images, labels)
-                run.position.seconds, clock = run.position.seconds + time.monotonic() - clock, time.monotonic()
-                speed = run.position.step * config.batch_size / run.position.seconds
-                left = (time.monotonic() - begun) / (run.done - done_before) * (run.total_steps - run.done)
-                log.step(run.done, f'epoch {run.position.epoch + 1}/{config.total_epochs}  loss {loss:.3f}  '
-                         f'lr {run.lr:.1e}  {speed:.0f} images/s', left)
-                if stopped:
-                    raise Interrupted(run.save(), folder)
+            position, clock = run.position, time.monotonic()
+            for batch in run.train_set.epoch(position.epoch, position.step):
+                position.waited += time.monotonic() - clock
+                loss, stop = run.step(batch, bool(stopped))
+                position.seconds, clock = position.seconds + time.monotonic() - clock, time.monotonic()
+                speed = position.step * config.batch_size / position.seconds
+                log.step(run.done, f'epoch {position.epoch + 1}/{config.total_epochs}  loss {loss:.3f}  '
+                         f'lr {run.lr:.1e}  {speed:.0f} images/s')
+                if stop:
+                    path = run.save()
+                    run.accelerator.wait_for_everyone()
+                    raise Interrupted(130 if signal.SIGINT in stopped else RESTART, path or run.folder, run.folder)
+                if clock - saved >= 60 * config.save_minutes:
+                    run.save()
+                    saved = clock
             record = run.validate()
             log.record(record)
             log.say(summary(record, config.total_epochs))
             run.save()
-    plot_curves(log.records(), folder / 'curves.png')
-    if damaged := sorted({*run.train_set.damaged, *run.val_set.damaged}):
+    damaged = run.damaged()
+    if run.accelerator.is_main_process:
+        plot_curves(run.position.records, run.folder / 'curves.png')
+    if damaged:
         log.say(f'{len(damaged)} damaged images were left out: {", ".join(damaged[:5])}')
-    log.say(f'best top-1 {100 * run.position.best:.2f} %; weights, config, metrics and curves are in {folder}')
-    return log.records()[-1]
+    log.say(f'best top-1 {100 * run.position.best:.2f} %; weights, config, metrics and curves are in {run.folder}')
+    return run.position.records[-1]

@@ -1,52 +1,109 @@
-"""A run's state on disk: written beside and renamed, the one before kept."""
+"""A run's state on disk: written beside and renamed, the last few kept, a torn one passed over."""
 
 import os
-from dataclasses import dataclass
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
-from ..models.checkpoints import CheckpointError
+from ..models.checkpoints import CheckpointError, check_growth, unpacked_size
 
-LAST, BEFORE = 'last.pt', 'before.pt'
+NAME = re.compile(r'step-(\d+)\.pt')
 
 
 @dataclass
 class Position:
-    """Where a run is: the next step of an epoch, counted from 0, and what was summed in it so far."""
+    """Where a run is: the next step of an epoch, counted from 0, what was summed in it so far, and all before it."""
 
     epoch: int = 0
     step: int = 0
     loss_sum: float = 0.0
     seconds: float = 0.0
+    waited: float = 0.0  # of these, for images
     best: float = 0.0
+    skipped: int = 0  # steps without an update, in the whole run
+    skipped_here: int = 0  # in this epoch
+    in_a_row: int = 0  # of these, the last ones
+    records: List[Dict[str, Any]] = field(default_factory=list)
 
 
-def save_state(folder: Path, state: Dict[str, Any]) -> Path:
-    """Write the state into `folder`; the last one becomes the one before."""
+def saved_states(folder: Path) -> List[Path]:
+    """The states in a folder, the newest first."""
+    found = [(int(match[1]), file) for file in folder.glob('*.pt') if (match := NAME.fullmatch(file.name))]
+    return [file for _, file in sorted(found, reverse=True)]
+
+
+def save_state(folder: Path, state: Dict[str, Any], step: int, keep: int) -> Path:
+    """Write the state after `step` steps into `folder`, and drop all but the last `keep`.
+
+    The file is complete on the disk before it takes its name, and the older ones go only then: whenever the process
+    dies, one whole state is there.
+
+    Raises:
+        OSError: if it cannot be written; then nothing is left of it, and the older ones stay.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / (LAST + '.new')
-    torch.save(state, draft)
-    if (folder / LAST).exists():
-        os.replace(folder / LAST, folder / BEFORE)
-    os.replace(draft, folder / LAST)
-    return folder / LAST
+    file, draft = folder / f'step-{step:08d}.pt', folder / 'draft'
+    try:
+        with draft.open('wb') as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(draft, file)
+    except (OSError, RuntimeError) as error:  # torch's writer turns the first into the second
+        draft.unlink(missing_ok=True)
+        raise OSError(f'the state cannot be written to {folder}: {str(error).splitlines()[0]}') from error
+    for old in saved_states(folder)[keep:]:
+        old.unlink()
+    return file
 
 
-def load_state(folder: Path) -> Optional[Dict[str, Any]]:
-    """The last state that can be read; None where there is none.
+def read_state(file: Path) -> Dict[str, Any]:
+    """A state from its file.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    try:
+        check_growth(file, unpacked_size(file))
+        state = torch.load(file, map_location='cpu', weights_only=True)
+    except Exception as error:  # torn files raise many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f'{file} cannot be read: {reason}') from error
+    if not isinstance(state, dict) or 'position' not in state:
+        raise CheckpointError(f'{file} is no state of a training run')
+    return state
+
+
+def load_state(folder: Path) -> Tuple[Optional[Dict[str, Any]], List[str]]:
+    """The newest state that can be read, None where there is none; and what was wrong with those passed over.
 
     Raises:
         CheckpointError: if states are there and none can be read.
     """
-    errors = []
-    for name in (LAST, BEFORE):
-        if (folder / name).exists():
-            try:
-                return torch.load(folder / name, map_location='cpu', weights_only=True)
-            except Exception as error:  # torn files raise many kinds
-                errors.append(f'{folder / name}: {str(error).splitlines()[0]}')
-    if errors:
-        raise CheckpointError('no state can be read: ' + '; '.join(errors))
-    return None
+    wrong: List[str] = []
+    for file in saved_states(folder):
+        try:
+            return read_state(file), wrong
+        except CheckpointError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise CheckpointError('no state can be read: ' + '; '.join(wrong))
+    return None, []
+
+
+@lru_cache(maxsize=1)  # of what was loaded, and states may be saved every step
+def git_revision() -> Optional[str]:
+    """The commit of the sources that run, '+' behind it where they were changed; None outside of a repository."""
+    here = Path(__file__).parent
+    if not (here.parents[2] / '.git').exists() or not shutil.which('git'):
+        return None
+    done = subprocess.run(
+        ['git', '-C', str(here), 'describe', '--always', '--dirty=+', '--abbrev=40', '--match='],
+        capture_output=True, text=True)
+    return done.stdout.strip() or None

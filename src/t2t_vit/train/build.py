@@ -1,0 +1,108 @@
+"""What a run is made of: model, preprocessing, parameter groups, optimizer, schedule."""
+
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import timm
+import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from ..data import Preprocessing
+from ..models.checkpoints import load_weights
+from ..settings import UsageError, nearest
+from ..trained import WEIGHTS
+from .config import Config
+from .tasks import Task
+
+
+def preprocess(config: Config, channels: int) -> Preprocessing:
+    """The model's own preprocessing, with what the configuration says otherwise."""
+    own = Preprocessing.of(timm.models.get_pretrained_cfg(config.model).to_dict())
+    data, size = config.data, config.data.img_size
+    channels = data.channels or channels
+    mean, std = data.mean or own.mean, data.std or own.std
+    if channels == 1 and len(mean) == 3:
+        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
+    if len(mean) != channels or len(std) != channels:
+        raise UsageError(f'data.mean and data.std have a value for each of {channels} channels, got {mean}, {std}')
+    return replace(
+        own, size=own.size if size is None else (size, size) if isinstance(size, int) else size,
+        channels=channels, mean=tuple(mean), std=tuple(std), crop_pct=data.crop_pct or own.crop_pct)
+
+
+def build_model(
+        config: Config, preprocessing: Preprocessing, classes: List[str], license: Optional[str] = None) -> nn.Module:
+    """The model of the run, with its preprocessing, class names and licence in its pretrained_cfg."""
+    args: Dict[str, Any] = {**config.model_args, 'in_chans': preprocessing.channels}
+    if config.family or timm.models.get_pretrained_cfg(config.model).fixed_input_size:
+        args['img_size'] = preprocessing.size
+    model = timm.create_model(config.model, num_classes=len(classes), **args)
+    if config.weights:
+        path = Path(config.weights)
+        load_weights(model, str(path / WEIGHTS if path.is_dir() else path))
+    model.pretrained_cfg.update(
+        preprocessing.as_cfg(), num_classes=len(classes), label_names=classes, custom_load=False,
+        license=license, origin_url=None)
+    return model
+
+
+def freeze(model: nn.Module, patterns: List[str]) -> None:
+    """Take the parameters that match a pattern out of training.
+
+    Raises:
+        UsageError: naming every pattern that matches none.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if idle := [pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in names)]:
+        raise UsageError('\n'.join(
+            f'optimizer.frozen: no parameter is named {pattern}{nearest(pattern, names)}' for pattern in idle))
+    for name, parameter in model.named_parameters():
+        if any(fnmatch(name, pattern) for pattern in patterns):
+            parameter.requires_grad = False
+
+
+def parameter_groups(config: Config, task: Task) -> List[Dict[str, Any]]:
+    """Every trainable parameter in exactly one group: norms, biases and the class token without decay."""
+    tuning, bare = config.optimizer, task.no_weight_decay()
+    if tuning.layer_decay is not None:
+        groups = param_groups_layer_decay(task, tuning.weight_decay, bare, layer_decay=tuning.layer_decay)
+    else:
+        groups = param_groups_weight_decay(task, tuning.weight_decay, no_weight_decay_list=bare)
+    if tuning.body_lr is not None:
+        head = {id(parameter) for parameter in task.net.get_classifier().parameters()}
+        body = {id(parameter) for parameter in task.net.parameters()} - head
+        groups = [{**group, 'params': chosen, 'lr_scale': scale} for group in groups
+                  for scale, inside in ((1.0, False), (tuning.body_lr, True))
+                  if (chosen := [p for p in group['params'] if (id(p) in body) == inside])]
+    check_groups(task, groups)
+    return groups
+
+
+def check_groups(task: nn.Module, groups: List[Dict[str, Any]]) -> None:
+    """Raises RuntimeError where a trainable parameter is in no group, or in several."""
+    held = [id(parameter) for group in groups for parameter in group['params']]
+    wrong = [f'{name} in {held.count(id(parameter))}' for name, parameter in task.named_parameters()
+             if held.count(id(parameter)) != int(parameter.requires_grad)]
+    if wrong:
+        raise RuntimeError(f'every trainable parameter belongs to one group: {", ".join(wrong[:5])}')
+
+
+def build_optimizer(config: Config, groups: List[Dict[str, Any]]) -> torch.optim.Optimizer:
+    """timm's optimizer of that name."""
+    tuning = config.optimizer
+    return create_optimizer_v2(groups, tuning.name, config.lr, tuning.weight_decay, tuning.momentum)
+
+
+def build_schedule(config: Config, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
+    """A linear warm-up, a cosine, a rest at the minimum, for epochs of `steps` steps."""
+    tuning = config.optimizer
+    schedule, _ = create_scheduler_v2(
+        optimizer, 'cosine', config.epochs, cooldown_epochs=tuning.cooldown_epochs,
+        warmup_epochs=tuning.warmup_epochs, warmup_lr=tuning.warmup_lr, min_lr=tuning.min_lr,
+        step_on_epochs=False, updates_per_epoch=steps)
+    return schedule

@@ -1,0 +1,72 @@
+"""What a run is about to do, before it does it."""
+
+from typing import Any, List
+
+import torch
+
+from ..data import Batch, MemoryBatches
+
+
+def plan(run: Any) -> List[str]:
+    """Lines for a `Run` of the loop's: model, data, schedule, optimizer, average, memory, place; and warnings."""
+    config, steps, world = run.config, len(run.train_set), run.accelerator.num_processes
+    count = sum(parameter.numel() for parameter in run.parameters)
+    size = 'x'.join(map(str, (run.preprocessing.channels, *run.preprocessing.size)))
+    start = f'epoch {run.position.epoch + 1}, step {run.position.step + 1}' if run.done else \
+        config.weights or 'scratch'
+    share = config.batch_size // world // config.accumulate
+    tuning, rule = config.optimizer, ''
+    if tuning.lr_batch:
+        rule = f' = {tuning.lr:g} x {config.batch_size} / {tuning.lr_batch}'
+    lines = [
+        f'model     {config.model}, {count:,} learnable parameters, images of {size} on {run.accelerator.device}',
+        f'data      {config.data.root}: {run.counts[0]:,} training and {run.counts[1]:,} validation images, '
+        f'{len(run.classes)} classes, {"in memory" if isinstance(run.train_set, MemoryBatches) else "from disk"}',
+        f'schedule  {config.total_epochs} epochs of {steps:,} steps, {run.total_steps:,} in all, from {start}',
+        f'batch     {config.batch_size} images = {world} processes x {config.accumulate} parts x {share}',
+        f'optimizer {tuning.name}, lr {config.lr:g}{rule}, weight decay {tuning.weight_decay:g} on '
+        f'{sum(p.numel() for g in run.groups if g["weight_decay"] for p in g["params"]):,} of them',
+    ]
+    if config.ema_decay:
+        horizon = 1 / (1 - config.ema_decay)
+        lines.append(f'average   of the weights over the last {horizon:,.0f} steps, {horizon / steps:.1f} epochs')
+        if horizon > run.total_steps:
+            lines.append(
+                f'warning   this is longer than the run: the average is warmed up and lags behind; '
+                f'ema_decay {max(0., 1 - 10 / run.total_steps):.2g} averages a tenth of it')
+    held, per_image = memory(run)
+    lines += [
+        f'memory    about {(held + share * per_image) / 2 ** 20:,.0f} MB a process: {held / 2 ** 20:,.0f} for weights, '
+        f'gradients, optimizer and average, {per_image / 2 ** 20:,.1f} for each image of a part',
+        f'run       {run.folder}']
+    return lines
+
+
+def memory(run: Any) -> List[float]:
+    """Estimated bytes: what is held all the time, and what a step keeps of one image for its backward pass.
+
+    The second is measured: the sum of what autograd saves in a forward pass of two images, which leaves the running
+    statistics of the model as they are. It is an upper bound where models/recompute.py would keep less; what an
+    operator needs within itself, and what the allocator wastes, is not in it.
+    """
+    learned = sum(p.numel() * p.element_size() for p in run.parameters)
+    whole = sum(t.numel() * t.element_size() for t in run.task.state_dict().values())
+    slots = 1 if run.config.optimizer.name in ('sgd', 'momentum') else 2  # of the optimizer, for each weight
+    held = whole + (1 + slots) * learned + (whole if run.config.ema_decay else 0)
+    known = {t.untyped_storage().data_ptr() for t in run.task.state_dict().values()}
+    saved = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    pair, device = 2, run.accelerator.device
+    buffers = {name: buffer.clone() for name, buffer in run.task.named_buffers()}
+    images = torch.zeros(pair, run.preprocessing.channels, *run.preprocessing.size, device=device)
+    labels = torch.zeros(pair, dtype=torch.long, device=device)
+    batch = Batch(images, labels, labels, torch.tensor([[0., 0., 1., 1., 0.]] * pair, device=device))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), run.accelerator.autocast():
+        torch.func.functional_call(run.task, buffers, (batch,))
+    return [float(held), sum(saved.values()) / pair]

@@ -1,0 +1,107 @@
+"""A trained model that a student learns from."""
+
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from timm.models import get_pretrained_cfg, is_model
+from torch import nn
+
+from ..data import Batch, Preprocessing
+from ..models.listing import build
+from ..settings import UsageError
+from .token_labels import Grid, token_grid
+
+
+class Teacher:
+    """A frozen model in evaluation mode, which gets the student's images as it is used to.
+
+    A plain object and no module, so that whoever holds it neither saves, trains, averages nor synchronises it. It goes
+    to where the images are.
+
+    Args:
+        model: Gives (B, classes) of images (B, C, H, W). Mean and std are those of its `pretrained_cfg`; the student's
+            where it has none. A grey image is shown to a model for colour as it is, in all channels.
+        student: The preprocessing of the student's images.
+        size: (H, W) that images are resized to; as they are by default.
+    """
+
+    def __init__(self, model: nn.Module, student: Preprocessing, size: Optional[Tuple[int, int]] = None) -> None:
+        self.model, self.size = model.eval().requires_grad_(False), size
+        own: Dict[str, Any] = {**student.as_cfg(), **getattr(model, 'pretrained_cfg', {})}
+        mean, std, own_mean, own_std = (
+            torch.tensor(values).view(1, -1, 1, 1) for values in (student.mean, student.std, own['mean'], own['std']))
+        self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
+
+    def see(self, images: torch.Tensor) -> torch.Tensor:
+        """The student's images, (B, C, H, W), with the teacher's own mean and std, at its size."""
+        if self.scale.device != images.device:
+            self.scale, self.shift = self.scale.to(images.device), self.shift.to(images.device)
+            self.model.to(images.device)
+        images = images * self.scale + self.shift
+        if self.size is None or images.shape[-2:] == self.size:
+            return images
+        return F.interpolate(images, self.size, mode='bicubic', antialias=True, align_corners=False)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Scores of the student's images: (B, C, H, W) -> (B, classes)."""
+        return self.model(self.see(images)).float()
+
+    @torch.no_grad()
+    def score_places(self, images: torch.Tensor) -> torch.Tensor:
+        """Scores of every place of the last feature map, each put through the head by itself: (B, classes, h, w)."""
+        images = self.see(images)
+        features = self.model.forward_features(images)  # type: ignore[operator]
+        if features.ndim == 4:  # (B, D, h, w): each place is an image of one pixel
+            (h, w), rows = features.shape[-2:], features.permute(0, 2, 3, 1).flatten(0, 2)[..., None, None]
+        else:  # (B, prefix + N, D): each token is all that its image consists of, as class token and as the others
+            h, w = token_grid(self.model, images.shape[-2], images.shape[-1])
+            prefix = getattr(self.model, 'num_prefix_tokens', 1)
+            rows = features[:, prefix:].flatten(0, 1)[:, None].expand(-1, prefix + 1, -1)
+        scores = self.model.forward_head(rows)  # type: ignore[operator]
+        return scores.float().view(len(images), h, w, -1).permute(0, 3, 1, 2)
+
+    def label_tokens(self, batch: Batch, grid: Grid) -> torch.Tensor:
+        """A distribution over classes for every token of a student's grid: (B, classes, h, w)."""
+        return F.interpolate(
+            self.score_places(batch.images), grid, mode='bilinear', align_corners=False).softmax(1)
+
+
+def load_teacher(
+        name: str, cfg: Dict[str, Any], size: Optional[Union[int, Tuple[int, int]]] = None, dense: bool = False,
+) -> Teacher:
+    """The teacher of this name, after one look at an image as the student has them.
+
+    Args:
+        name: A name of timm's with published weights, a run folder, hf-hub:USER/NAME, local-dir:FOLDER, or
+            FILE.py:FUNCTION, which is called with img_size.
+        cfg: The student's pretrained_cfg, with preprocessing, number and perhaps names of classes.
+        size: Of the images it gets, in pixels; the student's by default.
+        dense: Whether it shall label places.
+
+    Raises:
+        UsageError: if it cannot be loaded, or does not fit the student.
+    """
+    student, size = Preprocessing.of(cfg), (size, size) if isinstance(size, int) else size
+    try:
+        if is_model(name) and not get_pretrained_cfg(name).has_weights:  # timm would give a random one
+            raise ValueError('no weights of it are published')
+        model = build(f'local-dir:{name}' if Path(name).is_dir() else name, size or student.size, pretrained=True)
+    except Exception as error:  # of the file's own, of the Hub, of a checkpoint that does not fit
+        raise UsageError(f'no teacher {name!r}: {error}') from error
+    teacher = Teacher(model, student, size)
+    image = torch.zeros(1, student.channels, *student.size)
+    try:
+        count = (teacher.score_places(image) if dense else teacher(image)).shape[1]
+    except Exception as error:  # whatever it is, the teacher cannot do what it is for
+        raise UsageError(f'the teacher {name!r} cannot {"label places of" if dense else "score"} images of '
+                         f'{"x".join(map(str, image.shape[1:]))}: {error}') from error
+    if count != cfg['num_classes']:
+        raise UsageError(f'the teacher {name!r} knows {count} classes, the student {cfg["num_classes"]}')
+    theirs, ours = getattr(model, 'pretrained_cfg', {}).get('label_names'), cfg.get('label_names')
+    if theirs and ours and list(theirs) != list(ours):
+        raise UsageError(f'the teacher {name!r} and the student have other classes, or another order of them: '
+                         f'{", ".join(theirs[:5])}, … and {", ".join(ours[:5])}, …')
+    return teacher
