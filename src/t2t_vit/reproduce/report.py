@@ -1,0 +1,143 @@
+"""The tables and plots of a comparison, of whatever is done so far."""
+
+import csv
+import math
+import shutil
+from pathlib import Path
+from typing import Any, Dict, List, Sequence
+
+from rich.table import Table
+
+from ..console import console
+from ..plots import plot_arms, plot_differences
+from ..settings import UsageError
+from .arms import ARMS
+from .runs import OPTIONS, RESULT, Plan, read_plan, results
+from .structures import PRINTED
+from .verdicts import CONFIDENCE, MARGIN, MIN_FREEDOM, Arm, Verdict, gather, half_width, overall, pooled, verdicts
+
+ARM_HEAD = ['arm', 'top-1 %', f'± {100 * CONFIDENCE:.0f} %', 'seeds', 'parameters', 'published share', 'share', 'MMAC',
+            'weights only', 'images/s', 'published top-1 %']
+VERDICT_HEAD = ['claim', 'first', '', 'second', 'difference', f'± {100 * CONFIDENCE:.0f} %', 'seeds', 'size', 'paper',
+                'verdict']
+
+
+def arm_cells(arm: Arm, arms: Dict[str, Arm]) -> List[str]:
+    """An arm as it is shown."""
+    printed, reference = PRINTED.get(arm.name), arms.get('t2t_vit_14')
+    return [
+        arm.name, f'{arm.mean:.2f}', f'{half_width(arm, None, list(arms.values())):.2f}',
+        str(len(arm.top1)),
+        f'{arm.parameters:,}', f'{printed.params / PRINTED["t2t_vit_14"].params:.2f}' if printed else '–',
+        f'{arm.parameters / reference.parameters:.2f}' if reference else '–', f'{arm.macs / 1e6:.2f}',
+        f'{arm.macs_weights / 1e6:.2f}', f'{arm.images_per_second:.0f}', f'{printed.top1:.1f}' if printed else '–']
+
+
+def verdict_cells(verdict: Verdict) -> List[str]:
+    """A verdict as it is shown."""
+    pair = verdict.pair
+    paper = '–' if math.isnan(pair.published) else f'{pair.published:+.1f}'
+    if verdict.difference is None:
+        return [pair.claim, pair.first, pair.relation, pair.second, '–', '–', '–', '–', paper, verdict.text]
+    return [pair.claim, pair.first, pair.relation, pair.second, f'{verdict.difference:+.2f}', f'{verdict.half:.2f}',
+            verdict.seeds, f'{verdict.size:.2f}', paper, verdict.text]
+
+
+def conditions(plan: Plan, rows: Sequence[Dict[str, Any]]) -> str:
+    """What all figures hold for."""
+    def all_of(key: str) -> str:
+        return ', '.join(dict.fromkeys(str(row[key]) for row in rows))
+    revisions = ', '.join(dict.fromkeys(str(row['revision'])[:10] for row in rows))
+    return (f'{Path(plan.data).name if "/" in plan.data and not plan.data.startswith("torch/") else plan.data}, '
+            f'{plan.img_size}² pixels, {plan.count:,} training and {plan.val_count:,} validation images, '
+            f'{plan.images_seen:,} images seen a run ({plan.epochs} epochs, batch {plan.batch_size}), recipe '
+            f'{Path(plan.recipe).name}, precision {plan.precision}; {all_of("device")}, {all_of("threads")} threads, '
+            f'torch {all_of("torch")}, t2t-vit {all_of("version")} ({revisions})')
+
+
+def save_report(folder: Path) -> None:
+    """README.md, CSV files, configs/ and plots of a comparison's results, and the same on the screen.
+
+    Raises:
+        UsageError: if none of its runs is done.
+    """
+    plan, rows = read_plan(folder), results(folder)
+    if not rows:
+        raise UsageError(f'no run in {folder} is done yet')
+    arms = gather(rows)
+    ranked = sorted(arms.values(), key=lambda arm: (ARMS.index(arm.name) if arm.name in ARMS else len(ARMS), arm.name))
+    judged = verdicts(arms, 100 / plan.num_classes)
+    done = [verdict for verdict in judged if verdict.difference is not None]
+    about = conditions(plan, rows)
+
+    write_csv(folder / 'runs.csv', list(rows[0]), [list(row.values()) for row in rows])
+    write_csv(folder / 'arms.csv', ARM_HEAD, [arm_cells(arm, arms) for arm in ranked])
+    write_csv(folder / 'verdicts.csv', VERDICT_HEAD, [verdict_cells(verdict) for verdict in judged])
+    for file in folder.glob(f'runs/*/seed-*/{RESULT}'):
+        kept = folder / 'configs' / f'{file.parent.parent.name}-{file.parent.name}.yaml'
+        kept.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file.parent / 'config.yaml', kept)
+    plot_arms([(arm.name, arm.parameters, arm.top1, half_width(arm, None, ranked), arm.own) for arm in ranked], about,
+              folder / 'arms.png')
+    if done:
+        plot_differences([(f'{v.pair.first} − {v.pair.second}', v.difference or 0., v.half or 0., v.pair.published,
+                           v.text) for v in done], MARGIN, about, folder / 'claims.png')
+    (folder / 'README.md').write_text(readme(plan, arms, ranked, judged, about, folder))
+    show(arms, ranked, judged, about)
+
+
+def write_csv(file: Path, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table as CSV."""
+    with file.open('w', newline='') as stream:
+        writer = csv.writer(stream)
+        writer.writerow(head)
+        writer.writerows(rows)
+
+
+def show(arms: Dict[str, Arm], ranked: Sequence[Arm], judged: Sequence[Verdict], about: str) -> None:
+    """Both tables on the screen."""
+    table = Table(*ARM_HEAD, title=about)
+    for arm in ranked:
+        table.add_row(*arm_cells(arm, arms))
+    console().print(table)
+    table = Table(*VERDICT_HEAD)
+    for verdict in judged:
+        table.add_row(*verdict_cells(verdict))
+    console().print(table)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
+    """A table's lines."""
+    return ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head),
+            *('| ' + ' | '.join(row) + ' |' for row in rows), '']
+
+
+def readme(plan: Plan, arms: Dict[str, Arm], ranked: Sequence[Arm], judged: Sequence[Verdict], about: str,
+           folder: Path) -> str:
+    """The page of a comparison."""
+    deviation, freedom = pooled(ranked)
+    test = (f'a t interval of the difference of means over seeds, with one standard deviation of {deviation:.2f} '
+            f'points for all arms, pooled within them ({freedom} degrees of freedom)' if freedom >= MIN_FREEDOM else
+            'too few arms have two seeds: the interval of two proportions over the validation images, which knows '
+            'nothing of seeds')
+    claims: Dict[str, List[Verdict]] = {}
+    for verdict in judged:
+        claims.setdefault(verdict.pair.claim, []).append(verdict)
+    failed = sorted(file.parent for file in folder.glob('runs/*/seed-*/failed.txt'))
+    given = ' '.join(f'--{key} {getattr(plan, key)}' for key in OPTIONS[1:] if getattr(plan, key) is not None)
+    return '\n'.join([
+        '# The paper\'s claims at small scale', '', f'{about}.', '',
+        f'`t2t-vit reproduce accuracy --data DATA {given} --output FOLDER`', '',
+        f'Test, at 95 %, claim by claim: {test}. "As good" (=) means within ±{MARGIN:g} point. Top-1 is that of the '
+        'last epoch. A verdict is about these models, data and numbers of images, not about ImageNet: the paper trains '
+        '300 epochs of 1.28 million images. docs/reproduce.md says how models are scaled and claims tested.', '',
+        '## Claims', '', *(f'- {claim}: **{overall(found)}**' for claim, found in claims.items()
+                           if found[0].pair.relation != '?' and any(v.difference is not None for v in found)), '',
+        'A claim holds where all its pairs do, and does not hold where one of them does not.', '',
+        *markdown(VERDICT_HEAD, [verdict_cells(v) for v in judged]), '![differences](claims.png)', '',
+        '## Arms', '', '`share`: parameters over T2T-ViT-14\'s, as published and here. MMAC: million multiply-adds of '
+        'one image. images/s: training, median of the epochs; other processes may have run beside.', '',
+        *markdown(ARM_HEAD, [arm_cells(arm, arms) for arm in ranked]), '![arms](arms.png)', '',
+        *([f'Failed and left out: {", ".join(f"{run.parent.name} {run.name}" for run in failed)}.', '']
+          if failed else []),
+        'Exact configurations: configs/. Every run: runs.csv.', ''])
