@@ -1,99 +1,363 @@
-"""What a trained model says of images: top-k class names with probabilities."""
+"""What a trained model says of images, few or millions: their classes, or vectors that stand for them."""
 
-from functools import partial
+import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Literal, Optional, Protocol, Tuple
 
+import numpy as np
+import pyarrow as pa
+import timm
 import torch
-from PIL import Image
 from rich.table import Table
 
-from .console import console
-from .data import DataError, decode, list_images, open_source
+from . import __version__
+from .console import Live, console, duration
+from .data import MAX_PIXELS, DataError, Opened, Opener, Piece, Preprocessing, find_images, open_pieces
+from .export import ExportedModel, is_exported, load_exported
+from .models.checkpoints import hash_file
 from .plots import plot_predictions
-from .settings import require
-from .trained import load_model, pick_device
+from .results import Results, check_place
+from .settings import UsageError, require
+from .trained import hash_weights, load_model, pick_device, spoken_names
 
-Item = Tuple[str, Callable[[], Image.Image], str]  # name, how to open it, the truth where it is known
+Kind = Literal['features', 'class_token', 'pooled', 'pyramid']
+Precision = Literal['no', 'bf16', 'fp16']
+Row = Dict[str, Any]
+SHOWN = 24  # images in a picture
 
 
-def find_images(inputs: List[str]) -> List[Item]:
-    """Files, the images of folders (all levels), and `digits` for twelve of the embedded test images.
+class Head(Protocol):
+    """What is asked of a model: columns of these types."""
+
+    types: Dict[str, pa.DataType]
+
+    def __call__(self, images: torch.Tensor) -> Dict[str, pa.Array]:
+        """Columns with a value for each of (B, C, H, W)."""
+
+
+class TopK:
+    """The most probable classes: columns `classes` and `probabilities`, k of each in falling order."""
+
+    def __init__(self, net: Callable[[torch.Tensor], torch.Tensor], names: List[str], k: int) -> None:
+        self.net, self.names, self.k = net, np.array(names), min(k, len(names))
+        self.types = {'classes': pa.list_(pa.string(), self.k), 'probabilities': pa.list_(pa.float32(), self.k)}
+
+    def __call__(self, images: torch.Tensor) -> Dict[str, pa.Array]:
+        """Columns with a value for each of (B, C, H, W)."""
+        values, classes = self.net(images).float().softmax(-1).topk(self.k)
+        return {'classes': fixed_lists(self.names[classes.cpu().numpy()], pa.string()),
+                'probabilities': fixed_lists(values.cpu().numpy(), pa.float32())}
+
+
+class Embedding:
+    """A vector for each image: column `embedding`.
+
+    Of kind `features`, what the head reads; `class_token`, the first token behind the last norm; `pooled`, the mean of
+    all others, or of a convolutional network's last map; `pyramid`, the means over the maps of every stride (4, 8 and
+    16 in T2T-ViT), one behind the other, of `levels` numbers each.
 
     Raises:
-        DataError: naming everything that is not there, or if no image is found.
+        UsageError: if the model has no such thing.
     """
-    missing = [name for name in inputs if name != 'digits' and not Path(name).exists()]
-    if missing:
-        raise DataError(f'not there: {", ".join(missing)}')
-    items: List[Item] = []
-    for name in inputs:
-        if name == 'digits':
-            source = open_source('digits', 'val')
-            items += [(source.name(i), partial(source.open, i), source.classes[source.labels[i]])
-                      for i in range(0, len(source.labels), len(source.labels) // 12)[:12]]
-            continue
-        files = [Path(name)] if Path(name).is_file() else list_images(Path(name))
-        items += [(str(file), partial(decode, file), '') for file in files]
-    if not items:
-        raise DataError(f'no images in {", ".join(inputs)}')
-    return items
+
+    def __init__(self, net: Any, kind: Kind, probe: torch.Tensor) -> None:
+        self.net, self.kind = net, kind
+        if isinstance(net, ExportedModel) and kind != 'features':
+            raise UsageError(f'an exported file gives what its head reads, and no more: --kind features, not {kind}')
+        if kind == 'class_token' and not getattr(net, 'num_prefix_tokens', 0):
+            raise UsageError(f'a {type(net).__name__} has no class token: take --kind pooled')
+        if kind == 'pyramid':
+            if not hasattr(net, 'forward_intermediates'):
+                raise UsageError(f'a {type(net).__name__} gives no maps of several strides: take --kind pooled')
+            strides = {level['reduction']: i for i, level in enumerate(net.feature_info)}  # the last of each
+            self.indices = sorted(strides.values())
+        with torch.inference_mode():
+            vectors = self.parts(probe)
+        self.levels = [part.shape[1] for part in vectors]
+        self.types = {'embedding': pa.list_(pa.float32(), sum(self.levels))}
+
+    def parts(self, images: torch.Tensor) -> List[torch.Tensor]:
+        """The pieces of the vectors, each (B, d)."""
+        if self.kind == 'pyramid':
+            maps = self.net.forward_intermediates(
+                images, indices=self.indices, intermediates_only=True, output_fmt='NCHW')
+            return [level.float().mean((2, 3)) for level in maps]
+        if isinstance(self.net, ExportedModel):
+            return [self.net.features(images)]
+        tokens = self.net.forward_features(images)
+        if self.kind == 'features':
+            return [self.net.forward_head(tokens, pre_logits=True).float()]
+        tokens = tokens.float()
+        if self.kind == 'class_token':
+            return [tokens[:, 0]]
+        if tokens.ndim == 4:
+            return [tokens.mean((2, 3))]
+        return [tokens[:, getattr(self.net, 'num_prefix_tokens', 0):].mean(1)]
+
+    def __call__(self, images: torch.Tensor) -> Dict[str, pa.Array]:
+        """Columns with a value for each of (B, C, H, W)."""
+        return {'embedding': fixed_lists(torch.cat(self.parts(images), 1).cpu().numpy(), pa.float32())}
+
+
+def fixed_lists(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """(B, n) as an array of B lists."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), kind), values.shape[1])
+
+
+@dataclass
+class Job:
+    """What `predict` and `embed` have in common; see their arguments."""
+
+    inputs: List[str]
+    checkpoint: str
+    model: Optional[str]
+    output: Optional[str]
+    batch_size: int
+    workers: int
+    device: str
+    precision: Precision
+    shard_size: int
+    max_pixels: int
+
+    def check(self, files: Tuple[str, ...], rules: Tuple[Tuple[bool, str], ...] = ()) -> None:
+        """UsageError with all that is wrong; `files` are the kinds of file that the output may be."""
+        problems = check_place(self.output, files) if self.output else []
+        require((
+            *rules,
+            (self.batch_size >= 1, f'batch_size is at least 1, got {self.batch_size}'),
+            (self.workers >= 0, f'workers is at least 0, got {self.workers}'),
+            (self.shard_size >= 1, f'shard_size is at least 1, got {self.shard_size}'),
+            (self.max_pixels >= 1, f'max_pixels is at least 1, got {self.max_pixels}'),
+            *((False, problem) for problem in problems)))
+        self.rank, self.world = (number(name, default) for name, default in (('RANK', 0), ('WORLD_SIZE', 1)))
+        require((
+            (0 <= self.rank < self.world, f'RANK is at least 0 and below WORLD_SIZE, got {self.rank} of {self.world}'),
+            (self.world == 1 or bool(self.output), f'{self.world} processes need an --output to write to')))
+        if is_exported(self.checkpoint) and self.device not in ('auto', 'cpu'):
+            raise UsageError(f'exported files run on the CPU here, not on {self.device}')
+        self.target = pick_device('cpu' if is_exported(self.checkpoint) else self.device)
+        if self.world > 1 and self.target.type == 'cuda' and ':' not in self.device:
+            self.target = torch.device('cuda', number('LOCAL_RANK', self.rank) % torch.cuda.device_count())
+
+    def load(self) -> Tuple[Any, List[str]]:
+        """The model on its device, and its classes; `opener` is then what prepares images for it."""
+        self.images = find_images(self.inputs)
+        net, self.preprocessing, names, identity = self.open_model()
+        self.opener = Opener(self.images, self.preprocessing, self.max_pixels)
+        names = spoken_names(names)
+        self.settings: Row = dict(
+            **identity, classes=names,
+            preprocessing=self.preprocessing.as_cfg(), precision=self.precision, max_pixels=self.max_pixels,
+            images=len(self.images), image_names=self.images.digest(), shard_size=self.shard_size)
+        return net, names
+
+    def open_model(self) -> Tuple[Any, Preprocessing, List[str], Row]:
+        """A model on its device or an exported file, its preprocessing, its classes, and what tells it from others."""
+        if is_exported(self.checkpoint):
+            if self.precision != 'no':
+                raise UsageError(f'{self.checkpoint} has its own precision: leave out --precision {self.precision}')
+            file = load_exported(self.checkpoint)
+            weights = [Path(self.checkpoint), Path(self.checkpoint).with_suffix('.bin')]  # OpenVINO's
+            sha = ' '.join(hash_file(path) for path in weights if path == weights[0] or path.exists())
+            return file, file.preprocessing, file.class_names, dict(
+                model=file.metadata.model, weights=sha, export=f'{file.runtime}, {file.metadata.precision}')
+        net, preprocessing, names = load_model(self.checkpoint, self.model)
+        cfg: Any = net.pretrained_cfg
+        return net.to(self.target), preprocessing, names, dict(model=cfg['architecture'], weights=hash_weights(net))
+
+    def environment(self) -> Row:
+        """What may be another at a restart."""
+        return dict(
+            inputs=self.inputs, checkpoint=self.checkpoint, device=str(self.target), batch_size=self.batch_size,
+            processes=self.world, version=__version__, torch=torch.__version__, timm=timm.__version__)
+
+    def rows(self, head: Head, pieces: List[Piece]) -> Iterator[Tuple[Opened, pa.Table]]:
+        """The rows of these pieces, batch by batch, none of which goes beyond its piece."""
+        batches = ((start, min(start + self.batch_size, stop))
+                   for begin, stop in pieces for start in range(begin, stop, self.batch_size))
+        count = sum(-(-(stop - begin) // self.batch_size) for begin, stop in pieces)
+        workers = max(0, min(self.workers, count - 1))  # for a single batch they do not pay
+        kind = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(self.precision)
+        for opened in open_pieces(self.opener, batches, workers, self.target):
+            columns = {name: pa.array([], column) for name, column in head.types.items()}
+            if opened.good:
+                with torch.inference_mode(), torch.autocast(self.target.type, kind, enabled=kind is not None):
+                    columns = head(opened.images.to(self.target, non_blocking=True))
+            yield opened, self.table(opened, columns)
+
+    def table(self, opened: Opened, columns: Dict[str, pa.Array]) -> pa.Table:
+        """Columns of the images that could be read, as rows of all."""
+        span = range(opened.start, opened.stop)
+        places = {index: i for i, index in enumerate(opened.good)}
+        order = pa.array([places.get(index) for index in span], pa.int64())
+        return pa.table({
+            'index': pa.array(span, pa.int64()), 'image': pa.array([self.images.name(i) for i in span], pa.string()),
+            'error': pa.array([opened.errors.get(i) for i in span], pa.string()),
+            **{name: column.take(order) for name, column in columns.items()}})
+
+
+def number(name: str, default: int) -> int:
+    """A whole number out of the environment.
+
+    Raises:
+        UsageError: if it is none.
+    """
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f'{name} is a whole number, got {text!r}') from None
+
+
+def follow(job: Job, head: Head, settings: Row) -> Iterator[pa.Table]:
+    """Every batch's rows of this process; with an output, they are in it when the next batch is asked for.
+
+    Raises:
+        KeyboardInterrupt: where it was stopped, with what to do about it.
+    """
+    results, pieces, before = None, [(0, len(job.images))], 0
+    if job.output:
+        results = Results(Path(job.output), len(job.images), job.shard_size, {**job.settings, **settings})
+        results.begin(job.environment())
+        parts = [part for part in results.missing() if part % job.world == job.rank]
+        pieces = [results.piece(part) for part in parts]
+        own = range(job.rank, len(results.parts), job.world)
+        before = sum(len(range(*results.piece(part))) for part in own) - sum(len(range(*piece)) for piece in pieces)
+    read = damaged = 0
+    held: List[pa.Table] = []
+    total = before + sum(len(range(*piece)) for piece in pieces)
+    with Live(console(stderr=True), 'image', total, before, quiet=job.rank > 0) as live:
+        try:
+            for opened, table in job.rows(head, pieces):
+                read, damaged = read + table.num_rows, damaged + len(opened.errors)
+                held.append(table)
+                if results and (opened.stop % job.shard_size == 0 or opened.stop == len(job.images)):
+                    results.write((opened.stop - 1) // job.shard_size, pa.concat_tables(held))
+                    held = []
+                live.show(before + read, f'{read / live.seconds:.0f} images/s  {damaged} damaged')
+                yield table
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt('stopped; the same command goes on from what is done' if results else '') from None
+        seconds = live.seconds
+    if not results:
+        return
+    whole = results.finish()
+    speed = f'{read:,} images in {duration(seconds)}, {read / seconds:.1f} images/s, {damaged:,} of them damaged; ' \
+        if read else 'nothing left to do; '
+    console().print(speed + (f'all {len(job.images):,} are in {job.output}' if whole else
+                             f'this was the share of process {job.rank + 1} of {job.world}'), soft_wrap=True)
 
 
 def predict(
         inputs: List[str],
         checkpoint: str,
         model: Optional[str] = None,
+        output: Optional[str] = None,
         top_k: int = 5,
         batch_size: int = 32,
+        workers: int = 2,
         device: str = 'auto',
+        precision: Precision = 'no',
+        shard_size: int = 1024,
+        max_pixels: int = MAX_PIXELS,
         picture: Optional[str] = None,
-) -> List[Dict[str, float]]:
-    """Name what is in images: the most probable classes of each.
+) -> List[Row]:
+    """Name what is in images: the most probable classes of each. With no output, gives the rows, and prints them.
 
     Args:
-        inputs: Image files, folders of them, or digits for a few of the embedded test images.
-        checkpoint: A run's folder, hf-hub:USER/NAME, or a file in any published layout (then with --model).
+        inputs: Image files, folders and patterns of them, tars, Parquet files, lists of paths (.csv, .txt), or digits
+            for a few of the embedded test images.
+        checkpoint: A run's folder, hf-hub:USER/NAME, an exported .onnx, .xml or .pt2, or a file in any published layout
+            (then with --model).
         model: The registered name of the model in a file.
+        output: A .csv, .jsonl or .parquet file, or a folder for parts that read as one data set; the screen by default.
+            The same command goes on where it was interrupted.
         top_k: Classes to name.
         batch_size: Images at once.
+        workers: Processes that open images.
         device: cpu, cuda, mps or auto.
+        precision: no (float32), bf16 or fp16.
+        shard_size: Images in a part of the output, which is made again where it was interrupted.
+        max_pixels: Of an image; what claims to have more is not decoded.
         picture: A PNG file to show the first images in, with what they were taken for.
     """
-    require(((top_k >= 1, f'top_k is at least 1, got {top_k}'),
-             (batch_size >= 1, f'batch_size is at least 1, got {batch_size}')))
-    target = pick_device(device)
-    items = find_images(inputs)
-    net, preprocessing, names = load_model(checkpoint, model)
-    net, transform = net.to(target), preprocessing.transform()
-    screen, table = console(), Table('image', *(f'{k + 1}.' for k in range(min(top_k, len(names)))))
-    results: List[Dict[str, float]] = []
-    shown: List[Tuple[Image.Image, str, float, str]] = []
-    damaged: List[str] = []
-    for start in range(0, len(items), batch_size):
-        opened = []
-        for name, opener, truth in items[start:start + batch_size]:
-            try:
-                opened.append((name, preprocessing.convert(opener()), truth))
-            except Exception:  # whatever a decoder may raise over damaged bytes
-                damaged.append(name)
-        if not opened:
-            continue
-        with torch.inference_mode():
-            logits = net(torch.stack([transform(image) for _, image, _ in opened]).to(target))
-        probabilities, classes = logits.float().softmax(-1).topk(min(top_k, len(names)))
-        for (name, image, truth), ps, cs in zip(opened, probabilities.tolist(), classes.tolist()):
-            results.append({names[c]: p for c, p in zip(cs, ps)})
-            table.add_row(name, *(f'{names[c]} {100 * p:.1f} %' for c, p in zip(cs, ps)))
-            if len(shown) < 24:
-                shown.append((image, names[cs[0]], ps[0], truth))
-    if not results:
-        raise DataError(f'not one image can be read: {", ".join(damaged[:5])}')
+    job = Job(inputs, checkpoint, model, output, batch_size, workers, device, precision, shard_size, max_pixels)
+    job.check(('.csv', '.jsonl', '.parquet'), ((top_k >= 1, f'top_k is at least 1, got {top_k}'),))
+    net, names = job.load()
+    head = TopK(net, names, top_k)
+    rows: List[Row] = []
+    shown: List[Row] = []
+    for table in follow(job, head, dict(top_k=head.k)):
+        rows += table.to_pylist() if not output else []
+        if picture and len(shown) < SHOWN:
+            shown += [row for row in table.to_pylist() if row['error'] is None]
+    if not output:
+        show(rows, head.k)
+    if picture and shown:
+        Path(picture).parent.mkdir(parents=True, exist_ok=True)
+        plot_predictions([(job.opener.show(row['index']), row['classes'][0], row['probabilities'][0],
+                           job.images.truth(row['index'])) for row in shown[:SHOWN]], Path(picture))
+        console().print(f'the picture is {picture}', soft_wrap=True)
+    return rows
+
+
+def show(rows: List[Row], k: int) -> None:
+    """Rows as a table on the screen.
+
+    Raises:
+        DataError: if all are errors.
+    """
+    damaged = [row for row in rows if row['error'] is not None]
+    named = ', '.join(f'{row["image"]} ({row["error"]})' for row in damaged[:5])
+    if len(damaged) == len(rows):
+        raise DataError(f'not one image can be read: {named}')
+    table = Table('image', *(f'{i + 1}.' for i in range(k)))
+    for row in rows:
+        table.add_row(row['image'], *('–' if row['error'] is not None else f'{row["classes"][i]} '
+                                      f'{100 * row["probabilities"][i]:.1f} %' for i in range(k)))
+    screen = console()
     screen.print(table)
     if damaged:
-        screen.print(f'{len(damaged)} damaged images left out: {", ".join(damaged[:5])}', soft_wrap=True)
-    if picture:
-        Path(picture).parent.mkdir(parents=True, exist_ok=True)
-        plot_predictions(shown, Path(picture))
-        screen.print(f'the picture is {picture}', soft_wrap=True)
-    return results
+        screen.print(f'{len(damaged)} of {len(rows)} images cannot be read: {named}', soft_wrap=True)
+
+
+def embed(
+        inputs: List[str],
+        checkpoint: str,
+        output: str,
+        model: Optional[str] = None,
+        kind: Kind = 'features',
+        batch_size: int = 32,
+        workers: int = 2,
+        device: str = 'auto',
+        precision: Precision = 'no',
+        shard_size: int = 1024,
+        max_pixels: int = MAX_PIXELS,
+) -> None:
+    """Turn images into vectors, to search, group or learn from.
+
+    Args:
+        inputs: Image files, folders and patterns of them, tars, Parquet files, lists of paths (.csv, .txt), or digits
+            for a few of the embedded test images.
+        checkpoint: A run's folder, hf-hub:USER/NAME, an exported .onnx, .xml or .pt2, or a file in any published layout
+            (then with --model).
+        output: A .parquet file; a .npy file, with the images' names in a .csv beside it; or a folder for parts that
+            read as one data set. The same command goes on where it was interrupted.
+        model: The registered name of the model in a file.
+        kind: features (what the head reads), class_token, pooled (the mean of the other tokens), or pyramid (means over
+            the maps of every stride).
+        batch_size: Images at once.
+        workers: Processes that open images.
+        device: cpu, cuda, mps or auto.
+        precision: no (float32), bf16 or fp16.
+        shard_size: Images in a part of the output, which is made again where it was interrupted.
+        max_pixels: Of an image; what claims to have more is not decoded.
+    """
+    job = Job(inputs, checkpoint, model, output, batch_size, workers, device, precision, shard_size, max_pixels)
+    job.check(('.parquet', '.npy'))
+    net, _ = job.load()
+    size = job.preprocessing.channels, *job.preprocessing.size
+    head = Embedding(net, kind, torch.zeros(1, *size, device=job.target))
+    for _ in follow(job, head, dict(kind=kind, levels=head.levels)):
+        pass

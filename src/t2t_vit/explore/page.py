@@ -1,0 +1,250 @@
+"""The page: an image, models, views of what they make of it, and a report to take along."""
+
+import shutil
+import tempfile
+import time
+import traceback
+import uuid
+from html import escape
+from pathlib import Path
+from typing import Any, Callable, List, Optional, Sequence, Tuple
+
+import gradio as gr
+import torch
+
+from ..data import DataError
+from ..look.features import DEAD
+from ..look.opened import Photo
+from ..look.report import write_report
+from ..look.visualize import look
+from .seen import Explorer, Seen, read_photo, sentence
+from .views import CLASS_TOKEN, PLACE, VIEWS, Choice, layers_of, pages_of, preview, show
+
+NONE = 'no other'
+ANSWER = -1  # the class of Grad-CAM
+OLD = 600  # seconds after which an upload or report that was left behind is deleted
+WAITING = 32  # requests; more are told to come back
+MOVING = 'Move over the image'
+CSS = '''
+.gradio-container { max-width: 1200px !important; margin: auto }
+.models { display: grid; gap: 1.5rem; grid-template-columns: minmax(0, 1fr) }
+.models.n2 { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr) }
+.models.n1 h3 { display: none }
+.models h3 { margin: 0 0 .5rem; overflow-wrap: anywhere; font-weight: 600 }
+.models figure, .preview figure { margin: 0 0 1rem }
+.models svg, .preview svg { display: block; width: 100%; max-width: 26rem; max-height: 26rem; height: auto;
+  background: repeating-linear-gradient(45deg, #8884 0 4px, #8881 4px 8px); border-radius: 4px }
+.models .wide svg { max-width: 46rem; max-height: none; background: none }
+.models figcaption, .preview figcaption, .what { font-size: .85rem; line-height: 1.35; margin-top: .3rem;
+  color: var(--body-text-color); opacity: .82; max-width: 46rem; overflow-wrap: anywhere }
+.what { margin: 0 0 .8rem }
+.pair, .many { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)) }
+.pair { grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); align-items: start; max-width: 46rem }
+.small { grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); gap: .6rem }
+.bars { list-style: none; margin: 0; padding: 0; max-width: 34rem }
+.bars li { display: grid; grid-template-columns: 1fr auto; margin: 0 0 .7rem }
+.bars i { grid-column: 1 / -1; height: .6rem; min-width: 2px; background: #0072B2; border-radius: 2px }
+.wrong { border-left: 4px solid #D55E00; padding: .5rem .8rem; margin: 0; background: #D55E0018 }
+.preview svg { max-width: 100% }
+#wrong:not(:has(.wrong)) { display: none }
+#examples .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)); grid-template-rows: none !important;
+  grid-auto-rows: auto !important; height: auto; padding: .3rem }
+#examples .gallery-item { height: auto }
+#examples .grid-wrap { min-height: 0 }
+#examples .thumbnail-item { height: auto; aspect-ratio: 1 }
+#examples .caption-label { display: none }
+input[type=radio]:checked { background-color: var(--checkbox-background-color-selected) !important }
+button:focus-visible, input:focus-visible, [role=button]:focus-visible, a:focus-visible {
+  outline: 3px solid #56B4E9 !important; outline-offset: 2px }
+@media (max-width: 640px) { .preview svg { max-width: 11rem } .models.n2 { gap: .8rem }
+  .small { grid-template-columns: repeat(3, 1fr) }
+  .models.n2 .pair { grid-template-columns: minmax(0, 1fr) } .gradio-container { padding: .6rem !important } }
+'''
+
+
+def guarded(function: Callable[..., Any], explorer: Explorer, count: int) -> Callable[..., Any]:
+    """A handler whose last output is the line for errors; they leave its other `count` outputs as they are."""
+    def handler(*args: Any) -> Any:
+        try:
+            with explorer.request():
+                made = function(*args)
+            return (*(made if isinstance(made, tuple) else (made,)), '')
+        except Exception as error:  # whatever happens, a person is told of it and the page goes on
+            text = sentence(error, explorer.limits)
+            if not text:
+                traceback.print_exc()
+                text = f'Something went wrong inside ({type(error).__name__}); the terminal says more.'
+            return (*[gr.skip() for _ in range(count)], f'<p class="wrong" role="alert">{escape(text)}</p>')
+    handler.__name__ = function.__name__
+    return handler
+
+
+class Page:
+    """What the page's controls do."""
+
+    def __init__(self, explorer: Explorer, photos: Sequence[Photo], folder: Path) -> None:
+        self.explorer, self.photos, self.folder = explorer, photos, folder
+
+    def seen(self, photo: Photo, first: str, second: str) -> List[Seen]:
+        """Passes of the one or two models that are chosen."""
+        return [self.explorer.see(name, photo) for name in dict.fromkeys((first, second)) if name != NONE]
+
+    def draw(self, photo: Optional[Photo], first: str, second: str, view: str, *values: Any) -> Tuple[str, str]:
+        """The image with its cross, and the view."""
+        if photo is None:
+            raise DataError('Choose an image first.')
+        seen = self.seen(photo, first, second)
+        choice = self.choice(seen[0], *values)
+        return preview(seen[0], choice, photo.name), show(view, seen, choice)
+
+    def choice(self, seen: Seen, top_k: float, across: float, down: float, moving: bool, layer: float, head: float,
+               reader: str, residual: float, target: Optional[int], stage: float, page: float) -> Choice:
+        """From what stands on the controls; layers become depths."""
+        def depth(chosen: float, count: int) -> float:
+            return min(max((chosen - 1) / max(count - 1, 1), 0), 1)
+
+        def share(value: float) -> float:
+            return min(max(value, 0), 1)
+
+        return Choice(max(int(top_k), 1), share(across), share(down), bool(moving),
+                      depth(layer, len(layers_of(seen))), max(int(head), 0), reader, share(residual),
+                      None if target is None or target == ANSWER else max(int(target), 0),
+                      depth(stage, len(seen.measures)), max(int(page), 1))
+
+    def take(self, upload: Optional[str], *rest: Any) -> Tuple[Any, ...]:
+        """An uploaded image, which is read and deleted: the image, an empty place for the next, and what is drawn."""
+        if upload is None:
+            raise DataError('The upload did not arrive. Please try again.')
+        file = Path(upload)
+        try:
+            photo = read_photo(file, self.explorer.limits)
+        finally:
+            file.unlink(missing_ok=True)
+        return (photo, *self.draw(photo, *rest))
+
+    def example(self, index: int, *rest: Any) -> Tuple[Any, ...]:
+        """One of the examples."""
+        photo = self.photos[index]
+        return (photo, *self.draw(photo, *rest))
+
+    def bounds(self, photo: Photo, first: str, second: str) -> Tuple[Any, ...]:
+        """How far the controls go for these models: k, layer, head, class, stage, page."""
+        seen = self.seen(photo, first, second)
+        layers = layers_of(seen[0])
+        heads = max((a.query.shape[1] for one in seen for a in layers_of(one)), default=1)
+        pages = max(pages_of(maps.shape[1]) for one in seen for maps in one.trace.maps.values())
+        classes = seen[0].one.classes
+        return (dict(maximum=max(min(10, len(classes)), 2)),
+                dict(maximum=max(len(layers), 2), value=max(len(layers), 2)), dict(maximum=max(heads, 1), value=0),
+                dict(choices=[('the answer', ANSWER), *((name, i) for i, name in enumerate(classes))], value=ANSWER),
+                dict(maximum=max(len(seen[0].measures), 2), value=1), dict(maximum=max(pages, 2), value=1))
+
+    def report(self, photo: Photo, first: str, second: str, *values: Any) -> Any:
+        """Every picture of the models that are chosen, in one HTML file."""
+        seen = self.seen(photo, first, second)
+        choice = self.choice(seen[0], *values)
+        for old in self.folder.glob('*'):
+            if time.time() - old.stat().st_mtime > 60:  # its copy is what is served
+                shutil.rmtree(old, ignore_errors=True)
+        file = self.folder / uuid.uuid4().hex / 't2t-vit-report.html'
+        opened = [one.one for one in seen]
+        with tempfile.TemporaryDirectory(dir=self.folder) as drafts:
+            shown = Photo(Path(photo.name).name, photo.image)
+            sections = look(opened, {'image': shown}, Path(drafts), self.explorer.device, (choice.down, choice.across),
+                            choice.target, None, DEAD)
+            named = ', '.join(f'{one.name}: {one.weights}' for one in opened)
+            write_report(file, f'What the models see in {shown.name}',
+                         f'{named}. {self.explorer.device.type}, torch {torch.__version__}.', sections)
+        size = file.stat().st_size / 1e6
+        return gr.DownloadButton(f'Download the report ({size:.1f} MB)', value=str(file), visible=True,
+                                 variant='primary')
+
+
+def build(explorer: Explorer, photos: Sequence[Photo], start: int, folder: Path) -> gr.Blocks:
+    """The page, with the image that it begins with; `folder` is for reports."""
+    page = Page(explorer, photos, folder)
+    names = list(explorer.openers)
+    k, depth, heads, classes, stages, pages = page.bounds(photos[start], names[0], NONE)
+    with gr.Blocks(title='t2t-vit: what models see', analytics_enabled=False, delete_cache=(60, OLD)) as blocks:
+        photo = gr.State(photos[start], time_to_live=3600)
+        gr.Markdown('# What models see\nChoose an image and a view. An image of yours is read, deleted, and forgotten '
+                    'with this page.')
+        with gr.Row():
+            with gr.Column(scale=2, min_width=290):
+                drop = gr.Image(label='Your image', type='filepath', sources=['upload', 'clipboard'], height=170,
+                                elem_id='drop', buttons=[])
+                gallery = gr.Gallery([(one.image, one.name) for one in photos], label='Examples', columns=6,
+                                     height='auto', allow_preview=False, elem_id='examples', buttons=[],
+                                     object_fit='cover', show_label=False)
+                shown = gr.HTML(elem_classes='preview', elem_id='preview')
+                across = gr.Slider(0, 1, .5, step=.01, label='Cross: left to right', elem_id='across', buttons=[])
+                down = gr.Slider(0, 1, .5, step=.01, label='Cross: top to bottom', elem_id='down', buttons=[])
+            with gr.Column(scale=5, min_width=320):
+                with gr.Row():
+                    first = gr.Dropdown(names, value=names[0], label='Model', elem_id='first', min_width=140)
+                    second = gr.Dropdown([NONE, *names], value=NONE, label='Beside it', elem_id='second',
+                                         min_width=140)
+                wrong = gr.HTML(elem_id='wrong')
+                view = gr.Radio(list(VIEWS), value='Answer', label='View', elem_id='view')
+                with gr.Row(visible=True) as of_answer:
+                    top_k = gr.Slider(1, value=5, step=1, label='Classes', elem_id='top_k', buttons=[], **k)
+                with gr.Row(visible=False) as of_windows:
+                    moving = gr.Checkbox(label=MOVING, elem_id='moving')
+                with gr.Row(visible=False) as of_attention:
+                    layer = gr.Slider(1, step=1, label='Layer', elem_id='layer', buttons=[], **depth)
+                    head = gr.Slider(0, step=1, label='Head (0: mean of all)', elem_id='head', buttons=[], **heads)
+                    reader = gr.Radio([CLASS_TOKEN, PLACE], value=CLASS_TOKEN, label='Whose attention',
+                                      elem_id='reader')
+                with gr.Row(visible=False) as of_evidence:
+                    residual = gr.Slider(0, 1, .5, step=.05, label='Share that skips keep', elem_id='residual',
+                                         buttons=[])
+                    target = gr.Dropdown(label='Class of Grad-CAM', elem_id='target', **classes)
+                with gr.Row(visible=False) as of_features:
+                    stage = gr.Slider(1, step=1, label='Layer', elem_id='stage', buttons=[], **stages)
+                    sheet = gr.Slider(1, step=1, label='Page of channels', elem_id='sheet', buttons=[], **pages)
+                picture = gr.HTML(elem_id='picture')
+                make = gr.Button('Make a report of all views', elem_id='make')
+                download = gr.DownloadButton('Download the report', visible=False, elem_id='download')
+        groups = {'Answer': of_answer, 'Windows': of_windows, 'Attention': of_attention, 'Evidence': of_evidence,
+                  'Feature maps': of_features}
+        controls = [top_k, across, down, moving, layer, head, reader, residual, target, stage, sheet]
+        chosen = [first, second, view, *controls]
+        drawn = [shown, picture, wrong]
+        one: Any = dict(concurrency_id='models', concurrency_limit=1, show_progress='hidden')
+        inside: Any = dict(**one, api_visibility='private')
+        redraw = guarded(page.draw, explorer, 2)
+
+        # the browser's own file stays where it was uploaded to, for `take` to read within limits and to delete
+        drop.preprocess = lambda payload: payload.path if payload else None
+        drop.async_move_resource_to_block_cache = only_uploads
+        drop.upload(guarded(page.take, explorer, 3), [drop, *chosen], [photo, *drawn], api_name='look',
+                    concurrency_id='models', concurrency_limit=1, show_progress_on=[picture],
+                    ).then(lambda: None, None, drop, api_visibility='private', show_progress='hidden')
+
+        def choose(event: gr.SelectData, *rest: Any) -> Any:
+            return guarded(page.example, explorer, 3)(event.index, *rest)
+
+        gallery.select(choose, chosen, [photo, *drawn], **inside)
+        view.change(lambda name: [gr.update(visible=name == of) for of in groups], view, list(groups.values()),
+                    api_visibility='private', show_progress='hidden', queue=False)
+
+        def fit(*args: Any) -> Tuple[Any, ...]:
+            return tuple(gr.update(**how) for how in page.bounds(*args))
+
+        gr.on([first.change, second.change], guarded(fit, explorer, 6), [photo, first, second],
+              [top_k, layer, head, target, stage, sheet, wrong], **inside).then(
+                  redraw, [photo, *chosen], drawn, **inside)
+        gr.on([view.change, *(control.change for control in controls)], redraw, [photo, *chosen], drawn,
+              trigger_mode='always_last', **inside)
+        blocks.load(redraw, [photo, *chosen], drawn, **inside)
+        make.click(guarded(page.report, explorer, 1), [photo, first, second, *controls], [download, wrong],
+                   concurrency_id='models', concurrency_limit=1, api_name='report', show_progress_on=[make])
+    blocks.queue(max_size=WAITING, default_concurrency_limit=1)
+    return blocks
+
+
+async def only_uploads(place: str) -> str:
+    """In the place of a component's own: gives the path of an upload, and fetches nothing from anywhere."""
+    if not Path(place).is_file():
+        raise gr.Error('Only uploaded files can be opened.', print_exception=False)
+    return place

@@ -1,0 +1,202 @@
+"""An exported file beside the PyTorch model it was made of: the same images, the same answers, at what speed."""
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
+
+import torch
+from torch import nn
+
+from ..benchmark import device_name, interleave, spread
+from .images import Images
+from .metadata import Metadata
+from .runtime import ExportedModel
+
+
+class Tolerance(NamedTuple):
+    """What a precision may cost: logits' relative difference, images whose first class changes, top-1."""
+
+    difference: float
+    disagreement: float
+    top1_loss: float
+
+
+TOLERANCES = {
+    'float32': Tolerance(1e-3, 0.002, 0.001),
+    'fp16': Tolerance(2e-2, 0.01, 0.005),
+    'bf16': Tolerance(1e-1, 0.03, 0.005),
+    'int8': Tolerance(0.5, 0.10, 0.005),
+}
+
+
+@dataclass
+class Speed:
+    """Images per second over interleaved rounds, medians and quartiles, and the ratio of each round."""
+
+    pytorch: Tuple[float, float, float]
+    exported: Tuple[float, float, float]
+    ratio: Tuple[float, float, float]
+    batch_size: int
+    rounds: int
+    threads: int
+    device: str
+
+
+@dataclass
+class Report:
+    """What became of a model in a file; differences are of logits."""
+
+    file: str
+    bytes: int
+    model: str
+    precision: str
+    runtime: str
+    pixels: str
+    dynamic: str
+    batch: Optional[int]
+    size: Optional[Tuple[int, int]]
+    data: str
+    images: int
+    max_difference: float
+    relative_difference: float  # the largest over images: |a - b| at most, over |b| at most
+    mean_relative_difference: float
+    top1_agreement: float
+    top1_pytorch: Optional[float]
+    top1_exported: Optional[float]
+    damaged: List[str]
+    sizes_tried: List[Tuple[int, int]]
+    kept_in_float: List[str]
+    calibration: Optional[str]
+    speed: Optional[Speed]
+    tolerance: Tolerance
+    versions: Dict[str, str]
+    command: str
+
+    @property
+    def problems(self) -> List[str]:
+        """What lies outside the tolerance, a sentence each."""
+        limit, loss = self.tolerance, None
+        if self.top1_pytorch is not None and self.top1_exported is not None:
+            loss = self.top1_pytorch - self.top1_exported
+        return [sentence for wrong, sentence in (
+            (not self.relative_difference <= limit.difference,  # not a number is no success
+             f'relative difference {self.relative_difference:.2g}, at most {limit.difference:g} allowed'),
+            (not 1 - self.top1_agreement <= limit.disagreement,
+             f'first class agrees on {100 * self.top1_agreement:.2f} % of {self.images} images, '
+             f'at least {100 - 100 * limit.disagreement:g} % expected'),
+            (loss is not None and loss > limit.top1_loss,
+             f'top-1 falls by {100 * (loss or 0):.2f} points, at most {100 * limit.top1_loss:g} allowed'),
+        ) if wrong]
+
+
+class Comparison:
+    """Differences of two models' logits, gathered batch by batch."""
+
+    def __init__(self) -> None:
+        self.largest, self.relative, self.agreed = 0.0, [], 0  # type: float, List[float], int
+        self.right, self.labelled = [0, 0], 0
+
+    def add(self, ours: torch.Tensor, theirs: torch.Tensor, labels: Optional[torch.Tensor]) -> None:
+        """PyTorch's logits and the file's, (B, classes) each, and the truth, (B,)."""
+        ours, theirs = ours.double(), theirs.double()
+        difference = (ours - theirs).abs().amax(1)
+        self.largest = max(self.largest, difference.max().item())
+        self.relative += (difference / ours.abs().amax(1)).tolist()
+        if not theirs.isfinite().all():
+            self.largest = self.relative[-1] = float('nan')
+        self.agreed += int((ours.argmax(1) == theirs.argmax(1)).sum())
+        if labels is not None:
+            self.labelled += len(labels)
+            self.right = [n + int((x.argmax(1) == labels).sum()) for n, x in zip(self.right, (ours, theirs))]
+
+
+def compare(
+        model: nn.Module, exported: ExportedModel, images: Iterable[Images],
+) -> Tuple[Comparison, List[Tuple[int, int]]]:
+    """Both models on the same images, and the sizes of images that were tried.
+
+    A file of any size is tried on a second one too, that is not square: the first batch, cut.
+    """
+    found, sizes = Comparison(), []  # type: Comparison, List[Tuple[int, int]]
+    with torch.inference_mode():
+        for batch in images:
+            found.add(model(batch.images), exported(batch.images), batch.labels)
+            if not sizes and exported.metadata.size is None:
+                height, width = batch.images.shape[2:]
+                cut = batch.images[:, :, :height - height // 4, :width - width // 8].contiguous()
+                found.add(model(cut), exported(cut), None)
+                sizes.append((cut.shape[2], cut.shape[3]))
+            size = (batch.images.shape[2], batch.images.shape[3])
+            sizes += [size] if size not in sizes else []
+    return found, sizes
+
+
+def measure_speed(
+        model: nn.Module, exported: ExportedModel, images: torch.Tensor, rounds: int, seconds: float,
+) -> Speed:
+    """PyTorch and the file in turn, on the same images, (B, C, H, W)."""
+    pixels = exported.metadata.pixels_of(images)
+
+    def pytorch() -> None:
+        with torch.inference_mode():
+            model(images)
+
+    def file() -> None:
+        exported.run(pixels)
+
+    found = interleave({'pytorch': pytorch, 'exported': file}, len(images), rounds, seconds)
+    ratios = [b / a for a, b in zip(found['pytorch'], found['exported'])]
+    return Speed(spread(found['pytorch']), spread(found['exported']), spread(ratios), len(images), rounds,
+                 torch.get_num_threads(), device_name(torch.device('cpu')))
+
+
+def versions(metadata: Metadata, runtime: str) -> Dict[str, str]:
+    """What the file was made with, and what ran it."""
+    return {**metadata.versions, runtime: version(runtime), 'python': platform.python_version()}
+
+
+def save(report: Report, folder: Path, stem: str) -> Tuple[Path, Path]:
+    """STEM.report.json and STEM.report.md."""
+    files = folder / f'{stem}.report.json', folder / f'{stem}.report.md'
+    tree: Dict[str, Any] = {**asdict(report), 'tolerance': report.tolerance._asdict(), 'problems': report.problems}
+    files[0].write_text(json.dumps(tree, indent=2) + '\n')
+    files[1].write_text(as_markdown(report))
+    return files
+
+
+def as_markdown(report: Report) -> str:
+    """A report for people."""
+    limit = report.tolerance
+    rows = [
+        ('model', report.model), ('precision', report.precision), ('runtime', report.runtime),
+        ('size of the file', f'{report.bytes / 1e6:.1f} MB'),
+        ('takes', f'{report.pixels}, batch {report.batch or "any"}, '
+                  + (f'{report.size[0]}×{report.size[1]}' if report.size else 'any height and width')),
+        ('compared on', f'{report.images} images of {report.data}, '
+                        + ', '.join(f'{height}×{width}' for height, width in report.sizes_tried)),
+        ('largest difference of a logit', f'{report.max_difference:.3g}'),
+        ('relative difference, largest and mean over images',
+         f'{report.relative_difference:.3g}, {report.mean_relative_difference:.3g} (at most {limit.difference:g})'),
+        ('same first class', f'{100 * report.top1_agreement:.2f} % (at least {100 - 100 * limit.disagreement:g} %)')]
+    if report.top1_pytorch is not None and report.top1_exported is not None:
+        rows.append(('top-1, PyTorch and the file',
+                     f'{100 * report.top1_pytorch:.2f} %, {100 * report.top1_exported:.2f} % '
+                     f'(may fall by {100 * limit.top1_loss:g})'))
+    if report.calibration:
+        rows.append(('calibrated on', report.calibration))
+        rows.append(('kept in float by the recipe', f'{len(report.kept_in_float)} operations'))
+    if speed := report.speed:
+        rows += [('images/s, PyTorch', '{:.1f} ({:.1f}–{:.1f})'.format(*speed.pytorch)),
+                 ('images/s, the file', '{:.1f} ({:.1f}–{:.1f})'.format(*speed.exported)),
+                 ('ratio', '{:.2f} ({:.2f}–{:.2f})'.format(*speed.ratio)),
+                 ('timed', f'float32 PyTorch, eager; batch {speed.batch_size}, {speed.rounds} interleaved rounds, '
+                           f'medians and quartiles, {speed.device}, {speed.threads} threads')]
+    if report.damaged:
+        rows.append(('damaged images left out', f'{len(report.damaged)}: {", ".join(report.damaged[:5])}'))
+    rows.append(('versions', ', '.join(f'{name} {number}' for name, number in report.versions.items())))
+    verdict = 'Within tolerance.' if not report.problems else 'OUTSIDE TOLERANCE: ' + '; '.join(report.problems) + '.'
+    table = '\n'.join(f'| {name} | {value} |' for name, value in rows)
+    return f'# {report.file}\n\n{verdict}\n\n| | |\n|---|---|\n{table}\n\n`{report.command}`\n'

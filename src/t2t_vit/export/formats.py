@@ -1,0 +1,185 @@
+"""A model as one graph, and the graph as a file: ONNX, torch.export's .pt2, OpenVINO's IR.
+
+Letters: B images, C channels, (H, W) the image, D what the head reads.
+"""
+
+import copy
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, Callable, Dict, Literal, Optional, Tuple
+
+import torch
+from torch import nn
+
+from ..settings import UsageError
+from .graph import rewrite
+from .metadata import KEY, OUTPUTS, Metadata, kind
+from .runtime import need
+
+Dynamic = Literal['none', 'batch', 'all']
+EXAMPLES = 2  # images that a model is traced with: one would be taken for a constant
+OPSET = 18  # of ONNX: torch's own, which every runtime has by now
+
+# what each format is written in; what is missing, and why
+PRECISIONS = {
+    'onnx': ('float32', 'fp16', 'int8'),
+    'torch': ('float32', 'fp16', 'bf16'),
+    'openvino': ('float32', 'fp16', 'int8'),
+}
+MISSING = {
+    ('onnx', 'bf16'): "onnxruntime's kernels for the CPU have no bf16",
+    ('torch', 'int8'): 'torch has no fast int8 kernels of its own; write .xml or .onnx',
+    ('openvino', 'bf16'): 'OpenVINO computes a float32 or fp16 file in bf16 where the chip has it, if the hint '
+                          'INFERENCE_PRECISION_HINT asks for it',
+}
+
+
+class Exportable(nn.Module):
+    """What an exported file computes: (B, C, H, W) normalised, or uint8 pixels -> logits and features, float32."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, model: nn.Module, metadata: Metadata, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        cfg = metadata.preprocessing
+        self.pixels, self.dtype = metadata.pixels, dtype
+        body: Any = rewrite(copy.deepcopy(model).eval().to(dtype))
+        self.head = body.get_classifier()
+        body.reset_classifier(0)
+        self.model: nn.Module = body
+        self.register_buffer('mean', torch.tensor(cfg.mean).view(1, -1, 1, 1) * 255)
+        self.register_buffer('std', torch.tensor(cfg.std).view(1, -1, 1, 1) * 255)
+
+    def forward(self, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """(B, C, H, W), or uint8 (B, H, W, C) -> (B, classes), (B, D)."""
+        if self.pixels == 'uint8-nhwc':
+            images = images.permute(0, 3, 1, 2)
+        if self.pixels != 'float':
+            images = (images.float() - self.mean) / self.std
+        features = self.model(images.to(self.dtype))
+        return self.head(features).float(), features.float()
+
+
+def check_precision(path: Path, precision: str) -> None:
+    """Raises UsageError where a format is not written in this precision, and says why."""
+    if precision not in PRECISIONS[kind(path)]:
+        raise UsageError(f'{path.suffix} is not written in {precision}: {MISSING[kind(path), precision]}; '
+                         f'{path.suffix} has {", ".join(PRECISIONS[kind(path)])}')
+
+
+def trace(model: nn.Module, metadata: Metadata, path: Path, dynamic: Dynamic) -> torch.export.ExportedProgram:
+    """The graph of a model, as the file `path` will have it.
+
+    Raises:
+        UsageError: if the model cannot be traced so.
+    """
+    half = {'fp16': torch.float16, 'bf16': torch.bfloat16}
+    # OpenVINO stores the weights in half precision and chooses for itself what it computes in
+    dtype = torch.float32 if kind(path) == 'openvino' else half.get(metadata.precision, torch.float32)
+    cfg = metadata.preprocessing
+    images = torch.zeros(metadata.batch or EXAMPLES, cfg.channels, *cfg.size)
+    images = images if metadata.pixels == 'float' else images.to(torch.uint8)
+    rows, columns = (1, 2) if metadata.pixels == 'uint8-nhwc' else (2, 3)
+    if rows == 1:
+        images = images.permute(0, 2, 3, 1).contiguous()
+    free = torch.export.Dim.DYNAMIC
+    dims: Dict[int, Any] = {
+        'none': {}, 'batch': {0: free}, 'all': {0: free, rows: free, columns: free}}[dynamic]
+    try:
+        with torch.no_grad():
+            return torch.export.export(Exportable(model, metadata, dtype), (images,), dynamic_shapes=(dims,))
+    except Exception as error:  # torch's own kinds, which differ between versions
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UsageError(f'{metadata.model} cannot be traced with --dynamic {dynamic}: {reason[0]}') from error
+
+
+def write(path: Path, *files: Tuple[str, Callable[[str], Any]]) -> None:
+    """Write files beside `path`, each by its suffix's function, all of them or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix='.') as draft:
+        for suffix, save in files:
+            save(str(Path(draft) / f'{path.stem}{suffix}'))
+        for file in sorted(Path(draft).iterdir()):
+            os.replace(file, path.with_suffix(file.suffix))
+
+
+def save_torch(program: torch.export.ExportedProgram, path: Path, metadata: Metadata) -> None:
+    """Write a .pt2."""
+    program.example_inputs = None  # else they stand in the file
+    write(path, ('.pt2', lambda file: torch.export.save(program, file, extra_files={KEY: metadata.to_text()})))
+
+
+def to_onnx(program: torch.export.ExportedProgram, metadata: Metadata) -> Any:
+    """The graph as an onnx.ModelProto, by torch's dynamo exporter."""
+    need('onnx', 'onnxscript')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of the exporter, about its own parts
+        exported = torch.onnx.export(
+            program, (), dynamo=True, input_names=['images'], output_names=list(OUTPUTS), opset_version=OPSET,
+            verbose=False, external_data=False)
+    assert exported is not None
+    return exported.model_proto
+
+
+def save_onnx(proto: Any, path: Path, metadata: Metadata) -> None:
+    """Write an .onnx, of one file up to ONNX's 2 GB."""
+    import onnx
+
+    onnx.helper.set_model_props(proto, {KEY: metadata.to_text()})
+    write(path, ('.onnx', lambda file: onnx.save(proto, file)))
+
+
+def to_openvino(program: torch.export.ExportedProgram, metadata: Metadata) -> Any:
+    """The graph as an openvino.Model: torch's operators directly, which keeps attention one operation."""
+    need('openvino')
+    import openvino
+
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        model = openvino.convert_model(program)
+    cfg = metadata.preprocessing
+    size = list(metadata.size or (-1, -1))
+    shape = [*size, cfg.channels] if metadata.pixels == 'uint8-nhwc' else [cfg.channels, *size]
+    model.reshape([metadata.batch or -1, *shape])
+    model.inputs[0].get_tensor().set_names({'images'})
+    for output, name in zip(model.outputs, OUTPUTS):
+        output.get_tensor().set_names({name})
+    return model
+
+
+def save_openvino(model: Any, path: Path, metadata: Metadata) -> None:
+    """Write an .xml and its .bin."""
+    import openvino
+
+    model.set_rt_info(metadata.to_text(), [KEY])
+    write(path, ('.xml', lambda file: openvino.save_model(model, file, compress_to_fp16=metadata.precision == 'fp16')))
+
+
+def export_model(
+        model: nn.Module,
+        path: Path,
+        metadata: Metadata,
+        dynamic: Dynamic,
+        quantize: Optional[Callable[[Any], Any]] = None,
+) -> None:
+    """Write a model into one file, and OpenVINO's weights beside it.
+
+    Args:
+        model: Any of timm's, in any mode.
+        path: The file; its suffix says the format.
+        metadata: What the file is to be.
+        dynamic: Which sizes stay open: none, the batch, or all (batch, height and width).
+        quantize: For int8: makes an onnx.ModelProto or an openvino.Model into one of int8.
+    """
+    check_precision(path, metadata.precision)
+    program = trace(model, metadata, path, dynamic)
+    form = kind(path)
+    if form == 'torch':
+        save_torch(program, path, metadata)
+        return
+    convert, save = (to_onnx, save_onnx) if form == 'onnx' else (to_openvino, save_openvino)
+    graph = convert(program, metadata)
+    save(quantize(graph) if quantize else graph, path, metadata)

@@ -1,0 +1,99 @@
+"""What travels inside an exported file, as one JSON text."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Dict, List, Literal, Optional, Tuple, get_args
+
+import numpy as np
+import torch
+
+from ..data import DataError, Preprocessing
+from ..models.checkpoints import CheckpointError, PathLike
+from ..settings import nearest
+
+EXPORTED = {'.onnx': 'onnx', '.pt2': 'torch', '.xml': 'openvino'}  # the formats, by a file's suffix
+KEY = 't2t_vit'  # where the text stands: ONNX's metadata_props, OpenVINO's rt_info, an extra file of a .pt2
+OUTPUTS = ('logits', 'features')
+
+Precision = Literal['float32', 'fp16', 'bf16', 'int8']
+Pixels = Literal['float', 'uint8-nchw', 'uint8-nhwc']
+
+
+@dataclass
+class Metadata:
+    """What an exported model is, and what it takes and gives.
+
+    It takes `images`: normalised float32 of (B, C, H, W), or the uint8 of 0 to 255 that `pixels` says, as (B, C, H, W)
+    or (B, H, W, C), and then normalises by itself. It gives `logits`, (B, classes), and `features`, what the head
+    reads, (B, D), both float32.
+    """
+
+    model: str
+    class_names: List[str]
+    pretrained_cfg: Dict[str, Any]
+    precision: Precision
+    pixels: Pixels
+    batch: Optional[int]  # images at once; None for any number
+    size: Optional[Tuple[int, int]]  # height and width; None for any
+    versions: Dict[str, str]
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How an image becomes what the file takes, as for the model itself."""
+        return Preprocessing.of(self.pretrained_cfg)
+
+    def pixels_of(self, images: torch.Tensor) -> np.ndarray:
+        """Normalised images (B, C, H, W) as the file takes them; where that is uint8, the pixels they were made of."""
+        if self.pixels == 'float':
+            return images.float().contiguous().numpy()
+        cfg = self.preprocessing
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (cfg.mean, cfg.std))
+        images = ((images.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        return (images.permute(0, 2, 3, 1) if self.pixels == 'uint8-nhwc' else images).contiguous().numpy()
+
+    def to_text(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def of_text(cls, text: str, path: PathLike) -> 'Metadata':
+        """What `to_text` wrote into the file `path`.
+
+        Raises:
+            CheckpointError: if it is anything else.
+        """
+        if not text:
+            raise CheckpointError(f'{path} was not written by `t2t-vit export`: it has no metadata of the key {KEY}')
+        try:
+            tree = json.loads(text)
+            found = cls(**{field.name: tree[field.name] for field in fields(cls)})
+            found.preprocessing  # noqa: B018  # which has checks of its own
+            good = (
+                all(isinstance(name, str) for name in found.class_names)
+                and found.precision in get_args(Precision) and found.pixels in get_args(Pixels)
+                and all(isinstance(n, int) and n > 0 for n in (found.batch or 1, *(found.size or (1, 1)))))
+        except (ValueError, TypeError, KeyError, AttributeError, DataError) as error:
+            raise CheckpointError(f'{path}: its metadata cannot be read: {type(error).__name__} {error}') from error
+        if not good:
+            raise CheckpointError(f'{path}: its metadata cannot be read: {text[:200]}')
+        found.size = (found.size[0], found.size[1]) if found.size else None
+        return found
+
+
+def is_exported(path: PathLike) -> bool:
+    """Whether a path has the suffix of an exported file."""
+    return Path(path).suffix in EXPORTED
+
+
+def kind(path: PathLike) -> str:
+    """The format that a file's suffix says: onnx, torch or openvino.
+
+    Raises:
+        CheckpointError: for another suffix.
+    """
+    suffix = Path(path).suffix
+    if suffix not in EXPORTED:
+        raise CheckpointError(f'{path} has no suffix of an exported file{nearest(suffix, EXPORTED)}: '
+                              'expected .onnx, .pt2 (torch.export) or .xml (OpenVINO)')
+    return EXPORTED[suffix]

@@ -1,0 +1,152 @@
+"""Exported files as one kind of callable, each run by its own runtime."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Callable, List, Literal, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import torch
+
+from ..data import Preprocessing
+from ..models.checkpoints import CheckpointError, PathLike
+from ..settings import UsageError
+from .archive import check_archive
+from .metadata import KEY, OUTPUTS, Metadata, kind
+
+Runtime = Literal['onnxruntime', 'openvino', 'torch']
+RUNTIMES = {'onnx': 'onnxruntime', 'torch': 'torch', 'openvino': 'openvino'}
+Run = Callable[[np.ndarray], Sequence[Union[np.ndarray, torch.Tensor]]]
+
+
+def need(*packages: str) -> None:
+    """UsageError where one of these packages of the extra `export` is not installed."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"this needs {' and '.join(missing)}, not installed here: pip install 't2t-vit[export]'")
+
+
+class ExportedModel:
+    """An exported file, loaded: call it on normalised images as one calls the model."""
+
+    def __init__(self, path: PathLike, metadata: Metadata, run: Run, runtime: str) -> None:
+        self.path, self.metadata, self.runtime = Path(path), metadata, runtime
+        self.run = run
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How an image becomes a tensor; `preprocessing.transform()` gives what the callable takes."""
+        return self.metadata.preprocessing
+
+    @property
+    def class_names(self) -> List[str]:
+        """The classes, in the order of the logits."""
+        return self.metadata.class_names
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised float images (B, C, H, W) -> logits (B, classes), on the CPU, in float32."""
+        return self.both(images)[0]
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """What the head reads, (B, C, H, W) -> (B, D): the class token behind the last norm, or the tokens' mean."""
+        return self.both(images)[1]
+
+    def both(self, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """(B, C, H, W) -> logits (B, classes) and features (B, D).
+
+        Where the file was made for one number of images, any number is cut and filled up to it.
+
+        Raises:
+            ValueError: if the images' shape is not the file's.
+        """
+        self.check(images)
+        batch = self.metadata.batch
+        parts = [self.metadata.pixels_of(part) for part in images.split(batch or max(len(images), 1))]
+        if batch and len(parts[-1]) < batch:
+            fill = np.zeros((batch - len(parts[-1]), *parts[-1].shape[1:]), parts[-1].dtype)
+            parts[-1] = np.concatenate([parts[-1], fill])
+        found = [[torch.as_tensor(array) for array in self.run(part)] for part in parts]
+        logits, features = (torch.cat(tensors)[:len(images)] for tensors in zip(*found))
+        return logits, features
+
+    def check(self, images: torch.Tensor) -> None:
+        """Raises ValueError where the images' shape is not one that the file takes."""
+        channels, size = self.preprocessing.channels, self.metadata.size
+        if images.ndim != 4 or images.shape[1] != channels or (size and tuple(images.shape[2:]) != size):
+            wanted = f'(B, {channels}, {f"{size[0]}, {size[1]}" if size else "H, W"})'
+            raise ValueError(f'{self.path} takes images of shape {wanted}, got {tuple(images.shape)}; '
+                             'another size needs another export, or one with --dynamic all')
+
+
+def load_exported(path: PathLike, runtime: Optional[Runtime] = None, threads: Optional[int] = None) -> ExportedModel:
+    """A file that `t2t-vit export` wrote, ready to run on the CPU.
+
+    Args:
+        path: FILE.onnx, FILE.pt2 (torch.export) or FILE.xml (OpenVINO, with FILE.bin beside it). An .onnx or .xml is
+            data; a .pt2 is a program, so load none of a stranger's.
+        runtime: What runs it: by default the format's own; OpenVINO runs .onnx too.
+        threads: How many; by default the runtime's own choice.
+
+    Raises:
+        CheckpointError: if there is no such file, or it is damaged, or was written by something else.
+        UsageError: if the runtime is not installed, or does not run this format.
+    """
+    found = kind(path)
+    runtime = runtime or RUNTIMES[found]  # type: ignore[assignment]
+    if runtime != RUNTIMES[found] and (found, runtime) != ('onnx', 'openvino'):
+        raise UsageError(f'{runtime} does not run {path}; {RUNTIMES[found]} does')
+    if not os.path.isfile(path):
+        raise CheckpointError(f'there is no file {path}')
+    load = {'onnxruntime': load_onnxruntime, 'openvino': load_openvino, 'torch': load_torch}[str(runtime)]
+    if runtime != 'torch':
+        need(str(runtime))
+    try:
+        text, run = load(path, threads)
+    except (UsageError, CheckpointError):
+        raise
+    except Exception as error:  # every runtime has its own kinds
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f'{path} is damaged, or of a kind that {runtime} cannot run: {reason[-1]}') from error
+    return ExportedModel(path, Metadata.of_text(text, path), run, str(runtime))
+
+
+def load_onnxruntime(path: PathLike, threads: Optional[int]) -> Tuple[str, Run]:
+    """The metadata and the call of an ONNX file."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+    return (session.get_modelmeta().custom_metadata_map.get(KEY, ''),
+            lambda images: session.run(list(OUTPUTS), {'images': images}))
+
+
+def load_openvino(path: PathLike, threads: Optional[int]) -> Tuple[str, Run]:
+    """The metadata and the call of an OpenVINO IR, or of an ONNX file.
+
+    What is not int8 is computed in float32: OpenVINO's own choice on some chips is bf16.
+    """
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(str(path))
+    place: List[str] = [KEY] if model.has_rt_info([KEY]) else ['framework', KEY]  # where its ONNX frontend puts it
+    text = model.get_rt_info(place).astype(str) if model.has_rt_info(place) else ''
+    settings = {'INFERENCE_PRECISION_HINT': 'f32', 'PERFORMANCE_HINT': 'LATENCY'}
+    compiled = core.compile_model(model, 'CPU', {**settings, **({'INFERENCE_NUM_THREADS': threads} if threads else {})})
+    return text, lambda images: list(compiled(images, share_inputs=True).values())
+
+
+def load_torch(path: PathLike, threads: Optional[int]) -> Tuple[str, Run]:
+    """The metadata and the call of a torch.export file; it runs on torch's own threads."""
+    check_archive(path)
+    extra = {KEY: ''}
+    program = torch.export.load(str(path), extra_files=extra)
+    module = program.module()
+
+    def run(images: np.ndarray) -> Sequence[torch.Tensor]:
+        with torch.inference_mode():
+            return module(torch.from_numpy(images))
+    text = extra[KEY]
+    return text.decode() if isinstance(text, bytes) else text, run
