@@ -6,8 +6,8 @@ times every model once, and what is reported is the median of the rounds with it
 
 import csv
 import gc
-import importlib.util
 import multiprocessing
+import os
 import platform
 import statistics
 import time
@@ -17,15 +17,16 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Literal, Optional, Sequence, Tuple
 
-import timm
 import torch
 from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .console import console
-from .models.listing import count_parameters
+from .models.listing import build, count_parameters
+from .models.t2t_vit import VARIANTS
 from .models.tokens import TokenPerformer
+from .plots import plot_sizes, plot_speed
 from .trained import pick_device
 
 Mode = Literal['infer', 'train']
@@ -58,28 +59,6 @@ class Row:
     threads: int
     rounds: int
     torch: str
-
-
-def build(name: str, img_size: int) -> nn.Module:
-    """A registered model for this image size, or FILE.py:FUNCTION, which is called with it.
-
-    Raises:
-        ValueError: if there is no such model.
-    """
-    file, _, function = name.partition('.py:')
-    if function:
-        spec = importlib.util.spec_from_file_location(Path(file).stem, f'{file}.py')
-        if spec is None or spec.loader is None or not Path(f'{file}.py').exists():
-            raise ValueError(f'no file {file}.py')
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return getattr(module, function)(img_size=img_size)
-    if not timm.models.is_model(name):
-        raise ValueError(f'unknown model {name!r}; expected a name timm knows, or FILE.py:FUNCTION')
-    try:
-        return timm.create_model(name, img_size=img_size)
-    except TypeError:  # convolutional networks take any size as they are
-        return timm.create_model(name)
 
 
 class AllTokens(nn.Module):
@@ -156,9 +135,21 @@ def _synchronize(device: torch.device) -> None:
 
 
 def peak_memory_cpu(name: str, mode: Mode, batch_size: int, img_size: int, precision: Precision) -> Optional[float]:
-    """Peak resident memory that a step of a model adds to it, in MB, in a process of its own; None but on Linux."""
-    with multiprocessing.get_context('spawn').Pool(1) as pool:
-        return pool.apply(_peak_memory_cpu, (name, mode, batch_size, img_size, precision, torch.get_num_threads()))
+    """Peak resident memory that a step of a model adds to it, in MB, in a process of its own; None but on Linux.
+
+    That process gives every freed tensor back at once, so that the figure is what is in use, as an accelerator's
+    "allocated" is; glibc's allocator keeps some more.
+    """
+    before = os.environ.get('MALLOC_MMAP_THRESHOLD_')
+    os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'  # read when a process starts
+    try:
+        with multiprocessing.get_context('spawn').Pool(1) as pool:
+            return pool.apply(_peak_memory_cpu, (name, mode, batch_size, img_size, precision, torch.get_num_threads()))
+    finally:
+        if before is None:
+            del os.environ['MALLOC_MMAP_THRESHOLD_']
+        else:
+            os.environ['MALLOC_MMAP_THRESHOLD_'] = before
 
 
 def _peak_memory_cpu(
@@ -212,20 +203,7 @@ def measure(
         elif memory and device.type == 'cpu' and not compiled:
             peaks[name] = peak_memory_cpu(name, mode, batch_size, img_size, precision)
 
-    speeds: Dict[str, List[float]] = {name: [] for name in names}
-    repeats: Dict[str, int] = {}
-    for name in names:
-        begun = time.perf_counter()
-        works[name]()
-        _synchronize(device)
-        repeats[name] = max(1, round(seconds / (time.perf_counter() - begun)))
-    for _ in range(rounds):
-        for name in names:
-            begun = time.perf_counter()
-            for _ in range(repeats[name]):
-                works[name]()
-            _synchronize(device)
-            speeds[name].append(repeats[name] * batch_size / (time.perf_counter() - begun))
+    speeds = interleave(works, batch_size, rounds, seconds, device)
 
     rows = []
     for name in names:
@@ -237,6 +215,31 @@ def measure(
             peak / base_peak if peak and base_peak else None, parameters, macs / 1e9, macs_weights / 1e9, batch_size,
             img_size, precision, device_name(device), torch.get_num_threads(), rounds, torch.__version__))
     return rows
+
+
+def interleave(
+        works: Dict[str, Callable[[], None]], batch_size: int, rounds: int, seconds: float,
+        device: torch.device = torch.device('cpu'),
+) -> Dict[str, List[float]]:
+    """Images per second of each work, which does `batch_size` of them, in every round; all have a turn in a round.
+
+    A turn takes about `seconds`. Each work should have run before.
+    """
+    speeds: Dict[str, List[float]] = {name: [] for name in works}
+    repeats: Dict[str, int] = {}
+    for name, call in works.items():
+        begun = time.perf_counter()
+        call()
+        _synchronize(device)
+        repeats[name] = max(1, round(seconds / (time.perf_counter() - begun)))
+    for _ in range(rounds):
+        for name, call in works.items():
+            begun = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            _synchronize(device)
+            speeds[name].append(repeats[name] * batch_size / (time.perf_counter() - begun))
+    return speeds
 
 
 def spread(values: List[float]) -> Tuple[float, float, float]:
@@ -257,6 +260,12 @@ def device_name(device: torch.device) -> str:
     return name if device.type == 'cpu' else device.type
 
 
+TOP1 = {  # ImageNet at 224², trained on it alone: ours by the release; resnet50 and mobilenetv2 by its recipe
+    't2t_vit_7': 71.7, 't2t_vit_10': 75.2, 't2t_vit_12': 76.5, 't2t_vit_14': 81.5, 't2t_vit_19': 81.9,
+    't2t_vit_24': 82.3, 't2t_vit_t_14': 81.7, 't2t_vit_t_19': 82.4, 't2t_vit_t_24': 82.6,
+    'deit_tiny_patch16_224': 72.2, 'deit_small_patch16_224': 79.9,  # Touvron et al. 2021, Table 5
+    'resnet50': 79.1, 'resnet101': 79.9, 'mobilenetv2_100': 72.8,  # the paper, Table 2
+}
 PEERS = [  # ours, and what users would take instead
     't2t_vit_7', 't2t_vit_14', 't2t_vit_t_14', 'vit_tiny_patch16_224', 'deit_small_patch16_224',
     'vit_little_patch16_reg1_gap_256', 'resnet50', 'mobilenetv2_100',
@@ -341,7 +350,11 @@ def conditions(row: Row) -> str:
 
 
 def save(rows: List[Row], folder: Path) -> None:
-    """bench.csv with everything, README.md with a table for each set of conditions."""
+    """bench.csv with everything, README.md with a table for each set of conditions, and pictures.
+
+    Inference over several image sizes is drawn as curves (sizes.png); at one size, models whose top-1 is known are
+    set against it (speed.png).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / 'bench.csv').open('w', newline='') as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
@@ -354,3 +367,13 @@ def save(rows: List[Row], folder: Path) -> None:
                   '|---|---|---|---|---|---|---|---|---|']
         lines += ['| ' + ' | '.join(cells(row)) + ' |' for row in rows if conditions(row) == title] + ['']
     (folder / 'README.md').write_text('\n'.join(lines))
+    first = next((row for row in rows if row.mode == 'infer'), None)
+    if first is None:
+        return
+    alike = [row for row in rows if row.mode == first.mode and row.compiled == first.compiled]
+    curves = {row.model: [(r.img_size, 1000 / r.images_per_second, r.memory_mb) for r in alike if r.model == row.model]
+              for row in alike}
+    if len(curves[first.model]) > 1:
+        plot_sizes(curves, conditions(first).replace(f', {first.img_size}²', ''), folder / 'sizes.png')
+    elif known := {row.model: (row.images_per_second, TOP1[row.model]) for row in alike if row.model in TOP1}:
+        plot_speed(known, list(VARIANTS), conditions(first), folder / 'speed.png')

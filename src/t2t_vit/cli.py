@@ -4,7 +4,7 @@ import argparse
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import List, Optional
+from typing import Any, Dict, List, Optional
 
 from . import __version__
 
@@ -12,21 +12,40 @@ COMMANDS = {  # what it is for, where its function stands
     'train': ('train a model, from scratch or from weights', 'train.loop:train'),
     'eval': ('score a trained model on labelled images', 'evaluate:evaluate'),
     'predict': ('name what is in images', 'predict:predict'),
+    'embed': ('turn images into vectors', 'predict:embed'),
+    'push': ('publish a run on the Hub', 'hub:push'),
     'models': ('list the models with their sizes', 'models.listing:models'),
     'convert': ('turn a published checkpoint into safetensors', 'models.listing:convert'),
+    'export': ('write a model as ONNX, .pt2 or OpenVINO, and compare', 'export.command:export'),
     'bench': ('compare models in speed, memory and size', 'benchmark:bench'),
+    'visualize': ('show what models see, and how runs went', 'look.visualize:visualize'),
+    'explore': ('open a page to look inside a model', 'explore.command:explore'),
+    'reproduce': ("the paper's tables and claims, again, at a scale of your own", 'reproduce.command:reproduce'),
 }
-POSITIONAL = {  # arguments that need no --name
-    'predict': {'inputs': dict(nargs='+', help='image files, folders of them, or digits')},
+INPUTS = {'inputs': dict(
+    nargs='+', help='images: files, folders, patterns, tars, Parquet files, lists, digits, or samples (two photos)')}
+POSITIONAL: Dict[str, Dict[str, Dict[str, Any]]] = {  # arguments that need no --name
+    'predict': INPUTS,
+    'embed': INPUTS,
+    'push': {'run': dict(help="a run's folder"), 'repo': dict(help='USER/NAME')},
     'bench': {'models': dict(nargs='*', help='names that timm knows, or FILE.py:FUNCTION; by default a choice')},
     'models': {'pattern': dict(nargs='?', default='*', help='only names that match, as t2t_vit_t_*')},
+    'reproduce': {'what': dict(choices=['structures', 'accuracy', 'report'], help='structures: sizes beside the '
+                               'printed ones; accuracy: train the arms and compare; report: tables of what is done')},
     'convert': {'file': dict(help='a checkpoint in any published layout')},
+    'visualize': {'images': {**INPUTS['inputs'], 'nargs': '*'}},
 }
-SHORT = {'convert': {'output': '-o'}}
+SEVERAL = {  # options that take several words
+    'visualize': {'models': 'run folders, names that timm knows, NAME=FILE, hf-hub:USER/NAME, or FILE.py:FUNCTION',
+                  'runs': 'folders of runs whose curves to compare'},
+    'explore': {'compare': 'more models, to be seen beside it: as visualize --models takes them'},
+}
+SPECIAL = ('recipe', 'config', 'resume', 'print_config', 'dry_run')  # of train, beside its configuration
+SHORT = {'convert': {'output': '-o'}, 'export': {'output': '-o'}}
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run one command; gives 0, 2 for a user's mistake, 130 where a run was stopped and saved."""
+    """Run one command; gives 0, 1 for a failed check, 2 for a user's mistake, 130 for a run stopped and saved."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ('-h', '--help'):
         print('usage: t2t-vit COMMAND [--help] …\n')
@@ -43,9 +62,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         return train(argv[1:]) if argv[0] == 'train' else call(argv[0], argv[1:])
     except (ValueError, OSError, FloatingPointError) as error:
         print('\n'.join(f't2t-vit: {line}' for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('t2t-vit: stopped, nothing to save', file=sys.stderr)
+        return getattr(error, 'code', 2)  # 1: done, and not good enough
+    except KeyboardInterrupt as stop:
+        print(f't2t-vit: {stop}' if str(stop) else 't2t-vit: stopped, nothing to save', file=sys.stderr)
         return 130
 
 
@@ -62,8 +81,10 @@ def call(command: str, argv: List[str]) -> int:
         parser.add_argument(argument, type=str, **how)
     for argument, short in SHORT.get(command, {}).items():
         parser.add_argument(short, f'--{argument}', type=str, required=True)
-    parser.add_function_arguments(
-        function, skip={*POSITIONAL.get(command, {}), *SHORT.get(command, {})}, as_positional=False)
+    for argument, text in SEVERAL.get(command, {}).items():
+        parser.add_argument(f'--{argument}', nargs='+', type=str, default=[], help=text)
+    special = {*POSITIONAL.get(command, {}), *SHORT.get(command, {}), *SEVERAL.get(command, {})}
+    parser.add_function_arguments(function, skip=special, as_positional=False)
     known = [*vars(parser.get_defaults()), 'help']
     unknown = [word[2:].partition('=')[0] for word in argv if word.startswith('--')]
     problems = [f'unknown option --{key}{nearest(key, known)}' for key in unknown if key not in known]
@@ -87,17 +108,18 @@ def train(argv: List[str]) -> int:
         parser = ArgumentParser(prog='t2t-vit train', description='Options go over the file, the file over the recipe.')
         parser.add_argument('--recipe', help=f'a shipped configuration to begin with: {", ".join(recipes())}')
         parser.add_argument('--config', help='a YAML file of the options below, as every run folder has one')
-        parser.add_argument('--resume', help='the folder of a run to go on with, with its own configuration')
+        parser.add_argument('--resume', help='the folder of a run, or a state file of one, to go on with, with its own '
+                            'configuration; auto: what stands in --output where it holds a run, else a new one')
+        parser.add_argument('--dry_run', action='store_true', help='say what would be done, and stop')
         parser.add_argument('--print_config', action='store_true', help='print the resolved configuration, and stop')
         parser.add_class_arguments(Config)
         parser.print_help()
         return 0
-    found, problems = options(argv, flags=('print_config',))
-    special = {key: value for key, value in found if key in ('recipe', 'config', 'resume', 'print_config')}
+    found, problems = options(argv, flags=('print_config', 'dry_run'))
+    special = {key: value for key, value in found if key in SPECIAL}
     settings = []
-    if 'resume' in special:
-        saved = read_settings(Path(special['resume']) / 'config.yaml')
-        settings += [setting for setting in saved if setting[1] != 'weights']  # its own state is what it starts from
+    if special.get('resume', 'auto') != 'auto':
+        settings += saved_settings(Path(special['resume']))
     if 'recipe' in special:
         if special['recipe'] not in recipes():
             raise UsageError(f'unknown recipe {special["recipe"]!r}{nearest(special["recipe"], recipes())}; '
@@ -114,11 +136,24 @@ def train(argv: List[str]) -> int:
     from .train.loop import Interrupted
     from .train.loop import train as run
     try:
-        run(config, special.get('resume'))
+        run(config, special.get('resume'), 'dry_run' in special)
     except Interrupted as stop:
         print(stop)
-        return 130
+        return stop.code
     return 0
+
+
+def saved_settings(place: Path) -> List[Any]:
+    """What the run in a folder, or of a state file, was configured as; its own state is what it starts from."""
+    from .settings import flatten, parse_settings, read_settings
+    from .train.state import read_state
+
+    if place.is_file():
+        config = parse_settings(str(read_state(place).get('config')), str(place))
+        saved = [(f'{key} in {place}', key, value) for key, value in flatten(config)]
+    else:
+        saved = read_settings(place / 'config.yaml')
+    return [setting for setting in saved if setting[1] not in ('weights', *(('output',) if place.is_file() else ()))]
 
 
 def entry() -> None:
