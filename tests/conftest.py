@@ -8,7 +8,7 @@ if 'PYTEST_XDIST_WORKER' in os.environ:  # before torch reads it; subprocesses i
 import io
 import json
 from pathlib import Path
-from typing import Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from t2t_vit.settings import read_settings, recipes, resolve
+from t2t_vit.train import loop
 from t2t_vit.train.config import Config
 from t2t_vit.train.loop import train
 
@@ -73,10 +74,21 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def read_records(file: Path) -> List[Dict[str, Any]]:
+    """The lines of a metrics.jsonl."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def digits_config(**changes: object) -> Config:
     """The quick start's recipe for two epochs of five steps and a smaller model; with changes by dotted names."""
     small = {'epochs': 2, 'batch_size': 256, 'optimizer.warmup_epochs': 1, 'model_args': SMALLER, **changes}
     return resolve(Config, read_settings(recipes()['digits']) + [(key, key, value) for key, value in small.items()])
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than the runs of most tests; `digits_run` has its curves."""
+    monkeypatch.setattr(loop, 'plot_curves', lambda records, file: None)
 
 
 @pytest.fixture(scope='session')
@@ -85,3 +97,8 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp('runs') / 'digits'
     train(digits_config(output=str(folder)))
     return folder
+
+
+def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+    """The longest first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.name != 'test_timms_own_tests_pass')

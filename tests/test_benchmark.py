@@ -1,9 +1,11 @@
 import csv
 
 import pytest
+from PIL import Image
 
-from t2t_vit.benchmark import bench, build, count_macs, spread
+from t2t_vit.benchmark import Row, bench, count_macs, save, spread
 from t2t_vit.cli import main
+from t2t_vit.models.listing import build
 
 # the paper's convention and most counters', in G: all products, and those with weights only
 MACS = {
@@ -39,6 +41,21 @@ def test_rows_hold_speed_ratio_memory_and_conditions(tmp_path):
     assert '| t2t_vit_4_16 |' in (tmp_path / 'README.md').read_text()
 
 
+def row(model, img_size, speed):
+    return Row(
+        model, 'infer', False, speed, speed, speed, 1., 1., 1., 100., 1., 1, 1., 1., 8, img_size, 'float32', 'cpu', 1,
+        3, '2.6')
+
+
+def test_speed_is_drawn_against_top1_or_over_sizes(tmp_path):
+    save([row('t2t_vit_14', 224, 20.), row('resnet50', 224, 15.), row('unscored', 224, 9.)], tmp_path / 'one')
+    save([row('t2t_vit_14', size, 2000 / size) for size in (224, 448)], tmp_path / 'sizes')
+    assert {f.name for f in (tmp_path / 'one').iterdir()} == {'bench.csv', 'README.md', 'speed.png'}
+    assert {f.name for f in (tmp_path / 'sizes').iterdir()} == {'bench.csv', 'README.md', 'sizes.png'}
+    with Image.open(tmp_path / 'one' / 'speed.png') as image:
+        assert image.size[0] > 800
+
+
 def test_a_model_from_a_file(tmp_path):
     (tmp_path / 'mine.py').write_text(
         'import timm\ndef small(img_size):\n    return timm.create_model("t2t_vit_4_16", img_size=img_size, depth=1)\n')
@@ -48,5 +65,8 @@ def test_a_model_from_a_file(tmp_path):
 def test_unknown_models_are_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match='no file'):
         build(f'{tmp_path}/none.py:small', 16)
+    (tmp_path / 'mine.py').touch()
+    with pytest.raises(ValueError, match='mine.py has no function small'):
+        build(f'{tmp_path}/mine.py:small', 16)
     assert main(['bench', 't2t_vit_8', '--rounds', '1']) == 2
     assert 't2t_vit_8' in capsys.readouterr().err

@@ -1,38 +1,37 @@
-"""Sources, what they refuse, and batches whose randomness depends on nothing but seed, epoch and sample."""
+"""Batches, whose randomness depends on nothing but seed, epoch and sample; what is shared out; what is measured."""
 
 import random
-from collections import Counter
 from pathlib import Path
 from typing import Iterator, List, Tuple
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, write_parquet
+from conftest import CLASSES
 from PIL import Image
+from timm.data import create_transform
 
 from t2t_vit.data import (
     Augment,
+    Batch,
     DataError,
     Digits,
     DiskBatches,
     Folder,
     MemoryBatches,
-    Parquet,
     Preprocessing,
-    check_same_classes,
-    erase,
     list_images,
+    measure_input,
     open_batches,
     open_source,
-    resample,
+    seed_all,
 )
+from t2t_vit.data.batches import TrainTransform
 
 SMALL = Preprocessing((32, 32), 3, (0.5,) * 3, (0.25,) * 3)
 GREY = Preprocessing((16, 16), 1, (0.3,), (0.4,), crop_pct=1.0)
 PLAIN = dict(auto_augment=None, mixup=0.0, cutmix=0.0)
 STILL = Augment(**PLAIN, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, erase=0.0)
-Batch = Tuple[torch.Tensor, torch.Tensor]
 
 
 def same(found: List[Batch], expected: List[Batch]) -> bool:
@@ -59,111 +58,6 @@ def damaged(photos: Path, tmp_path: Path) -> Tuple[Folder, List[str]]:
     return Folder(tmp_path / 'train'), names
 
 
-# sources
-
-
-def test_digits_are_split_once_and_for_all():
-    train, val = Digits('train'), Digits('val')
-    assert (len(train.labels), len(val.labels)) == (1437, 360)
-    assert sorted([*train.indices, *val.indices]) == list(range(1797))
-    assert val.indices[:5].tolist() == Digits('val').indices[:5].tolist() == [21, 24, 28, 34, 35]
-
-
-def test_digits_are_stratified():
-    train, val = (Counter(Digits(split).labels) for split in ('train', 'val'))
-    assert all(abs(val[i] / (train[i] + val[i]) - 0.2) < 0.01 for i in range(10))
-
-
-def test_digits_are_grey_images_of_all_shades():
-    image = Digits('val').open(0)
-    assert (image.mode, image.size, image.getextrema()) == ('L', (8, 8), (0, 255))
-
-
-@pytest.mark.parametrize('split, count', [('train', 24), ('val', 12)])
-def test_folder_and_parquet_hold_the_same(photos, parquet, split, count):
-    sources = [open_source(str(root), split) for root in (photos, parquet)]
-    for source in sources:
-        assert source.classes == CLASSES
-        assert list(source.labels) == [label for label in range(3) for _ in range(count // 3)]
-        assert source.open(0).size[1] == 64
-    sizes = [sorted(source.open(i).size for i in range(count)) for source in sources]
-    assert sizes[0] == sizes[1]
-
-
-def test_folder_takes_images_at_any_depth_but_hidden_ones(photos, tmp_path):
-    image = (photos / 'val' / 'sky').iterdir().__next__().read_bytes()
-    for name in ('a/deep/er/1.PNG', 'a/.2.png', 'a/note.txt', 'b/3.webp', '.cache/4.png'):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(image)
-    source = Folder(tmp_path)
-    assert source.classes == ['a', 'b']
-    assert [Path(file).name for file in source.files] == ['1.PNG', '3.webp']
-
-
-def test_a_folder_of_class_folders_is_a_validation_set(photos):
-    assert len(open_source(str(photos / 'val'), 'val').labels) == 12
-
-
-def test_parquet_without_names_of_classes(tmp_path):
-    for labels, classes in (([7, 3, 7], ['3', '7']), (['cat', 'ant', 'cat'], ['ant', 'cat'])):
-        write_parquet(tmp_path / 'a.parquet', [b''] * 3, labels, [])
-        source = Parquet([tmp_path / 'a.parquet'])
-        assert (source.classes, list(source.labels)) == (classes, [1, 0, 1])
-
-
-@pytest.mark.parametrize('labels, names, message', [
-    ([0, None], ['a', 'b'], 'label holds NoneType, int'),
-    ([0.5, 1.5], [], 'label holds float'),
-    ([], [], 'label holds nothing'),
-    ([0, -1], ['a', 'b'], r'names 2 classes, and has the labels \[-1\]')])
-def test_parquet_labels_that_are_none(tmp_path, labels, names, message):
-    write_parquet(tmp_path / 'a.parquet', [b''] * len(labels), labels, names)
-    with pytest.raises(DataError, match=message):
-        Parquet([tmp_path / 'a.parquet'])
-
-
-def test_parquet_of_something_else(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table({'text': ['a']}), tmp_path / 'a.parquet')
-    with pytest.raises(DataError, match=r"has the columns \['text'\]; expected one of images"):
-        Parquet([tmp_path / 'a.parquet'])
-    (tmp_path / 'b.parquet').write_text('not Parquet')
-    with pytest.raises(DataError, match='cannot read .*b.parquet as Parquet'):
-        Parquet([tmp_path / 'b.parquet'])
-
-
-def test_roots_that_are_none(photos, parquet, tmp_path):
-    (tmp_path / 'a.zip').touch()
-    (tmp_path / 'train' / 'cat').mkdir(parents=True)
-    (tmp_path / 'empty').mkdir()
-    for root, split, message in (
-            (tmp_path / 'nowhere', 'train', 'no data at'),
-            (tmp_path / 'a.zip', 'train', 'is a file but not .parquet'),
-            (tmp_path / 'empty', 'train', 'has no train split: expected .*/train/CLASS/IMAGE'),
-            (tmp_path / 'empty', 'val', 'holds no class folders'),
-            (tmp_path, 'train', 'no images in the class folders'),
-            (tmp_path, 'val', 'has no val split'),
-            (photos / 'val', 'train', 'has no train split'),
-            (next(parquet.glob('train*')), 'train', 'is one file, which leaves nothing to validate on')):
-        with pytest.raises(DataError, match=message):
-            open_source(str(root), split)
-
-
-def test_other_classes_are_refused_by_name(photos, tmp_path):
-    for name in ('flower', 'roof', 'wall'):
-        (tmp_path / name).mkdir()
-    (tmp_path / 'wall' / '1.png').write_bytes(b'')
-    train, val = open_source(str(photos), 'train'), Folder(tmp_path)
-    check_same_classes(train, train)
-    with pytest.raises(DataError, match='only in train: sky; only in val: wall'):
-        check_same_classes(train, val)
-
-
-# batches
-
-
 def batches_of(photos: Path, workers: int = 0, **changes: object) -> DiskBatches:
     augment = Augment(**{'auto_augment': 'rand-m9-mstd0.5-inc1', **changes})
     return DiskBatches(open_source(str(photos), 'train'), SMALL, 7, augment, workers, seed=5)
@@ -186,24 +80,24 @@ def test_batches_do_not_depend_on_where_an_epoch_is_entered(photos, make):
 @pytest.mark.parametrize('make', [batches_of, lambda photos: memory_of_digits()], ids=['disk', 'memory'])
 def test_every_epoch_is_another(photos, make):
     batches = make(photos)
-    first, second = (torch.cat([images for images, _ in batches.epoch(epoch)]) for epoch in range(2))
+    first, second = (torch.cat([images for images, *_ in batches.epoch(epoch)]) for epoch in range(2))
     assert first.shape == second.shape and not torch.equal(first, second)
 
 
 def test_training_leaves_out_the_incomplete_last_batch(photos):
-    sizes = [len(labels) for _, labels in batches_of(photos).epoch()]
+    sizes = [len(labels) for _, labels, *_ in batches_of(photos).epoch()]
     assert sizes == [7, 7, 7] and len(batches_of(photos)) == 3
 
 
 def test_validation_takes_every_image_once_in_order(photos):
     batches = DiskBatches(open_source(str(photos), 'val'), SMALL, 5, workers=0)
-    labels = [labels.tolist() for _, labels in batches.epoch()]
+    labels = [labels.tolist() for _, labels, *_ in batches.epoch()]
     assert labels == [[0] * 4 + [1], [1] * 3 + [2] * 2, [2] * 2] and len(batches) == 3
 
 
 def test_memory_and_disk_prepare_validation_images_alike(photos):
     loaders = (loader(open_source(str(photos), 'val'), SMALL, 5, workers=0) for loader in (DiskBatches, MemoryBatches))
-    for (one, labels), (other, other_labels) in zip(*(loader.epoch() for loader in loaders)):
+    for (one, labels, *_), (other, other_labels, *_) in zip(*(loader.epoch() for loader in loaders)):
         assert torch.equal(labels, other_labels)
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
@@ -212,7 +106,7 @@ def test_memory_and_disk_agree_on_whole_training_images():
     source = Digits('train')
     memory = MemoryBatches(source, GREY, 64, STILL, seed=5)
     disk = DiskBatches(source, GREY, 64, Augment(**{**vars(STILL), 'interpolation': 'bicubic'}), 0, seed=5)
-    for (one, labels), (other, other_labels) in zip(memory.epoch(3), disk.epoch(3)):
+    for (one, labels, *_), (other, other_labels, *_) in zip(memory.epoch(3), disk.epoch(3)):
         assert torch.equal(labels, other_labels)
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
@@ -236,7 +130,7 @@ def test_loading_leaves_the_global_generators_alone(photos, make):
 def test_damaged_validation_images_are_left_out_and_named(damaged, loader):
     source, names = damaged
     batches = loader(source, SMALL, 4, workers=0)
-    labels = torch.cat([labels for _, labels in batches.epoch()])
+    labels = torch.cat([labels for _, labels, *_ in batches.epoch()])
     assert sorted(batches.damaged) == names and len(labels) == len(source.labels) - 2
 
 
@@ -258,9 +152,9 @@ def test_only_damaged_images(tmp_path, loader):
 
 
 @pytest.mark.parametrize('augment, memory, message', [
-    (Augment(), True, 'auto_augment and color_jitter work on single images'),
-    (Augment(**PLAIN, color_jitter=0.4), True, 'auto_augment and color_jitter work on single images'),
-    (Augment(rotate=5.0), None, 'rotate works on sets held in memory only'),
+    (Augment(auto_augment='augmix-m3'), True, 'auto_augment augmix-m3 has operations for single images only'),
+    (Augment(auto_augment='rand-m9-t3a'), True, 'auto_augment rand-m9-t3a has operations for single images only'),
+    (Augment(auto_augment='v0', rotate=5.0), None, 'rotate works on sets held in memory only'),
     (Augment(**PLAIN, rotate=5.0), False, 'rotate works on sets held in memory only')])
 def test_augmentation_that_a_loader_does_not_have(photos, augment, memory, message):
     with pytest.raises(DataError, match=message):
@@ -268,11 +162,146 @@ def test_augmentation_that_a_loader_does_not_have(photos, augment, memory, messa
 
 
 @pytest.mark.parametrize('size, augment, kind', [
-    (64, None, MemoryBatches), (64, Augment(**PLAIN), MemoryBatches), (64, Augment(), DiskBatches),
-    (65, None, DiskBatches)])
+    (64, None, MemoryBatches), (64, Augment(**PLAIN), MemoryBatches), (64, Augment(), MemoryBatches),
+    (64, Augment(auto_augment='v0'), DiskBatches), (65, None, DiskBatches), (32, None, MemoryBatches),
+    (32, Augment(), DiskBatches)])
 def test_small_images_are_held_in_memory(photos, size, augment, kind):
+    """And to train on, only where they are not made much smaller by that."""
     preprocessing = Preprocessing((size, size), 3, (0.5,) * 3, (0.25,) * 3)
     assert type(open_batches(open_source(str(photos), 'val'), preprocessing, 4, augment, None)) is kind
+
+
+# what a batch says of its samples
+
+
+@pytest.mark.parametrize('loader', [DiskBatches, MemoryBatches])
+@pytest.mark.parametrize('augment', [None, Augment()], ids=['val', 'train'])
+def test_samples_know_their_place_in_the_source(damaged, loader, augment):
+    source, names = damaged
+    for _, labels, indices, boxes in loader(source, SMALL, 4, augment, workers=0).epoch():
+        assert [source.labels[i] for i in indices] == labels.tolist()
+        assert not {source.name(i) for i in indices} & {*names}
+        assert boxes.shape == (len(labels), 5)
+
+
+def test_one_image_is_transformed_as_timm_does_it(photos):
+    """Bit for bit, with the same random numbers; so a run from disk is what it was before boxes were told."""
+    source = open_source(str(photos), 'train')
+    augment = Augment()
+    ours = TrainTransform(SMALL, augment)
+    theirs = create_transform(
+        (3, 32, 32), is_training=True, mean=SMALL.mean, std=SMALL.std, scale=augment.scale, ratio=augment.ratio,
+        hflip=0.5, color_jitter=0, auto_augment=augment.auto_augment, interpolation='random', re_prob=0.25,
+        re_mode='pixel')
+    for i in range(24):
+        image = SMALL.convert(source.open(i))
+        seed_all(i)
+        expected = theirs(image)
+        seed_all(i)
+        assert torch.equal(ours(image)[0], expected)
+
+
+class Places:
+    """Images whose red is the column and whose green is the row, from 0 to 255."""
+
+    classes, labels = ['place'], [0] * 40
+
+    def open(self, index: int) -> Image.Image:
+        rows, cols = np.mgrid[:256, :(256 if index % 2 else 384)]
+        return Image.fromarray(np.stack([cols * 255 // cols.max(), rows, 0 * rows], 2).astype(np.uint8))
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+
+@pytest.mark.parametrize('loader', [DiskBatches, MemoryBatches])
+@pytest.mark.parametrize('augment, crop_mode', [
+    (Augment(**PLAIN, erase=0.0, pad=4), ''), (None, 'center'), (None, 'squash'), (None, 'border')])
+def test_boxes_are_what_is_seen(loader, augment, crop_mode):
+    """Read off the pixels in the middle, to 2 % of the image."""
+    preprocessing = Preprocessing((64, 64), 3, (0.0,) * 3, (1.0,) * 3, crop_mode=crop_mode or 'center')
+    for images, _, _, boxes in loader(Places(), preprocessing, 10, augment, workers=0).epoch():
+        top, left, height, width, mirrored = boxes.unbind(1)
+        for edge in (24, 40):
+            place = (edge + 0.5) / 64
+            across = torch.where(mirrored > 0, 1 - place, place)
+            torch.testing.assert_close(images[:, 0, 32, edge], left + width * across, rtol=0, atol=0.02)
+            torch.testing.assert_close(images[:, 1, edge, 32], top + height * place, rtol=0, atol=0.02)
+        assert augment is not None or not mirrored.any()
+
+
+# shared out over processes
+
+
+@pytest.mark.parametrize('loader', [DiskBatches, MemoryBatches])
+def test_processes_share_every_step(photos, loader):
+    """One process with batches of eight, two with four, four with two: the same images, augmented the same."""
+    source, augment = open_source(str(photos), 'train'), Augment(erase=0.5, pad=2)
+    (whole,), *parts = (
+        [list(loader(source, SMALL, 8 // world, augment, 0, 5, rank=rank, world=world).epoch(1, start=1))
+         for rank in range(world)] for world in (1, 2, 4))
+    assert len(whole) == 2
+    for ranks in parts:
+        for expected, step in zip(whole, zip(*ranks)):
+            for one, pieces in zip(expected, zip(*step)):
+                torch.testing.assert_close(torch.cat(pieces), one)
+
+
+@pytest.mark.parametrize('loader', [DiskBatches, MemoryBatches])
+@pytest.mark.parametrize('batch_size, world', [(5, 2), (3, 4), (1, 5), (40, 3)])
+def test_processes_validate_every_image_once(photos, loader, batch_size, world):
+    loaders = [loader(open_source(str(photos), 'val'), SMALL, batch_size, None, 0, rank=rank, world=world)
+               for rank in range(world)]
+    indices = torch.cat([batch.indices for batches in loaders for batch in batches.epoch()])
+    assert sorted(indices.tolist()) == list(range(12))
+    assert {len(batches) for batches in loaders} == {-(-12 // (batch_size * world))}
+
+
+def test_ranks_that_are_none(photos):
+    with pytest.raises(ValueError, match='rank is at least 0 and below world, got rank 2 of world 2'):
+        DiskBatches(open_source(str(photos), 'val'), SMALL, 4, rank=2, world=2)
+
+
+# workers that stay
+
+
+def workers_of(batches: DiskBatches) -> List[int]:
+    return [worker.pid for worker in batches.loader._iterator._workers]
+
+
+def test_workers_stay_for_all_epochs(photos):
+    batches = batches_of(photos, workers=2)
+    first, pids = list(batches.epoch(0)), workers_of(batches)
+    second = list(batches.epoch(1))
+    assert workers_of(batches) == pids
+    assert same(first, list(batches_of(photos).epoch(0))) and same(second, list(batches_of(photos).epoch(1)))
+
+
+def test_an_epoch_that_was_broken_off(photos):
+    """Nothing of it is left in the workers' pipes."""
+    batches = batches_of(photos, workers=2)
+    next(batches.epoch(0))
+    assert same(list(batches.epoch(1, start=1)), list(batches_of(photos).epoch(1, start=1)))
+
+
+def test_damaged_images_are_named_once(damaged):
+    source, names = damaged
+    for batches in (DiskBatches(source, SMALL, 4, augment, 2) for augment in (None, Augment())):
+        for epoch in range(2):
+            assert list(batches.epoch(epoch))
+        assert sorted(batches.damaged) == names
+
+
+# speed
+
+
+def test_input_is_measured(photos):
+    assert measure_input(batches_of(photos), 0.05) > 0
+    with pytest.raises(DataError, match='make no batch of 99'):
+        measure_input(DiskBatches(open_source(str(photos), 'train'), SMALL, 99, Augment(), 0), 0.05)
+
+
+# preprocessing
 
 
 def test_channels_that_images_do_not_have():
@@ -284,58 +313,6 @@ def test_statistics_of_a_colour_model_made_grey():
     cfg = dict(input_size=(1, 8, 8), mean=(0.2, 0.4, 0.6), std=(0.1, 0.2, 0.3), interpolation='bicubic', crop_pct=1.0)
     grey = Preprocessing.of(cfg)
     assert (grey.mean, grey.std) == (pytest.approx((0.4,)), pytest.approx((0.2,)))
-
-
-# augmentation in memory
-
-
-def images_and_chances(count: int = 4, rows: int = 9, cols: int = 9) -> Tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(count, 2, rows, cols, generator=generator), torch.rand(count, 12, generator=generator)
-
-
-@pytest.mark.parametrize('rows, cols', [(9, 9), (8, 12)])
-def test_resampling_by_nothing_is_the_image(rows, cols):
-    images, chances = images_and_chances(rows=rows, cols=cols)
-    torch.testing.assert_close(resample(images, STILL, chances), images)
-
-
-def test_mirror():
-    images, chances = images_and_chances()
-    mirrored = resample(images, Augment(**{**vars(STILL), 'hflip': 1.0}), chances)
-    torch.testing.assert_close(mirrored, images.flip(-1))
-
-
-def test_rotation_by_the_largest_angle_either_way():
-    images, chances = images_and_chances(2)
-    chances[:, 2] = torch.tensor([0.0, 1.0])
-    turned = resample(images, Augment(**{**vars(STILL), 'rotate': 90.0}), chances)
-    torch.testing.assert_close(turned[0], images[0].rot90(-1, (1, 2)))
-    torch.testing.assert_close(turned[1], images[1].rot90(1, (1, 2)))
-
-
-def test_crop_keeps_to_the_image_and_to_its_share():
-    ramp = torch.linspace(0, 1, 64).expand(1000, 1, 64, 64)
-    chances = torch.rand(1000, 12, generator=torch.Generator().manual_seed(0))
-    cropped = resample(ramp, Augment(**{**vars(STILL), 'scale': (0.25, 0.25)}), chances)
-    widths = cropped[:, 0, 0, -1] - cropped[:, 0, 0, 0]
-    torch.testing.assert_close(widths, torch.full_like(widths, 0.5), rtol=0, atol=0.01)
-    assert cropped.min() < 0.02 and cropped.max() > 0.98
-
-
-@pytest.mark.parametrize('mode', ['pixel', 'rand', 'const'])
-def test_erased_share(mode):
-    images, chances = torch.full((2000, 1, 32, 32), 7.0), images_and_chances(2000)[1]
-    erased = erase(images, Augment(erase=0.25, erase_mode=mode), chances) != 7
-    touched = erased.flatten(1).any(1)
-    shares = erased[touched].float().flatten(1).mean(1)
-    assert abs(touched.float().mean() - 0.25) < 0.03
-    assert shares.min() > 0.01 and shares.max() < 0.37 and abs(shares.mean() - 0.175) < 0.02
-
-
-def test_erasing_nothing_is_the_image():
-    images, chances = images_and_chances()
-    assert erase(images, STILL, chances) is images
 
 
 def test_grey_and_colour_of_one_image():

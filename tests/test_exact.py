@@ -10,9 +10,13 @@ import torch
 import torch.nn.functional as F
 from reference import ReferenceT2TViT, fill, relative_error
 from safetensors import safe_open
+from torch import nn
 
 from t2t_vit import T2TViT
+from t2t_vit.models import recompute
+from t2t_vit.models.recompute import Recompute
 from t2t_vit.models.soft_split import window_mean_var
+from t2t_vit.models.tokens import Dropout
 
 GOLDEN = Path(__file__).parent / 'golden'
 INDEX = json.loads((GOLDEN / 'index.json').read_text())
@@ -216,12 +220,74 @@ def test_exact_but_for_rounding(token_layer, image):
 
 
 @pytest.mark.parametrize('token_layer', TOKEN_LAYERS)
-def test_dropout_is_where_the_reference_has_it(token_layer):
+def test_dropout_is_where_the_reference_has_it(token_layer, monkeypatch):
+    monkeypatch.setattr(Dropout, 'forward', nn.Dropout.forward)  # ours draws other numbers
     args = {**MODEL, **TOKEN_LAYERS[token_layer]}
     model, plain = fill(T2TViT(**args)).train(), fill(ReferenceT2TViT(**args)).train()
     images = torch.randn(2, 3, 48, 48)
     logits = [torch.random.manual_seed(1) and module(images) for module in (model, plain)]
     assert relative_error(*logits) <= BOUND
+
+
+def test_dropout():
+    drop, x = Dropout(.1), torch.randn(3, 1000, 67, requires_grad=True)
+    out = drop(x)
+    kept = out != 0
+    assert kept.float().mean() == pytest.approx(.9, abs=3e-3)
+    assert kept.float().mean((0, 1)).std() < .01 and kept.float().mean((0, 2)).std() < .03
+    torch.testing.assert_close(out, torch.where(kept, x / .9, 0))
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, kept / .9)
+    assert not torch.equal(drop(x), out)
+    assert drop.eval()(x) is x or torch.equal(drop(x), x)
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """What autograd did not keep: a list of shapes, filled as it goes."""
+    shapes, call = [], Recompute.__call__
+
+    def note(self, tensor):
+        result = call(self, tensor)
+        shapes.extend([] if isinstance(result, torch.Tensor) else [result])
+        return result
+
+    monkeypatch.setattr(Recompute, '__call__', note)
+    return shapes
+
+
+@pytest.mark.skipif(not recompute.find_top, reason='this torch does not say whether others decide what autograd keeps')
+@pytest.mark.parametrize('block', BLOCKS)
+def test_what_is_made_again_in_the_backward_pass(block, packed, monkeypatch):
+    """LayerNorm's and GELU's results, the gradients the same to the last bit; and what the split's convolution gave."""
+    model, images = fill(T2TViT(**{**MODEL, **BLOCKS[block]})).eval(), torch.randn(2, 3, 48, 48)
+
+    def gradients():
+        model.zero_grad()
+        model(images).square().sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    ours = gradients()
+    depth = sum(hasattr(entry, 'attn') for entry in model.blocks)
+    assert len(packed) >= (2 if block == 'ghost' else 3) * depth  # both norms, and GELU before a Linear
+    monkeypatch.setattr(recompute, 'saves_as_usual', lambda: False)
+    for (name, _), a, b in zip(model.named_parameters(), ours, gradients()):
+        if name.startswith('tokens_to_token'):  # what the convolution gave is reckoned back from what came of it
+            assert relative_error(a, b) <= 1e-6, name
+        else:
+            assert torch.equal(a, b), name
+
+
+def test_nothing_is_made_again_where_others_decide(packed):
+    model, images = fill(T2TViT(**{**MODEL, **TOKEN_LAYERS['none']})), torch.randn(2, 3, 48, 48)
+    model.set_grad_checkpointing()
+    model(images).sum().backward()
+    model.set_grad_checkpointing(False)
+    parameters = dict(model.named_parameters())
+    torch.func.grad(lambda values: torch.func.functional_call(model, values, images).sum())(parameters)
+    with torch.no_grad():
+        model(images)
+    assert not packed
 
 
 # two steps of the fast form on their own

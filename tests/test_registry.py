@@ -109,6 +109,6 @@ import t2t_vit
 print(type(timm.create_model('t2t_vit_7', device='meta')) is t2t_vit.T2TViT)
 ''')
     assert out == 'True\n'
-    assert err.count('Warning') == 1
+    assert err.count('UserWarning') == 1
     assert 'timm has a model named t2t_vit_7 of its own (timm.models.t2t)' in err
     assert "timm.create_model('t2t_vit_7') builds the one of t2t_vit.models.t2t_vit" in err

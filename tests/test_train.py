@@ -1,7 +1,6 @@
 """Runs: what they leave, that they repeat bit for bit, also when cut short, and what stops them."""
 
 import io
-import json
 import os
 import signal
 import subprocess
@@ -9,24 +8,25 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import matplotlib.image
 import pytest
 import timm
 import torch
 import yaml
-from conftest import SMALLER, digits_config
+from accelerate import Accelerator
+from conftest import SMALLER, digits_config, read_records
 from rich.console import Console
 from safetensors.torch import load_file
 
-from t2t_vit.data import DataError, Digits, DiskBatches, MemoryBatches
-from t2t_vit.models.checkpoints import CheckpointError
+from t2t_vit.console import duration
+from t2t_vit.data import Batch, DataError, Digits, DiskBatches, MemoryBatches
 from t2t_vit.settings import UsageError
 from t2t_vit.train import loop
-from t2t_vit.train.log import Log, duration, read_records
+from t2t_vit.train.log import Log
 from t2t_vit.train.loop import Interrupted, Run, train
-from t2t_vit.train.state import Position, load_state, save_state
+from t2t_vit.train.state import load_state, read_state, saved_states
 
 SHORT = {'epochs': 1, 'optimizer.warmup_epochs': 0}
 GREY_PHOTOS = {'data.channels': 1, 'augment.rotate': 0}
@@ -34,14 +34,14 @@ PHOTOS = {'data.mean': None, 'data.std': None, 'augment.rotate': 0}
 
 
 def records(folder: Path) -> List[Dict[str, Any]]:
-    """Of every epoch, but for the speed."""
-    return [{key: value for key, value in record.items() if key != 'images_per_second'}
+    """Of every epoch, but for what is time."""
+    return [{key: value for key, value in record.items() if key not in ('images_per_second', 'waited')}
             for record in read_records(folder / 'metrics.jsonl')]
 
 
 def same_run(folder: Path, expected: Path) -> bool:
     """Same metrics, same model, same last weights, averages and moments, bit for bit."""
-    states = [load_state(f / 'checkpoints') for f in (folder, expected)]
+    states = [read_state(saved_states(f / 'checkpoints')[0]) for f in (folder, expected)]
     moments = [list(state['optimizer']['state'].values()) for state in states]
     return records(folder) == records(expected) and all(
         found.keys() == want.keys() and all(torch.equal(found[key], want[key]) for key in want)
@@ -55,11 +55,11 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Ctrl-C in the middle of a step."""
     step, made = Run.step, []
 
-    def stopping(run: Run, images: torch.Tensor, labels: torch.Tensor) -> float:
+    def stopping(run: Run, batch: Batch, stop: bool) -> Tuple[float, bool]:
         made.append(1)
-        if len(made) == steps:
+        if len(made) == steps - 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(run, images, labels)
+        return step(run, batch, stop)
 
     monkeypatch.setattr(Run, 'step', stopping)
 
@@ -69,8 +69,8 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
 def test_a_run_folder_has_all_pieces(digits_run):
     assert {str(p.relative_to(digits_run)) for p in digits_run.rglob('*') if p.is_file()} >= {
-        'config.yaml', 'config.json', 'model.safetensors', 'metrics.jsonl', 'curves.png',
-        'checkpoints/last.pt', 'checkpoints/before.pt'}
+        'config.yaml', 'config.json', 'model.safetensors', 'README.md', 'metrics.jsonl', 'curves.png',
+        'checkpoints/step-00000005.pt', 'checkpoints/step-00000010.pt'}
     assert matplotlib.image.imread(digits_run / 'curves.png').std() > 0
 
 
@@ -95,7 +95,7 @@ def test_a_run_folder_loads_in_timm(digits_run):
     assert torch.equal(model(images), expected(images))
     cfg = model.pretrained_cfg
     assert cfg['label_names'] == [str(i) for i in range(10)]
-    assert (cfg['input_size'], *cfg['mean'], *cfg['std']) == ((1, 16, 16), 0.305, 0.376)
+    assert (*cfg['input_size'], *cfg['mean'], *cfg['std']) == (1, 16, 16, 0.305, 0.376)
 
 
 def test_a_run_folder_knows_its_model_args(tmp_path):
@@ -119,13 +119,13 @@ def test_another_seed_is_another_run(digits_run, tmp_path):
     assert records(tmp_path)[0]['train_loss'] != records(digits_run)[0]['train_loss']
 
 
-@pytest.mark.parametrize('steps', [1, 5, 8], ids=['first step', 'last of an epoch', 'middle of the second'])
+@pytest.mark.parametrize('steps', [2, 5, 8], ids=['second step', 'last of an epoch', 'middle of the second'])
 def test_stopped_and_resumed(digits_run, tmp_path, monkeypatch, steps):
     config = digits_config(output=str(tmp_path))
     with monkeypatch.context() as context, pytest.raises(Interrupted, match='go on with --resume') as stop:
         stop_after(context, steps)
         train(config)
-    assert str(tmp_path / 'checkpoints' / 'last.pt') in str(stop.value)
+    assert str(tmp_path / 'checkpoints' / f'step-{steps:08}.pt') in str(stop.value) and stop.value.code == 130
     train(config, resume=str(tmp_path))
     assert same_run(tmp_path, digits_run)
 
@@ -144,12 +144,13 @@ def test_stopped_and_resumed_with_all_randomness_on(photos, tmp_path, monkeypatc
     assert same_run(tmp_path / 'parts', tmp_path / 'whole')
 
 
-def test_a_torn_state_is_passed_over(digits_run, tmp_path):
+def test_a_torn_state_is_passed_over(digits_run, tmp_path, capsys):
     config = digits_config(output=str(tmp_path))
     train(config)
-    last = tmp_path / 'checkpoints' / 'last.pt'
+    last = saved_states(tmp_path / 'checkpoints')[0]
     last.write_bytes(last.read_bytes()[:1000])
     train(config, resume=str(tmp_path))
+    assert f'passed over: {last} cannot be read' in capsys.readouterr().out
     assert same_run(tmp_path, digits_run)
 
 
@@ -164,7 +165,7 @@ def test_the_whole_group_of_processes_is_interrupted(photos, tmp_path):
     """As a terminal does it, with workers under way."""
     run = subprocess.Popen(
         [sys.executable, '-m', 't2t_vit.cli', 'train', '--recipe', 'small-images', '--data.root', str(photos),
-         '--batch_size', '4', '--model_args.depth', '1', '--output', str(tmp_path / 'run')],
+         '--batch_size', '4', '--model_args.depth', '1', '--data.memory', 'false', '--output', str(tmp_path / 'run')],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     metrics = tmp_path / 'run' / 'metrics.jsonl'
     while run.poll() is None and not (metrics.exists() and metrics.stat().st_size):
@@ -173,7 +174,7 @@ def test_the_whole_group_of_processes_is_interrupted(photos, tmp_path):
     output, _ = run.communicate(timeout=60)
     assert run.returncode == 130, output
     assert f'go on with --resume {tmp_path / "run"}' in output and 'Traceback' not in output
-    assert load_state(tmp_path / 'run' / 'checkpoints')['position']['epoch'] >= 1
+    assert load_state(tmp_path / 'run' / 'checkpoints')[0]['position']['epoch'] >= 1
 
 
 def test_training_in_another_thread(tmp_path):
@@ -209,7 +210,7 @@ def test_options_at_smoke_size(tmp_path, changes):
 def test_data_of_ones_own(request, tmp_path, source, memory):
     config = digits_config(output=str(tmp_path), batch_size=8, **SHORT, **PHOTOS, **{
         'data.root': str(request.getfixturevalue(source)), 'data.memory': memory})
-    run = Run(config, tmp_path, None)
+    run = Run(config, tmp_path, None, Accelerator(cpu=True))
     assert type(run.train_set) is type(run.val_set) is (MemoryBatches if memory else DiskBatches)
     train(config)
     assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).pretrained_cfg['label_names'] == [
@@ -218,7 +219,7 @@ def test_data_of_ones_own(request, tmp_path, source, memory):
 
 def test_weights_from_a_run(digits_run, tmp_path):
     trained = digits_config(weights=str(digits_run), output=str(tmp_path), **SHORT)
-    run = Run(trained, tmp_path, None)
+    run = Run(trained, tmp_path, None, Accelerator(cpu=True))
     for name, tensor in load_file(digits_run / 'model.safetensors').items():
         assert torch.equal(run.net.state_dict()[name], tensor)
     assert train(trained)['epoch'] == 0
@@ -227,7 +228,7 @@ def test_weights_from_a_run(digits_run, tmp_path):
 def test_weights_for_other_classes(digits_run, photos, tmp_path):
     weights = digits_run / 'model.safetensors'
     config = digits_config(batch_size=8, weights=str(weights), **GREY_PHOTOS, **{'data.root': str(photos)})
-    run = Run(config, tmp_path, None)
+    run = Run(config, tmp_path, None, Accelerator(cpu=True))
     expected, found = load_file(weights), run.net.state_dict()
     assert found['head.weight'].shape == (3, 128)
     assert torch.equal(found['blocks.0.attn.qkv.weight'], expected['blocks.0.attn.qkv.weight'])
@@ -245,7 +246,7 @@ def test_a_folder_with_a_run_is_refused(digits_run):
 
 def test_a_folder_with_a_model_is_refused(digits_run, tmp_path):
     (tmp_path / 'model.safetensors').write_bytes((digits_run / 'model.safetensors').read_bytes())
-    with pytest.raises(UsageError, match='holds a trained model'):
+    with pytest.raises(UsageError, match='holds a run'):
         train(digits_config(output=str(tmp_path)))
 
 
@@ -258,34 +259,11 @@ def test_resuming_as_another_run(digits_run):
     changes = {'optimizer.lr': 0.1, 'model_args.drop_rate': 0.5, 'batch_size': 64, 'epochs': 9, 'data.workers': 0}
     with pytest.raises(UsageError) as error:
         train(digits_config(**changes), resume=str(digits_run))
+    states = digits_run / 'checkpoints'
     assert str(error.value).splitlines() == [
-        f'optimizer.lr is 0.002 in {digits_run}, and cannot become 0.1 there',
-        f'batch_size is 256 in {digits_run}, and cannot become 64 there',
-        f'model_args.drop_rate is None in {digits_run}, and cannot become 0.5 there']
-
-
-def test_states_that_are_all_torn(tmp_path):
-    for name in ('last.pt', 'before.pt'):
-        (tmp_path / name).write_bytes(b'PK torn')
-    with pytest.raises(CheckpointError, match='no state can be read: .*last.pt.*before.pt'):
-        load_state(tmp_path)
-
-
-def test_a_state_replaces_the_one_before(tmp_path):
-    for epoch in range(3):
-        save_state(tmp_path, {'position': vars(Position(epoch=epoch))})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['before.pt', 'last.pt']
-    assert load_state(tmp_path)['position']['epoch'] == 2
-
-
-@pytest.mark.parametrize('epochs, saved', [(0, ''), (1, '; the state before this epoch is in ')])
-def test_a_loss_that_is_not_finite(tmp_path, monkeypatch, epochs, saved):
-    step = Run.step
-    monkeypatch.setattr(Run, 'step', lambda run, images, labels: step(
-        run, images * (1 if run.position.epoch < epochs else float('nan')), labels))
-    with pytest.raises(FloatingPointError, match=f'the loss is nan at epoch {epochs + 1}, step 1: try .*{saved}'):
-        train(digits_config(output=str(tmp_path)))
-    assert len(records(tmp_path)) == epochs
+        f'optimizer.lr is 0.002 in {states}, and cannot become 0.1 there',
+        f'batch_size is 256 in {states}, and cannot become 64 there',
+        f'model_args.drop_rate is None in {states}, and cannot become 0.5 there']
 
 
 def test_other_classes_stop_it_before_it_starts(photos, tmp_path):
@@ -324,36 +302,30 @@ def test_damaged_images_are_counted_and_named(photos, tmp_path, capsys):
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loop, 'Log', lambda folder: Log(folder, interval=0))
+    monkeypatch.setattr(loop, 'Log', lambda folder, accelerator: Log(folder, accelerator, interval=0))
     train(digits_config(output=str(tmp_path), **SHORT))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:4] == [
+    assert lines[:5] == [
         'model     t2t_vit_4_16, 161,772 learnable parameters, images of 1x16x16 on cpu',
         'data      digits: 1,437 training and 360 validation images, 10 classes, in memory',
-        'schedule  1 epochs of 5 steps of 256 images, adamw, lr 0.002, from scratch',
-        f'run       {tmp_path}']
-    assert [line.split()[1] for line in lines[4:9]] == ['1/5', '2/5', '3/5', '4/5', '5/5']
-    assert all(word in lines[4] for word in ('epoch 1/1', 'loss', 'lr', 'images/s', 'left'))
-    assert lines[9].startswith('epoch 1/1  training loss') and lines[10].startswith('best top-1')
+        'schedule  1 epochs of 5 steps, 5 in all, from scratch',
+        'batch     256 images = 1 processes x 1 parts x 256',
+        'optimizer adamw, lr 0.002, weight decay 0.05 on 159,664 of them']
+    assert lines[5].startswith('average') and lines[6].startswith('warning') and lines[7].startswith('memory    about')
+    assert lines[8] == f'run       {tmp_path}'
+    assert [line.split()[1] for line in lines[9:14]] == ['1/5', '2/5', '3/5', '4/5', '5/5']
+    assert all(word in lines[9] for word in ('epoch 1/1', 'loss', 'lr', 'images/s', 'left'))
+    assert lines[14].startswith('epoch 1/1  training loss') and 'limited by the model' in lines[14]
+    assert lines[15].startswith('best top-1')
     assert '\x1b' not in ''.join(lines)
 
 
 def test_a_live_line_on_a_terminal(tmp_path):
     screen = io.StringIO()
-    log = Log(tmp_path, Console(file=screen, force_terminal=True, width=120))
+    log = Log(tmp_path, Accelerator(cpu=True), Console(file=screen, force_terminal=True, width=120))
     with log.live(10, 3):
-        log.step(4, 'epoch 1/2  loss 1.234  lr 1.0e-03  99 images/s', 60)
+        log.step(4, 'epoch 1/2  loss 1.234  lr 1.0e-03  99 images/s')
     assert '\x1b[' in screen.getvalue() and '4/10' in screen.getvalue() and '99 images/s' in screen.getvalue()
-
-
-def test_records_of_epochs_to_come_are_forgotten(tmp_path):
-    log = Log(tmp_path)
-    for epoch in range(3):
-        log.record({'epoch': epoch})
-    with log.file.open('a') as file:
-        file.write('{"epoch": 3, "tor')
-    log.keep(2)
-    assert log.file.read_text().splitlines() == [json.dumps({'epoch': epoch}) for epoch in range(2)]
 
 
 @pytest.mark.parametrize('seconds, text', [(5, '0:05'), (65.9, '1:05'), (3723, '1:02:03')])
@@ -363,6 +335,6 @@ def test_duration(seconds, text):
 
 def test_digits_in_colour(tmp_path):
     config = digits_config(**{'data.channels': 3, 'data.mean': None, 'data.std': None})
-    run = Run(config, tmp_path, None)
-    images, labels = next(run.val_set.epoch())
+    run = Run(config, tmp_path, None, Accelerator(cpu=True))
+    images, labels, *_ = next(run.val_set.epoch())
     assert images.shape == (256, 3, 16, 16) and labels.tolist()[:5] == list(Digits('val').labels[:5])

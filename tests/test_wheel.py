@@ -15,8 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PIECES = {
-    'config.yaml', 'model.safetensors', 'config.json', 'metrics.jsonl', 'checkpoints/last.pt', 'curves.png',
-    'predictions.png', 'scores.json', 'confusion.png'}
+    'config.yaml', 'model.safetensors', 'config.json', 'README.md', 'metrics.jsonl', 'curves.png',
+    'predictions.png', 'scores.json', 'confusion.png', 'checkpoints/step-00000396.pt'}
 
 
 @pytest.fixture(scope='module')

@@ -1,0 +1,213 @@
+"""The page in a real browser, Debian's Chromium or Playwright's own: `make test-browser`.
+
+It leaves the screenshots of docs/explore.md in docs/pictures. Without a browser it is skipped.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+playwright = pytest.importorskip('playwright.sync_api', reason='needs Playwright: pip install playwright')
+pytest.importorskip('gradio', reason="needs Gradio: pip install 't2t-vit[explore]'")
+
+PICTURES = Path(__file__).resolve().parents[1] / 'docs' / 'pictures'
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+
+@pytest.fixture(scope='module')
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The page with the last run under RUNS, by default one that is trained here for some minutes."""
+    folder = tmp_path_factory.mktemp('page')
+    words = [sys.executable, '-u', '-m', 't2t_vit.cli', 'explore', '--runs', os.environ.get('RUNS', str(folder)),
+             '--max_megabytes', '2']
+    with open(folder / 'log', 'w') as log, subprocess.Popen(words, stdout=log, stderr=log) as process:
+        for _ in range(900):
+            if (found := re.search(r'http://\S+', (folder / 'log').read_text())) or process.poll() is not None:
+                break
+            time.sleep(1)
+        assert found, (folder / 'log').read_text()
+        yield found[0]
+        process.terminate()
+
+
+@pytest.fixture(scope='module')
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as player:
+        own = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+        try:
+            chromium = player.chromium.launch(executable_path=own, args=['--no-sandbox'])
+        except playwright.Error as error:
+            pytest.skip(f'no browser: apt-get install chromium, or playwright install chromium ({error})'[:300])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    """The page, loaded; what it asks of other machines is an error."""
+    page = browser.new_page(viewport=dict(width=1200, height=1000))
+    elsewhere = []
+    page.on('request', lambda request: elsewhere.append(request.url) if not request.url.startswith(
+        (address, 'data:', 'blob:')) else None)
+    open_page(page, address)
+    yield page
+    page.close()
+    assert not elsewhere
+
+
+def open_page(page: Any, address: str) -> None:
+    page.set_default_timeout(60_000)
+    page.goto(address)
+    page.wait_for_selector('#picture .bars')
+
+
+def choose_view(page: Any, name: str) -> None:
+    page.locator('#view').get_by_label(name, exact=True).check()
+    page.wait_for_selector(f'#picture .what[data-view="{name}"]')
+
+
+def caption(page: Any) -> str:
+    return page.locator('#picture figcaption').first.inner_text()
+
+
+def changed(page: Any, before: str) -> str:
+    """The first caption, once it is another."""
+    page.wait_for_function('text => { const now = document.querySelector("#picture figcaption"); '
+                           'return now && now.innerText !== text }', arg=before)
+    return caption(page)
+
+
+def pick(page: Any, where: str, name: str) -> None:
+    page.locator(f'#{where} input').click()
+    page.get_by_role('option', name=name, exact=True).click()
+
+
+def picture(page: Any, name: str, **how: Any) -> None:
+    """A screenshot for the docs."""
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    page.wait_for_timeout(700)
+    page.screenshot(path=PICTURES / name, **how)
+    with Image.open(PICTURES / name) as image:
+        image.convert('RGB').save(PICTURES / name, optimize=True)
+
+
+def test_upload(page, tmp_path):
+    Image.fromarray(load_sample_images().images[0]).save(tmp_path / 'mine.jpg')
+    page.locator('#drop input[type=file]').set_input_files(tmp_path / 'mine.jpg')
+    page.wait_for_function('document.querySelector("#preview").innerText.includes("mine.jpg")')
+    assert page.locator('#picture .bars li').count() == 5
+    page.wait_for_selector('#drop input[type=file]', state='attached')  # there is room for the next
+
+
+def test_slide(page):
+    choose_view(page, 'Attention')
+    before = caption(page)
+    assert 'mean of' in before
+    page.locator('#head input[type=range]').fill('2')
+    assert 'head 2 of' in (now := changed(page, before))
+    page.locator('#layer input[type=range]').fill('3')
+    assert 'Layer 3 of' in changed(page, now)
+    picture(page, 'explore-attention.png')
+    choose_view(page, 'Windows')
+    near = page.locator('#picture figcaption').nth(1)
+    page.locator('#across input[type=range]').fill('0')
+    page.wait_for_function('document.querySelectorAll("#picture figcaption")[1].innerText.includes("column 1:")')
+    assert 'row' in near.inner_text()
+    picture(page, 'explore-windows.png')
+    page.locator('#moving input').check()
+    page.wait_for_selector('#picture animate[attributeName=viewBox]', state='attached')
+    for view in ('Tokens', 'Evidence', 'Feature maps'):
+        choose_view(page, view)
+        assert page.locator('#wrong .wrong').count() == 0
+    picture(page, 'explore-features.png')
+
+
+def test_compare(page):
+    page.locator('#examples button').nth(5).click()
+    page.wait_for_function('document.querySelector("#preview").innerText.includes("digit 3")')
+    names = page.locator('#first input').input_value()
+    pick(page, 'second', f'{names}, untrained')
+    page.wait_for_selector('#picture section:nth-of-type(2)')
+    assert page.locator('#picture section').count() == 2
+    choose_view(page, 'Tokens')
+    page.wait_for_selector('#picture section:nth-of-type(2) svg')
+    picture(page, 'explore-compare.png')
+
+
+def test_download(page, tmp_path):
+    page.locator('#make').click()
+    button = page.locator('#download')
+    button.wait_for(state='visible', timeout=120_000)
+    with page.expect_download() as download:
+        button.click()
+    download.value.save_as(tmp_path / 'report.html')
+    assert download.value.suggested_filename == 't2t-vit-report.html'
+    assert 'data:image/png' in (tmp_path / 'report.html').read_text()
+
+
+@pytest.mark.parametrize('name, content, says', [
+    ('letter.png', b'Dear Sir or Madam', 'is not an image'), ('torn.jpg', b'', 'is damaged')])
+def test_a_wrong_file(page, tmp_path, name, content, says):
+    if not content:
+        Image.fromarray(load_sample_images().images[0]).save(tmp_path / 'whole.jpg')
+        content = (tmp_path / 'whole.jpg').read_bytes()[:20_000]
+    (tmp_path / name).write_bytes(content)
+    page.locator('#drop input[type=file]').set_input_files(tmp_path / name)
+    line = page.locator('#wrong [role=alert]')
+    line.wait_for()
+    assert says in line.inner_text() and name in line.inner_text()
+    page.locator('#examples button').nth(1).click()  # the page goes on, and the line goes
+    line.wait_for(state='detached')
+
+
+def test_a_file_too_large(page, tmp_path):
+    (tmp_path / 'large.png').write_bytes(bytes(3_000_000))
+    page.locator('#drop input[type=file]').set_input_files(tmp_path / 'large.png')
+    page.get_by_text(re.compile('size|MB', re.I)).filter(has_text=re.compile('exceed|limit|most|large', re.I)
+                                                         ).first.wait_for()
+
+
+def test_a_narrow_screen(browser, address):
+    page = browser.new_page(viewport=dict(width=375, height=800), device_scale_factor=1, has_touch=True)
+    open_page(page, address)
+    pick(page, 'second', page.locator('#first input').input_value() + ', untrained')
+    page.wait_for_selector('#picture section:nth-of-type(2)')
+    for view in ('Windows', 'Attention', 'Feature maps', 'Evidence'):
+        choose_view(page, view)
+        assert page.evaluate('document.documentElement.scrollWidth') <= 375, view
+    picture(page, 'explore-phone.png', full_page=True)
+    page.close()
+
+
+def test_keyboard(page):
+    """Everything by Tab, arrows, Space and Enter."""
+    reached = []
+    for _ in range(60):
+        page.keyboard.press('Tab')
+        reached.append(page.evaluate('''() => { let at = document.activeElement;
+            while (at && !at.id.match(/^[a-z_]+$/)) at = at.parentElement; return at ? at.id : "" }'''))
+        if reached[-1] == 'make':
+            break
+    for name in ('drop', 'examples', 'across', 'down', 'first', 'second', 'view', 'top_k', 'make'):
+        assert name in reached, (name, reached)
+    page.locator('#view input').nth(0).focus()
+    page.keyboard.press('Tab')  # Gradio's radios are groups of one: Tab goes through them, Space chooses
+    page.keyboard.press('Space')
+    page.wait_for_selector('#picture .what[data-view="Windows"]')
+    before = page.locator('#picture figcaption').nth(1).inner_text()
+    page.locator('#across input[type=range]').focus()
+    for _ in range(30):
+        page.keyboard.press('ArrowRight')
+    page.wait_for_function('text => document.querySelectorAll("#picture figcaption")[1].innerText !== text', arg=before)
+    page.locator('#examples button').nth(4).focus()
+    page.keyboard.press('Enter')
+    page.wait_for_function('document.querySelector("#preview").innerText.includes("digit 2")')

@@ -1,0 +1,252 @@
+"""Exported files give the model's answers in their own runtimes, and say so; damaged ones are refused."""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, Tuple
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from t2t_vit import VARIANTS, CheckpointError
+from t2t_vit.cli import main
+from t2t_vit.data import Preprocessing
+from t2t_vit.export import ExportedModel, int8, load_exported
+from t2t_vit.export.check import TOLERANCES, Comparison, Report
+from t2t_vit.export.command import describe, export
+from t2t_vit.export.formats import export_model, save_onnx, save_openvino
+from t2t_vit.export.metadata import Metadata
+from t2t_vit.settings import UsageError
+from t2t_vit.trained import load_model
+
+pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')  # of the converters
+
+# every registered model is one of these token layers before one of these blocks, but for depth and widths
+BLOCKS = {variant.block: name for name, variant in VARIANTS.items() if variant.token_layer == 'none'}
+TOKENS = {variant.token_layer: name for name, variant in VARIANTS.items() if variant.block == 'plain'}
+FILES = ('.onnx', '.pt2', '.xml')  # the performer before plain blocks is in `files`; no tokens, plain: in fp16
+
+
+def small(name: str, **kwargs: Any) -> torch.nn.Module:
+    """A registered model with its own parts and fewer of them; weights that make its logits differ."""
+    torch.manual_seed(0)
+    variant = VARIANTS[name]
+    depth = 1 if isinstance(variant.depth, int) else (1, 1)
+    size = {'img_size': 32} if variant.img_size > 32 else {}
+    model = timm.create_model(name, depth=depth, num_classes=10, **{**size, **kwargs}).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1) if parameter.ndim > 1 else None
+    return model
+
+
+def described(model: torch.nn.Module, dynamic: str = 'batch', **changes: Any) -> Metadata:
+    cfg = Preprocessing.of(model.pretrained_cfg)
+    cfg.size = model.img_size
+    wanted: Dict[str, Any] = {'precision': 'float32', 'pixels': 'float', 'batch': None, **changes}
+    return describe(model, [*'abcdefghij'], cfg, dynamic=dynamic, **wanted)
+
+
+def written(model: torch.nn.Module, path: Path, dynamic: str = 'batch', **changes: Any) -> Path:
+    export_model(model, path, described(model, dynamic, **changes), dynamic)
+    return path
+
+
+def weight_bytes(path: Path) -> int:
+    """Of a file; where it is an archive, without the graph's text, which outweighs a small model."""
+    if not zipfile.is_zipfile(path):
+        return path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        return sum(item.file_size for item in archive.infolist() if '/data/weights/' in item.filename)
+
+
+def check(model: torch.nn.Module, exported: ExportedModel, *shape: int, tolerance: float = 1e-4) -> None:
+    images = torch.randn(*shape)
+    with torch.inference_mode():
+        expected = model(images)
+        tokens = model.forward_head(model.forward_features(images), pre_logits=True)
+    logits, features = exported.both(images)
+    scale = expected.abs().max()
+    assert scale > 0.1 and logits.dtype == torch.float32
+    assert (logits - expected).abs().max() < tolerance * scale
+    assert (features - tokens).abs().max() < tolerance * tokens.abs().max()
+
+
+@pytest.fixture(scope='module')
+def model() -> torch.nn.Module:
+    return small('t2t_vit_4_16')
+
+
+@pytest.fixture(scope='module')
+def files(model: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Path]:
+    """The model in every format, for images of any size, as uint8."""
+    folder = tmp_path_factory.mktemp('files')
+    return {suffix: written(model, folder / f'model{suffix}', 'all', pixels='uint8-nhwc') for suffix in FILES}
+
+
+def test_every_registered_model_is_of_a_tested_structure():
+    assert {(v.token_layer, v.block) for v in VARIANTS.values()} <= {(t, b) for t in TOKENS for b in BLOCKS}
+
+
+@pytest.mark.parametrize('name', sorted({*BLOCKS.values(), *TOKENS.values()} - {TOKENS['performer'], BLOCKS['plain']}))
+def test_every_structure_in_onnxruntime_and_openvino(name, tmp_path):
+    model = small(name)
+    size = model.img_size[0]
+    path = written(model, tmp_path / 'model.onnx')
+    check(model, load_exported(path, threads=1), 3, 3, size, size)
+    check(model, load_exported(path, 'openvino', threads=1), 1, 3, size, size)
+
+
+@pytest.mark.parametrize('suffix, runtime', [*((suffix, None) for suffix in FILES), ('.onnx', 'openvino')])
+def test_any_size_and_pixels_of_uint8(suffix, runtime, model, files):
+    """One file for all sizes, which normalises by itself."""
+    exported = load_exported(files[suffix], runtime)
+    cfg = exported.preprocessing
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (cfg.mean, cfg.std))
+    for shape in ((2, 3, 16, 16), (1, 3, 24, 40)):
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
+        images = (pixels / 255 - mean) / std
+        with torch.inference_mode():
+            torch.testing.assert_close(exported(images), model(images), rtol=1e-4, atol=1e-4)
+        raw = exported.run(pixels.permute(0, 2, 3, 1).contiguous().numpy())
+        assert np.array_equal(np.asarray(raw[0]), exported(images).numpy())  # the very same pixels
+    with pytest.raises(ValueError, match=r'takes images of shape \(B, 3, H, W\), got \(1, 1, 16, 16\)'):
+        exported(torch.zeros(1, 1, 16, 16))
+
+
+@pytest.mark.parametrize('name, suffix, precision', [('t2t_vit_4_16', '.pt2', 'bf16'), ('vit_s_16', '.onnx', 'fp16')])
+def test_half_precision_and_one_batch_size(name, suffix, precision, tmp_path):
+    model = small(name)
+    size = model.img_size[0]
+    path = written(model, tmp_path / f'model{suffix}', 'none', precision=precision, batch=2)
+    exported = load_exported(path)
+    check(model, exported, 3, 3, size, size, tolerance=3e-2)  # three images by a file for two
+    if suffix == '.onnx':
+        check(model, load_exported(path, 'openvino'), 2, 3, size, size, tolerance=3e-2)
+    assert weight_bytes(path) < 0.8 * 4 * sum(p.numel() for p in model.parameters())
+    with pytest.raises(ValueError, match='another size needs another export'):
+        exported(torch.zeros(1, 3, size + 8, size + 8))
+
+
+@pytest.mark.parametrize('suffix', ['.onnx', '.xml'])
+def test_int8_leaves_kernel_attention_in_float(suffix, model, files, tmp_path):
+    import onnx
+    import openvino
+
+    metadata = described(model, 'all', precision='int8', pixels='uint8-nhwc')
+    graph_of, save, read = ((int8.onnx_graph, save_onnx, onnx.load) if suffix == '.onnx'
+                            else (int8.openvino_graph, save_openvino, openvino.Core().read_model))
+    floats = read(files[suffix])
+    graph = graph_of(floats)
+    kept = int8.kept_in_float(graph)
+    products = [name for name in kept if graph[name].kind == 'MatMul']
+    assert len(products) == 2 * 5  # of two layers: φ's two, Σ φ(k)ᵀv, the quotient's two
+    assert [graph[name].kind for name in kept].count('Convolution') == 2  # the windows of the statistics
+    assert not {graph[name].kind for name in kept} & {'Gelu', 'Softmax', 'LayerNormalization', 'MVN'}
+    images = torch.randint(0, 256, (8, 1, 16, 16, 3), dtype=torch.uint8)
+    path = tmp_path / f'model{suffix}'
+    save(int8.quantize(floats, graph, list(images.numpy())), path, metadata)
+    found = Comparison()
+    exact, exported = load_exported(files[suffix]), load_exported(path)
+    for image in images.numpy():
+        found.add(*(torch.as_tensor(loaded.run(image)[0]) for loaded in (exact, exported)), None)
+    assert 1e-3 < max(found.relative) < 0.3  # quantised, and not beyond recognition
+
+
+def test_the_command_proves_the_file(digits_run, tmp_path, capsys):
+    path = tmp_path / 'out' / 'digits.pt2'
+    command = ['export', '-o', str(path), '--checkpoint', str(digits_run), '--data', 'digits', '--rounds', '2',
+               '--seconds', '0.01', '--max_images', '64', '--threads', '1']
+    assert main(command) == 0
+    report = json.loads((tmp_path / 'out' / 'digits.report.json').read_text())
+    assert report['problems'] == [] and report['images'] == 64 and report['top1_agreement'] == 1
+    assert report['top1_pytorch'] == report['top1_exported'] > 0.1
+    assert report['relative_difference'] < 1e-4
+    assert report['speed']['rounds'] == 2 and report['speed']['exported'][0] > 0
+    text = (tmp_path / 'out' / 'digits.report.md').read_text()
+    assert 'Within tolerance' in text and text.strip() in capsys.readouterr().out
+
+    net, preprocessing, names = load_model(str(digits_run))
+    exported = load_exported(path)
+    assert exported.class_names == names and exported.preprocessing == preprocessing
+    cfg = exported.metadata.pretrained_cfg
+    assert cfg['architecture'] == report['model'] == 't2t_vit_4_16'
+    assert str(digits_run) not in json.dumps(cfg)  # no path of this machine leaves it
+
+    assert main([*command, '--precision', 'bf16', '--tolerance', '1e-12', '--rounds', '0']) == 1
+    assert 'outside tolerance: relative difference' in capsys.readouterr().err
+    assert 'OUTSIDE' in (tmp_path / 'out' / 'digits.report.md').read_text()
+
+
+def test_what_is_outside_tolerance():
+    limits = dict(relative_difference=.1, top1_agreement=.5, images=9, top1_pytorch=.9, top1_exported=.8)
+    report = Report.__new__(Report)
+    report.__dict__.update(limits, tolerance=TOLERANCES['float32'])
+    assert len(report.problems) == 3
+    report.__dict__.update(relative_difference=float('nan'), top1_agreement=1., top1_exported=.95)
+    assert report.problems == ['relative difference nan, at most 0.001 allowed']
+
+
+def test_wrong_wishes_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    for wish, answer in (
+            (['-o', 'm.onnx', '--model', 't2t_vit_4_16', '--precision', 'bf16'], 'no bf16'),
+            (['-o', 'm.pt2', '--model', 't2t_vit_4_16', '--precision', 'int8'], 'write .xml or .onnx'),
+            (['-o', 'm.onx', '--model', 't2t_vit_4_16'], 'did you mean .onnx?'),
+            (['-o', 'm.pt2'], 'say what to export'),
+            (['-o', 'm.pt2', '--model', 't2t_vit_4_61'], 'did you mean t2t_vit_4_16?'),
+            (['-o', 'm.pt2', '--model', 't2t_vit_4_16', '--batch_size', '0', '--rounds', '-1'], 'rounds is at least'),
+    ):
+        assert main(['export', *wish]) == 2
+        assert answer in capsys.readouterr().err
+    monkeypatch.setattr('t2t_vit.export.runtime.find_spec', lambda name: None)
+    with pytest.raises(UsageError, match=r"openvino, not installed here: pip install 't2t-vit\[export\]'"):
+        export(str(tmp_path / 'm.xml'), model='t2t_vit_4_16')
+
+
+@pytest.mark.parametrize('suffix', ['.onnx', '.pt2', '.xml'])
+def test_damaged_and_foreign_files_are_refused(suffix, files, tmp_path):
+    whole, path = files[suffix].read_bytes(), tmp_path / f'model{suffix}'
+    for content in (b'', b'<html>not found</html>', whole[:len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=f'model{suffix}'):
+            load_exported(path)
+    with pytest.raises(CheckpointError, match='there is no file'):
+        load_exported(tmp_path / f'none{suffix}')
+
+
+def rewritten(file: Path, path: Path, changes: Dict[str, Tuple[bytes, bytes]], more: Dict[str, bytes]) -> None:
+    """A copy of an archive with some bytes exchanged, and more entries."""
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(path, 'w') as new:
+        for name in old.namelist():
+            content = old.read(name)
+            for end, (a, b) in changes.items():
+                content = content.replace(a, b) if name.endswith(end) else content
+            new.writestr(name, content)
+        for name, content in more.items():
+            new.writestr(name, content)
+
+
+@pytest.mark.skipif(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 8), reason='another layout')
+def test_nothing_in_a_pt2_is_executed(files, tmp_path):
+    path, mark = tmp_path / 'model.pt2', tmp_path / 'executed'
+    code = f"__import__('pathlib').Path('{mark}').touch()"
+    for changes, more, answer in (
+            ({'model.json': (b"Symbol('s", f'{code} or Symbol(\'s'.encode())}, {}, 'is no size of a tensor'),
+            ({'weights_config.json': (b'"use_pickle": false', b'"use_pickle": true')}, {}, 'pickled objects'),
+            ({}, {'model/data/aotinductor/model/run.so': b'\x7fELF'}, 'which no exported model needs'),
+    ):
+        rewritten(files['.pt2'], path, changes, more)
+        with pytest.raises(CheckpointError, match=answer):
+            load_exported(path)
+    assert not mark.exists()
+
+
+def test_a_file_of_another_exporter_is_named_as_such(files, tmp_path):
+    import onnx
+
+    proto = onnx.load(files['.onnx'])
+    del proto.metadata_props[:]
+    onnx.save(proto, tmp_path / 'other.onnx')
+    with pytest.raises(CheckpointError, match='was not written by `t2t-vit export`'):
+        load_exported(tmp_path / 'other.onnx')

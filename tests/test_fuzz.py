@@ -1,0 +1,90 @@
+"""A slice of the fuzz run, and that the run finds what it looks for."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fuzz
+import pytest
+from fuzz import Case, run_kind
+from fuzz_inputs import KINDS
+
+from t2t_vit.models.checkpoints import CheckpointError
+
+SLICE = {'checkpoints': 40, 'images': 40, 'sources': 40, 'configs': 3}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_slice(kind):
+    """In a process of its own: it forks, which a test worker with threads and pipes must not."""
+    words = ['--kinds', kind, '--count', str(SLICE[kind])]
+    done = subprocess.run([sys.executable, fuzz.__file__, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f'{SLICE[kind]} inputs, 0 findings' in done.stdout
+
+
+def fine():
+    Path('seen.txt').touch()
+
+
+def refuse():
+    raise CheckpointError('it is damaged')
+
+
+def nameless():
+    raise CheckpointError('')
+
+
+def another_error():
+    return {}['key']
+
+
+def execute():
+    subprocess.run(['true'])
+
+
+def leave():
+    (Path(os.environ['TMPDIR']) / 'draft').touch()
+
+
+def grow():
+    bytearray(b'x' * (fuzz.MEMORY + (8 << 20)))
+
+
+ENDINGS = [
+    (fine, 'fine'),
+    (refuse, 'refused'),
+    (nameless, 'leaked'),
+    (another_error, 'leaked'),
+    (execute, 'executed'),
+    (leave, 'left'),
+    (grow, 'large'),
+    (lambda: os._exit(3), 'died'),
+    (lambda: time.sleep(60), 'died'),
+    (fine, 'fine'),
+]
+
+
+def test_what_it_finds(monkeypatch):
+    """Each ending is told from the others."""
+    monkeypatch.setattr(fuzz, 'MEMORY', 32 << 20)
+    ended = []
+    for use, _ in ENDINGS:
+        ended += [
+            outcome.status
+            for _, outcome in run_kind(
+                lambda rng, folder, use=use: Case('made', use, ('seen.txt',)), 'made', 0, [0], patience=3
+            )
+        ]
+    assert ended == [status for _, status in ENDINGS]
+
+
+def test_the_rest_is_run_behind_one_that_dies():
+    def maker(rng, folder):
+        return Case('made', (lambda: os._exit(3)) if rng.random() < 0.5 else refuse)
+
+    ended = [(index, outcome.status) for index, outcome in run_kind(maker, 'made', 1, range(8))]
+    assert [index for index, _ in ended] == [*range(8)]
+    assert {status for _, status in ended} == {'died', 'refused'}

@@ -1,0 +1,350 @@
+"""Prediction and embedding at scale: what is written, that nothing is lost, doubled or mixed, how it goes on."""
+
+import csv
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any, Dict, List
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+from conftest import CLASSES, SMALLER
+from PIL import Image
+from rich.console import Console
+from test_readme import commands
+
+from t2t_vit import cli, predict
+from t2t_vit.console import Live
+from t2t_vit.data import DataError
+from t2t_vit.export import ExportedModel, Metadata
+from t2t_vit.hub import save_pretrained
+from t2t_vit.results import Results
+from t2t_vit.trained import load_model, spoken_names
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small untrained model for photos; read only."""
+    torch.manual_seed(0)
+    net = timm.create_model('t2t_vit_4_16', num_classes=3, **SMALLER)
+    net.pretrained_cfg.update(label_names=CLASSES, num_classes=3)
+    return save_pretrained(net, tmp_path_factory.mktemp('models') / 'small', model_args=SMALLER)
+
+
+@pytest.fixture(scope='module')
+def many(photos, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A list of 100 paths; two are damaged, one of them alone in a batch of 4 and shard of 12, the last."""
+    root = tmp_path_factory.mktemp('many')
+    (root / 'text.png').write_text('not an image')
+    files = [str(path) for path in sorted((photos / 'val').rglob('*.*'))] * 9
+    paths = [*files[:17], 'text.png', *files[17:97], 'nowhere.png', files[97]]
+    (root / 'list.txt').write_text('\n'.join([str(root / 'text.png') if p == 'text.png' else p for p in paths]))
+    return root / 'list.txt'
+
+
+def run(*words: object) -> int:
+    return cli.main([*map(str, words), '--device', 'cpu', '--workers', '0', '--batch_size', '4'])
+
+
+def parquet(path: Path) -> List[Dict[str, Any]]:
+    return pq.read_table(path).to_pylist()
+
+
+@pytest.fixture(scope='module')
+def whole(many, model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unbroken output, as Parquet; read only."""
+    output = tmp_path_factory.mktemp('whole') / 'a.parquet'
+    assert run('predict', many, '--checkpoint', model, '--output', output, '--shard_size', 12) == 0
+    return output
+
+
+def test_rows_are_those_of_the_model(whole, many, model):
+    rows, (net, preprocessing, _) = parquet(whole), load_model(str(model))
+    assert [row['index'] for row in rows] == list(range(100))
+    assert [row['image'] for row in rows] == [os.path.join(many.parent, p) for p in many.read_text().split('\n')]
+    assert [row['index'] for row in rows if row['error']] == [17, 98] and rows[17]['classes'] is None
+    assert rows[17]['error'].startswith('UnidentifiedImageError')
+    assert rows[98]['error'].startswith('FileNotFoundError')
+    for row in rows[:3] + rows[99:]:
+        image = preprocessing.transform()(preprocessing.convert(Image.open(row['image'])))
+        p, c = net(image[None]).softmax(-1)[0].sort(descending=True)
+        assert row['classes'] == [CLASSES[i] for i in c] and row['probabilities'] == pytest.approx(p.tolist(), abs=1e-5)
+
+
+def test_what_stands_beside(whole, model):
+    assert sorted(path.name for path in whole.parent.iterdir()) == ['a.parquet', 'a.parquet.json']
+    record = json.loads((whole.parent / 'a.parquet.json').read_text())
+    assert record['settings']['model'] == 't2t_vit_4_16' and record['settings']['classes'] == CLASSES
+    assert record['settings']['top_k'] == 3 and record['settings']['preprocessing']['input_size'] == [3, 16, 16]
+    assert len(record['settings']['weights']) == 64 and record['environment']['checkpoint'] == str(model)
+
+
+def test_every_format_says_the_same(whole, many, model, tmp_path, capsys):
+    for name in ('a.csv', 'a.jsonl', 'parts'):
+        assert run('predict', many, '--checkpoint', model, '--output', tmp_path / name, '--shard_size', 12) == 0
+    assert 'images/s, 2 of them damaged; all 100 are in' in capsys.readouterr().out
+    rows = parquet(whole)
+    assert [json.loads(line) for line in (tmp_path / 'a.jsonl').read_text().splitlines()] == rows
+    assert parquet(tmp_path / 'parts') == rows and len(list((tmp_path / 'parts').glob('part-*'))) == 9
+    with (tmp_path / 'a.csv').open() as file:
+        table = list(csv.DictReader(file))
+    assert [*table[0]] == ['index', 'image', 'error', 'class_1', 'probability_1', 'class_2', 'probability_2',
+                           'class_3', 'probability_3']
+    assert [row['class_1'] for row in table] == [row['classes'][0] if row['classes'] else '' for row in rows]
+    assert [float(row['probability_3'] or -1) for row in table] == pytest.approx(
+        [row['probabilities'][2] if row['classes'] else -1 for row in rows])
+    assert not [path for path in tmp_path.rglob('.*')] and not (tmp_path / 'a.csv.parts').exists()
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='starts its processes by fork')
+def test_killed_again_and_again(whole, many, model, tmp_path, monkeypatch):
+    """SIGKILL at three moments: the rows of an unbroken run, and what was done is not done again."""
+    output, parts = tmp_path / 'a.parquet', tmp_path / 'a.parquet.parts'
+    words = ['predict', many, '--checkpoint', model, '--output', output, '--shard_size', 12]
+
+    def slowly() -> None:
+        torch.set_num_threads(1)
+        table = predict.Job.table
+
+        def slow(*args: Any) -> Any:
+            time.sleep(0.05)
+            return table(*args)
+
+        predict.Job.table = slow  # type: ignore[method-assign]
+        run(*words)
+
+    for count in (1, 3, 6):
+        child = multiprocessing.get_context('fork').Process(target=slowly)
+        child.start()
+        while child.is_alive() and len(list(parts.glob('part-*'))) < count:
+            time.sleep(0.005)
+        time.sleep(0.02 * count)
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL and not output.exists()
+    left = {path.name: path.read_bytes() for path in parts.glob('part-*')}
+    assert 6 <= len(left) < 9
+    (parts / '.part-00008-of-00009.parquet.dead').write_bytes(b'torn')
+    monkeypatch.setattr(shutil, 'rmtree', lambda *args, **kwargs: None)  # killed before it could clean up
+    before = {path.name: path.stat().st_mtime_ns for path in parts.glob('part-*')}
+    assert run(*words) == 0
+    assert all((parts / name).stat().st_mtime_ns == time for name, time in before.items())
+    assert all((parts / name).read_bytes() == content for name, content in left.items())
+    assert parquet(output) == parquet(whole)
+    monkeypatch.undo()
+    made = output.stat().st_mtime_ns
+    assert run(*words) == 0 and output.stat().st_mtime_ns == made
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['a.parquet', 'a.parquet.json']
+
+
+def test_several_processes_share_the_work(whole, many, model, tmp_path, monkeypatch, capsys):
+    """Each its parts, as torchrun numbers them, in any order and on any machine that sees the folder."""
+    monkeypatch.setenv('WORLD_SIZE', '3')
+    for rank, said in ((2, 'process 3 of 3'), (0, 'process 1 of 3'), (1, 'all 100 are in'), (1, 'nothing left to do')):
+        monkeypatch.setenv('RANK', str(rank))
+        assert run('predict', many, '--checkpoint', model, '--output', tmp_path / 'a.parquet', '--shard_size', 12) == 0
+        assert said in capsys.readouterr().out
+        there = sorted(int(path.name[5:10]) for path in (tmp_path / 'a.parquet.parts').glob('part-*'))
+        assert there == {2: [2, 5, 8], 0: [0, 2, 3, 5, 6, 8]}.get(rank, [])
+    assert parquet(tmp_path / 'a.parquet') == parquet(whole)
+    assert run('predict', many, '--checkpoint', model) == 2
+    assert '3 processes need an --output' in capsys.readouterr().err
+    monkeypatch.setenv('RANK', 'x')
+    assert run('predict', many, '--checkpoint', model) == 2 and 'RANK is a whole number' in capsys.readouterr().err
+
+
+def test_a_restart_with_other_settings_is_refused(many, model, tmp_path, capsys):
+    words = ['predict', many, '--checkpoint', model, '--output', tmp_path / 'a']
+    assert run(*words, '--shard_size', 50) == 0
+    (tmp_path / 'a' / 'part-00001-of-00002.parquet').unlink()
+    net = timm.create_model(f'local-dir:{model}', pretrained=True)
+    torch.nn.init.zeros_(net.head.weight)
+    other = save_pretrained(net, tmp_path / 'other', model_args=SMALLER)
+    words[3], words[1] = other, many.parent / 'text.png'
+    assert run(*words, '--top_k', 2, '--precision', 'bf16') == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(' is ')[0] for line in lines] == [
+        f't2t-vit: {key}' for key in ('weights', 'precision', 'images', 'image_names', 'shard_size', 'top_k')]
+    assert f'images is 100 in {tmp_path}/a/_conditions.json, and cannot become 1 there: choose another' in lines[2]
+
+
+def test_what_is_there_already_is_not_overwritten(many, model, tmp_path, capsys):
+    (tmp_path / 'a.csv').write_text('mine')
+    (tmp_path / 'b').mkdir()
+    (tmp_path / 'b' / 'mine').touch()
+    for name in ('a.csv', 'b'):
+        assert run('predict', many, '--checkpoint', model, '--output', tmp_path / name) == 2
+        assert f'{tmp_path / name}' in (error := capsys.readouterr().err) and 'is there already' in error
+    assert (tmp_path / 'a.csv').read_text() == 'mine' and len(list(tmp_path.rglob('*'))) == 3
+
+
+def test_a_torn_part_is_named(tmp_path):
+    results = Results(tmp_path / 'a.jsonl', 4, 2, {})
+    results.begin({})
+    rows = pa.table({'index': [0, 1], 'image': ['a', 'b'], 'error': ['x', 'y']})
+    results.write(0, rows)
+    assert not results.finish()
+    results.write(1, rows[:1])
+    with pytest.raises(DataError, match='part-00001-of-00002.parquet has 1 rows instead of 2: remove it'):
+        results.finish()
+    results.parts[0].write_bytes(b'torn')
+    with pytest.raises(DataError, match='part-00000-of-00002.parquet cannot be read: remove it'):
+        results.finish()
+    assert not results.place.exists() and not list(tmp_path.glob('.*'))
+
+
+def test_stopped_by_hand(many, model, tmp_path, monkeypatch, capsys):
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict.Job, 'table', stop)
+    assert run('predict', many, '--checkpoint', model, '--output', tmp_path / 'a') == 130
+    assert capsys.readouterr().err == 't2t-vit: stopped; the same command goes on from what is done\n'
+    assert run('predict', many, '--checkpoint', model) == 130
+    assert capsys.readouterr().err == 't2t-vit: stopped, nothing to save\n'
+
+
+@pytest.mark.parametrize('words, message', [
+    (['--output', 'a.xml', '--top_k', 0, '--shard_size', 0, '--max_pixels', 0], 'top_k is at least 1, got 0|shard_size '
+     'is at least 1, got 0|max_pixels is at least 1, got 0|output is a folder, or a file that ends in .csv, .jsonl, '
+     '.parquet; got a.xml'), (['--precision', 'int8'], '"precision"')])
+def test_mistakes(model, capsys, words, message):
+    assert run('predict', 'digits', '--checkpoint', model, *words) == 2
+    error = capsys.readouterr().err
+    assert all(part in error for part in message.split('|'))
+
+
+def test_progress_where_there_is_no_terminal(capsys):
+    with Live(Console(), 'image', 8, 2, interval=0) as live:
+        live.show(4, '9 images/s')
+    assert capsys.readouterr().out.startswith('image 4/8  9 images/s  0:00 left')
+
+
+# vectors
+
+
+@pytest.mark.parametrize('kind', ['features', 'class_token', 'pooled', 'pyramid'])
+def test_vectors_are_the_models(many, model, tmp_path, kind):
+    assert run('embed', many, '--checkpoint', model, '--output', tmp_path / 'a.npy', '--kind', kind) == 0
+    vectors, (net, preprocessing, _) = np.load(tmp_path / 'a.npy'), load_model(str(model))
+    images = torch.stack([preprocessing.transform()(preprocessing.convert(Image.open(path)))
+                          for path in many.read_text().split('\n')[:2]])
+    tokens = net.forward_features(images)
+    expected = {
+        'features': tokens[:, 0], 'class_token': tokens[:, 0], 'pooled': tokens[:, 1:].mean(1),
+        'pyramid': torch.cat([m.mean((2, 3)) for m in net.forward_intermediates(
+            images, indices=[0, 2], intermediates_only=True)], 1)}[kind]
+    assert vectors.shape == (100, expected.shape[1]) and vectors.dtype == np.float32
+    assert np.allclose(vectors[:2], expected.detach(), atol=1e-5)
+    assert np.flatnonzero(np.isnan(vectors).all(1)).tolist() == [17, 98]
+    assert np.isnan(vectors).sum() == 2 * vectors.shape[1]
+    with (tmp_path / 'a.csv').open() as file:
+        assert [bool(row['error']) for row in csv.DictReader(file)] == [i in (17, 98) for i in range(100)]
+
+
+def test_vectors_as_parquet(many, model, tmp_path):
+    for name in ('a.parquet', 'a.npy'):
+        assert run('embed', many, '--checkpoint', model, '--output', tmp_path / name, '--shard_size', 30) == 0
+    rows, vectors = parquet(tmp_path / 'a.parquet'), np.load(tmp_path / 'a.npy')
+    assert all(np.array_equal(row['embedding'], vector) for row, vector in zip(rows, vectors) if not row['error'])
+    assert [row['index'] for row in rows if row['embedding'] is None] == [17, 98]
+
+
+def test_models_of_timm(many, tmp_path, capsys):
+    """A convolutional network has a pyramid and no class token."""
+    few = tmp_path / 'few.txt'
+    few.write_text('\n'.join(many.read_text().split('\n')[:3]))
+    place = save_pretrained(timm.create_model('test_resnet', num_classes=3), tmp_path / 'resnet')
+    levels = [i['num_chs'] for i in timm.create_model('test_resnet').feature_info]
+    for kind, width in (('pooled', levels[-1]), ('pyramid', sum(levels))):
+        assert run('embed', few, '--checkpoint', place, '--output', tmp_path / f'{kind}.npy', '--kind', kind) == 0
+        assert np.load(tmp_path / f'{kind}.npy').shape == (3, width)
+    assert run('embed', many, '--checkpoint', place, '--output', tmp_path / 'b', '--kind', 'class_token') == 2
+    assert 'a ResNet has no class token: take --kind pooled' in capsys.readouterr().err
+
+
+def test_from_an_exported_file(whole, many, model, tmp_path, monkeypatch, capsys):
+    """As from the model that it was made of; it has one kind of vectors. How files are loaded, export's tests show."""
+    net, preprocessing, names = load_model(str(model))
+    file, vectors = tmp_path / 'a.pt2', []
+    file.write_bytes(b'a program')
+    cfg = Metadata('t2t_vit_4_16', names, preprocessing.as_cfg(), 'float32', 'float', None, None, {})
+
+    def compute(images: np.ndarray) -> 'tuple[torch.Tensor, torch.Tensor]':
+        tokens = net.forward_features(torch.from_numpy(images))
+        return net.forward_head(tokens), tokens[:, 0]
+
+    monkeypatch.setattr(predict, 'load_exported', lambda path: ExportedModel(path, cfg, compute, 'torch'))
+    assert run('predict', many, '--checkpoint', file, '--output', tmp_path / 'a.parquet') == 0
+    for row, expected in zip(parquet(tmp_path / 'a.parquet'), parquet(whole)):
+        assert row['classes'] == expected['classes'] and row['error'] == expected['error']
+        assert row['error'] or row['probabilities'] == pytest.approx(expected['probabilities'], abs=1e-5)
+    for name, place in (('b.npy', file), ('c.npy', model)):
+        assert run('embed', 'digits', '--checkpoint', place, '--output', tmp_path / name) == 0
+        vectors.append(np.load(tmp_path / name))
+    assert np.allclose(*vectors, atol=1e-5)
+    assert len(json.loads((tmp_path / 'b.npy.json').read_text())['settings']['weights']) == 64
+    capsys.readouterr()
+    for words, message in ((['--kind', 'pooled'], 'an exported file gives what its head reads, and no more'),
+                           (['--precision', 'bf16'], 'has its own precision: leave out --precision bf16')):
+        assert run('embed', 'digits', '--checkpoint', file, '--output', tmp_path / 'd', *words) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main(['embed', 'digits', '--checkpoint', str(file), '--output', 'd', '--device', 'cuda']) == 2
+    assert 'exported files run on the CPU here, not on cuda' in capsys.readouterr().err
+
+
+# names
+
+
+def test_a_thousand_classes_without_names_are_imagenets():
+    names = spoken_names([str(i) for i in range(1000)])
+    assert (names[0], names[1], names[999]) == ('tench', 'goldfish', 'toilet tissue') and len({*names}) == 1000
+    assert names[134] == 'crane (n02012849)' and names[517] == 'crane (n03126707)'
+    assert spoken_names(['0', '1']) == ['0', '1'] and spoken_names(['a'] * 1000) == ['a'] * 1000
+
+
+def test_imagenets_names_are_printed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '200')
+    net = timm.create_model('t2t_vit_4_16', **SMALLER)
+    torch.nn.init.zeros_(net.head.weight)
+    net.head.bias.data[1] = 9
+    place = save_pretrained(net, tmp_path, model_args=SMALLER)
+    (tmp_path / 'a.png').write_bytes(b'')
+    Image.new('L', (9, 9)).save(tmp_path / 'b.png')
+    assert run('predict', tmp_path / 'b.png', tmp_path / 'a.png', '--checkpoint', place, '--top_k', 1) == 0
+    output = capsys.readouterr().out
+    assert 'goldfish 89.0 %' in output and f'1 of 2 images cannot be read: {tmp_path / "a.png"}' in output
+
+
+# the guide
+
+
+def test_the_guide(model, photos, tmp_path, monkeypatch, capsys):
+    """Its commands, then its code, in an empty place; the nearest are of the same class more often than by chance."""
+    guide = (Path(__file__).parents[1] / 'docs' / 'predict.md').read_text()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'runs').mkdir()
+    (tmp_path / 'runs' / 'photos').symlink_to(model)
+    (tmp_path / 'photos').symlink_to(photos)
+    for words in commands(''.join(re.findall(r'^```sh\n(.*?)^```', guide, re.MULTILINE | re.DOTALL))):
+        assert words[0] == 't2t-vit' and cli.main(words[1:]) == 0
+    assert len((tmp_path / 'predictions.csv').read_text().splitlines()) > 20
+    capsys.readouterr()
+    names: Dict[str, Any] = {}
+    for block in re.findall(r'^```python\n(.*?)^```', guide, re.MULTILINE | re.DOTALL):
+        exec(compile(block, 'docs/predict.md', 'exec'), names)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all(line.count('photos/train/') == 4 or 'photos/val' in line for line in lines)
+    of = [Path(name).parent.name for name in names['names']]
+    near = names['index'].kneighbors(names['vectors'], return_distance=False)
+    assert np.mean([of[i] == of[j] for i, j, *_ in near]) > 0.5
+    assert names['again'].pretrained_cfg['label_names'] == ['cat', 'dog']
