@@ -1,12 +1,20 @@
 # make quickstart   install, train on the embedded digits, evaluate, predict
 # make test         install what tests need, lint, check types, run all tests
+# make test-timm    timm's own tests of models, every test on every variant
+# make test-browser the page in a browser; takes the screenshots of docs/explore.md
+# make load         a thousand requests to the page, good and bad
+# make torture      kill a run at a hundred random moments and compare with an unbroken one
+# make fuzz         ten thousand damaged and hostile inputs: each a clear error, a skip, or a result
+# make docs         the site, in .cache/site, without a warning
+# make test-export every registered model at its size to ONNX, run by onnxruntime and OpenVINO; results/export.csv
+# make test-oldest  all tests with the oldest versions that the package declares, in an environment of their own
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/digits-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test test-browser load test-timm test-export test-oldest torture fuzz docs clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +37,37 @@ test: $(VENV)/.tests
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist worksteal
+
+test-timm: $(VENV)/.tests
+	cd tests && $(abspath $(BIN))/python timm_suite.py --every -n 2
+
+# where there is no chromium, `playwright install chromium` fetches one
+test-browser: $(VENV)/.tests
+	$(BIN)/python -m pip install --quiet --no-compile playwright
+	$(BIN)/pytest tests/browser.py -rs
+
+RUN_OF_LOAD ?= $(lastword $(sort $(wildcard runs/*)))
+load: $(VENV)/.tests
+	cd tests && $(abspath $(BIN))/python load.py $(abspath $(RUN_OF_LOAD))
+
+torture: $(VENV)/.tests
+	cd tests && OMP_NUM_THREADS=1 $(abspath $(BIN))/python torture.py
+
+fuzz: $(VENV)/.tests
+	cd tests && OMP_NUM_THREADS=1 $(abspath $(BIN))/python fuzz.py
+
+docs: $(VENV)/.package
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean
+
+test-export: $(VENV)/.tests
+	$(BIN)/python scripts/export_all.py
+
+# old versions warn about each other: here warnings are no errors
+test-oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --no-compile --constraint tests/oldest.txt --editable '.[test]'
+	$(VENV)-oldest/bin/pytest -n 2 --dist worksteal -p no:warnings
 
 clean:
 	rm -rf build dist .cache .pytest_cache .mypy_cache .ruff_cache

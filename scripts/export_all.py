@@ -1,0 +1,64 @@
+"""Every registered model at its full size to ONNX, run by onnxruntime and OpenVINO: results/export.csv.
+
+    scripts/export_all.py [MODEL …] [-o results/export.csv]
+
+Random weights, which all differ; eight windows of scikit-learn's photographs. A model that is in the table already is
+not done again: delete its row to do so.
+"""
+
+import argparse
+import csv
+import tempfile
+from pathlib import Path
+from typing import Any, Dict
+
+import torch
+from rich.progress import track
+
+from t2t_vit import VARIANTS
+from t2t_vit.benchmark import device_name
+from t2t_vit.export import load_exported
+from t2t_vit.export.check import TOLERANCES, compare, versions
+from t2t_vit.export.command import describe, load
+from t2t_vit.export.formats import export_model
+from t2t_vit.export.images import Samples, batches
+
+
+def row(name: str) -> Dict[str, Any]:
+    """What became of one model in both runtimes; the relative difference is that of the worst image."""
+    net, cfg, class_names = load(None, name)
+    metadata = describe(net, class_names, cfg, 'float32', 'float', None, 'batch')
+    images = [*batches(Samples(), cfg, 4, 8, [])]
+    found: Dict[str, Any] = {'model': name, 'size': cfg.size[0]}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f'{name}.onnx'
+        export_model(net, path, metadata, 'batch')
+        found['megabytes'] = round(path.stat().st_size / 1e6, 1)
+        for runtime in ('onnxruntime', 'openvino'):
+            exported = load_exported(path, runtime)  # type: ignore[arg-type]
+            difference, _ = compare(net, exported, images)
+            found[f'{runtime}_relative_difference'] = f'{max(difference.relative):.2e}'
+            found[f'{runtime}_same_first_class'] = f'{difference.agreed}/{len(difference.relative)}'
+            found[runtime] = versions(metadata, runtime)[runtime]
+            if not max(difference.relative) <= TOLERANCES['float32'].difference:
+                raise SystemExit(f'{name} in {runtime} is outside tolerance: {max(difference.relative):.2e}')
+    return {**found, 'images': 8, 'device': device_name(torch.device('cpu')), 'torch': torch.__version__}
+
+
+def main() -> None:
+    """All models, each into the table when it is done."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('models', nargs='*', default=[*VARIANTS])
+    parser.add_argument('-o', '--output', type=Path, default=Path('results/export.csv'))
+    options = parser.parse_args()
+    done = [*csv.DictReader(options.output.open())] if options.output.exists() else []
+    for name in track([name for name in options.models if name not in {old['model'] for old in done}]):
+        done.append(row(name))
+        with options.output.open('w', newline='') as file:
+            writer = csv.DictWriter(file, list(done[-1]))
+            writer.writeheader()
+            writer.writerows(done)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Training on two hosts, on one machine: two network namespaces with an address each, a cable between them, gloo.
+# In the middle the second host is cut off and its processes die; it comes back, and the run goes on from the last state
+# saved and ends with the weights of an unbroken one, bit for bit.
+#   sudo scripts/two_hosts.sh [FOLDER]
+# Linux, root and iproute2; PYTHON names the interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=$(realpath -m "${1:-runs/two-hosts}")
+python=$(realpath -s "${PYTHON:-.venv/bin/python}")
+rm -rf "$out"
+mkdir -p "$out"
+
+clean() {
+    ip netns pids t2t_a 2> /dev/null | xargs -r kill -9 || true
+    ip netns pids t2t_b 2> /dev/null | xargs -r kill -9 || true
+    ip netns delete t2t_a 2> /dev/null || true
+    ip netns delete t2t_b 2> /dev/null || true
+}
+trap clean EXIT
+clean
+ip netns add t2t_a
+ip netns add t2t_b
+ip link add t2t_va netns t2t_a type veth peer name t2t_vb netns t2t_b
+for host in a b; do
+    address=$([ "$host" = a ] && echo 10.77.0.1/24 || echo 10.77.0.2/24)
+    ip -n "t2t_$host" address add "$address" dev "t2t_v$host"
+    ip -n "t2t_$host" link set "t2t_v$host" up
+    ip -n "t2t_$host" link set lo up
+done
+
+host() {  # host NAME RANK FOLDER
+    OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME="t2t_v$1" ip netns exec "t2t_$1" "$python" -m torch.distributed.run \
+        --nnodes 2 --node_rank "$2" --nproc_per_node 1 --master_addr 10.77.0.1 --master_port 29511 \
+        -m t2t_vit.cli train --recipe digits --epochs 3 --optimizer.warmup_epochs 1 --batch_size 256 --device cpu \
+        --model_args.depth 1 --save_minutes 0 --output "$3" --resume auto
+}
+
+echo 'unbroken: two hosts'
+host a 0 "$out/whole" > "$out/whole-a.log" 2>&1 & host b 1 "$out/whole" > "$out/whole-b.log" 2>&1 & wait
+
+echo 'broken: the second host is cut off after step 6'
+host a 0 "$out/parts" > "$out/parts-a1.log" 2>&1 & first=$!
+host b 1 "$out/parts" > "$out/parts-b1.log" 2>&1 & second=$!
+until compgen -G "$out/parts/checkpoints/step-0000000[6-9].pt" > /dev/null; do sleep 0.05; done
+ip -n t2t_b link set t2t_vb down
+ip netns pids t2t_b | xargs -r kill -9
+wait "$second" || true
+# the first host waits for the second until the connection times out; who watches a cluster ends it sooner
+sleep 2
+ip netns pids t2t_a | xargs -r kill -9
+wait "$first" || true
+
+echo 'the second host is back: both start again'
+ip -n t2t_b link set t2t_vb up
+ip -n t2t_b address replace 10.77.0.2/24 dev t2t_vb
+host a 0 "$out/parts" > "$out/parts-a2.log" 2>&1 & host b 1 "$out/parts" > "$out/parts-b2.log" 2>&1 & wait
+grep -h 'from epoch' "$out/parts-a2.log"
+
+"$python" - "$out" <<'PYTHON'
+import sys
+from pathlib import Path
+
+import torch
+
+from t2t_vit.train.state import load_state
+
+whole, parts = (load_state(Path(sys.argv[1]) / name / 'checkpoints')[0] for name in ('whole', 'parts'))
+same = all(torch.equal(whole['model'][key], parts['model'][key]) for key in whole['model'])
+print(f'{whole["processes"]} processes on two hosts: weights after the cut are',
+      'those of the unbroken run, bit for bit' if same else 'DIFFERENT')
+sys.exit(not same)
+PYTHON
