@@ -1,0 +1,107 @@
+"""What is in the site, for mkdocs: README, every guide, every result, and the public API, found where they stand."""
+
+import ast
+import re
+from pathlib import Path
+from typing import Any, Dict, List
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+API = ROOT / 'src' / 't2t_vit'
+FIRST = ['training', 'backbone', 'predict', 'export', 'visualize', 'explore']  # of the guides; the others follow
+PAGES = {'README.md': 'Home', 'CONTRIBUTING.md': 'Contributing', 'CHANGELOG.md': 'Changelog'}
+PICTURES = ('.png', '.svg', '.jpg', '.gif', '.webp', '.csv', '.json')
+
+
+def guides() -> List[Path]:
+    """docs/*.md, the usual ones first."""
+    found = sorted((ROOT / 'docs').glob('*.md'))
+    return sorted(found, key=lambda file: FIRST.index(file.stem) if file.stem in FIRST else len(FIRST))
+
+
+def modules() -> Dict[str, List[str]]:
+    """The package's modules with their public classes and functions, in the order of the files."""
+    found = {}
+    for file in sorted(API.rglob('*.py')):
+        names = [
+            node.name
+            for node in ast.parse(file.read_text()).body
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith('_')
+        ]
+        name = '.'.join(['t2t_vit', *file.relative_to(API).with_suffix('').parts])
+        if names and '__' not in name:
+            found[name] = names
+    return found
+
+
+def api_page(module: str, names: List[str]) -> str:
+    """One page of the reference: what the module says of itself, then each name."""
+    text = (ROOT / 'src' / module.replace('.', '/')).with_suffix('.py').read_text()
+    about = ast.get_docstring(ast.parse(text)) or ''
+    return '\n\n'.join([f'# {module}', about, *(f'::: {module}.{name}' for name in names)]) + '\n'
+
+
+def names_page() -> str:
+    """What `import t2t_vit` offers, each name with a link to where it is described."""
+    tree = ast.parse((API / '__init__.py').read_text())
+    lines = [
+        f'- [`t2t_vit.{alias.name}`][t2t_vit.{node.module}.{alias.name}]'
+        if alias.name in modules()[f't2t_vit.{node.module}']
+        else f'- `t2t_vit.{alias.name}`, in `{node.module}`'
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    ]
+    return '\n'.join(['# t2t_vit', '', ast.get_docstring(tree) or '', '', *sorted(lines), ''])
+
+
+def on_config(config: Any) -> Any:
+    """The navigation follows what is there."""
+    results = sorted((ROOT / 'results').rglob('*.md'), key=lambda file: (len(file.parts), file))
+    config.nav = [
+        {'Home': 'README.md'},
+        {'Guides': [path(file) for file in guides()]},
+        {'Results': [path(file) for file in results]},
+        {
+            'Reference': ['reference/t2t_vit.md']
+            + [{module.partition('.')[2]: f'reference/{module}.md'} for module in modules()]
+        },
+        *({title: page} for page, title in PAGES.items() if page != 'README.md'),
+    ]
+    return config
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """The repository's pages and pictures under their own paths, and a page of the reference for each module."""
+    pages = [ROOT / page for page in PAGES] + [
+        file
+        for folder in ('docs', 'results')
+        for file in sorted((ROOT / folder).rglob('*'))
+        if file.suffix in ('.md', *PICTURES)
+    ]
+    pages += linked(pages)
+    site = [File.generated(config, path(file), abs_src_path=str(file)) for file in pages]
+    site.append(File.generated(config, 'reference/t2t_vit.md', content=names_page()))
+    site += [
+        File.generated(config, f'reference/{module}.md', content=api_page(module, names))
+        for module, names in modules().items()
+    ]
+    others = [file for file in files if not (file.abs_src_path or '').startswith(str(ROOT / 'docs'))]  # the theme's
+    return Files([*others, *site])
+
+
+def linked(pages: List[Path]) -> List[Path]:
+    """The other files of the repository that pages point to, as a script or a recipe."""
+    targets = {
+        (page.parent / target).resolve()
+        for page in pages
+        if page.suffix == '.md'
+        for target in re.findall(r'\]\((?!\w+:)([^)#\s]+)', page.read_text())
+    }
+    return sorted(file for file in targets if file.is_file() and file not in pages)
+
+
+def path(file: Path) -> str:
+    """As the repository has it."""
+    return file.relative_to(ROOT).as_posix()
