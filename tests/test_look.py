@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchvision.transforms.functional import to_tensor
 
-from t2t_vit.look.attention import class_maps, mean_distance, query_maps, rollout, rollout_map
+from t2t_vit.look.attention import Lattice, class_maps, mean_distance, query_maps, rollout, rollout_map
 from t2t_vit.look.features import (
     dead_channels,
     edge_agreement,
@@ -191,6 +191,12 @@ def test_dead_channels():
     assert dead_channels(maps).tolist() == [False, True, True, False, True, False]
     assert dead_channels(maps, threshold=0).tolist() == [False, True, True, False, False, False]
     assert dead_channels(torch.ones(1, 3, 4, 4)).all()
+    maps = torch.randn(1, 6, 9, 9)
+    maps[:, 0, 4, 4] = 1e5  # one channel with one huge token
+    maps[:, 1] = 0
+    assert dead_channels(maps).tolist() == [False, True, False, False, False, False]
+    maps[:, 2:5] = 7  # most are constant
+    assert dead_channels(maps).tolist() == [False, True, True, True, True, False]
 
 
 def test_edge_agreement_is_that_of_the_image():
@@ -202,6 +208,37 @@ def test_edge_agreement_is_that_of_the_image():
     found = edge_agreement(maps, image)[0]
     assert found[3] == pytest.approx(1, abs=1e-5) and found[:3].min() > .8 and found[4].abs() < .2 and found[5] == 0
     assert edge_agreement(small[..., ::4, ::4], image).max() < found[:3].min()  # a coarse grid holds fewer
+
+
+def test_padding_moves_a_map_and_costs_it_nothing():
+    """The same features of the same photo, once of whole patches, once of cells around its first pixels."""
+    image = to_tensor(open_images(['samples'])[0].image.resize((224, 224)))[None]
+    even = nn.functional.avg_pool2d(image, 16)
+    moved = nn.functional.avg_pool2d(nn.functional.pad(image, [8, 0, 8, 0], mode='replicate'), 16)
+    scores = [edge_agreement(*given).mean().item() for given in (
+        (even, image), (moved, image, Lattice(0., 0., 16., 16.)), (moved, image))]
+    assert scores[0] == pytest.approx(scores[1], abs=.03) and scores[2] < scores[0] - .1
+
+
+@pytest.mark.parametrize('name, first', [('resnet', 0.5), ('tf_mobilenetv3_small_minimal_100', 31.5), ('swin', 16.)])
+def test_where_cells_lie(traces, name, first):
+    """By where zeros around were put: as many on all sides, after the last, none."""
+    found = traces[name] if name in traces else trace(timm.create_model(name), torch.randn(1, 3, 224, 224))
+    assert list(found.lattices) == list(found.maps)
+    assert list(found.lattices.values())[-1] == (first, first, 32., 32.)
+
+
+def test_queries_on_a_grid_of_their_own():
+    """Of fewer keys, of a class token alone, of a latent."""
+    images = torch.randn(1, 3, 64, 96)
+    pvt = trace(timm.create_model('pvt_v2_b0', depths=(1, 1, 1, 1)), images).attentions['stages.0.blocks.0.attn']
+    assert (pvt.grid, pvt.query_grid, pvt.query_lattice) == ((2, 3), (16, 24), (0.5, 0.5, 4., 4.))
+    assert query_maps(pvt, 16 * 24 - 1).shape == (1, 1, 2, 3)
+    cait = trace(timm.create_model('cait_xxs24_224', depth=1, img_size=(64, 96)), images).attentions
+    assert [(a.grid, a.query_grid) for a in cait.values()] == [((4, 6), None)] * 2
+    pooled = trace(timm.create_model('vit_base_patch16_siglip_224', depth=1, embed_dim=24, num_heads=2,
+                                     img_size=(64, 96)), images).attentions
+    assert [(a.grid, a.query_grid) for a in pooled.values()] == [((4, 6), (4, 6)), ((4, 6), None)]
 
 
 def test_high_frequency():
@@ -254,10 +291,9 @@ def test_windows_are_what_a_split_sees(opened, traces, key):
             expected = torch.zeros(SIZE, dtype=torch.bool)
             expected[max(top, 0):bottom, max(left, 0):right] = True
             assert torch.equal(slope, expected)
-        counted = torch.zeros(SIZE, dtype=torch.long)
-        for top, left, bottom, right in (seen.box(i, j) for i in range(seen.grid[0]) for j in range(seen.grid[1])):
-            counted[max(top, 0):bottom, max(left, 0):right] += 1
-        assert torch.equal(counted, seen.coverage(*SIZE))
+        place = next(traces[key].lattices[name] for name, maps in traces[key].maps.items()
+                     if tuple(maps.shape[-2:]) == seen.grid)
+        assert place == (seen.start + seen.size / 2,) * 2 + (seen.step,) * 2  # what was followed says the same
         with pytest.raises(IndexError, match='no window'):
             seen.box(seen.grid[0], 0)
 
@@ -279,7 +315,7 @@ def test_grad_cam_is_its_equation(opened, traces, key, layer):
     weights = {'resnet': lambda x: x.mean((2, 3)), 'swin': lambda x: x.mean((1, 2))}.get(
         key, lambda x: x[:, 1:].mean(1))(kept[0])
     assert torch.allclose(found.maps, (weights[:, :, None, None] * maps).sum(1).relu(), atol=1e-5)
-    assert found.maps.max() > 0
+    assert found.maps.max() > 0 and found.lattice == traces[key].lattices[layer]
 
 
 def test_grad_cam_of_what_is_not_there(opened):

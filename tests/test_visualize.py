@@ -15,11 +15,13 @@ from PIL import Image
 
 from t2t_vit import cli
 from t2t_vit.look import draw
-from t2t_vit.look.attention import Attention
+from t2t_vit.look.attention import Attention, Lattice, query_maps
 from t2t_vit.look.features import LayerMeasure, windows
+from t2t_vit.look.opened import folder_name
 from t2t_vit.look.report import Section, write_report
 from t2t_vit.look.trace import Trace
-from t2t_vit.plots import GREEN, RED
+from t2t_vit.look.visualize import query_heat, unique
+from t2t_vit.plots import GREEN, RED, style
 
 PNG = b'\x89PNG'
 
@@ -77,7 +79,7 @@ def test_the_report_holds_its_pictures(folder):
     held = {base64.b64decode(data) for _, _, data in heads}
     assert len(heads) == len(held) and held == {file.read_bytes() for file in folder.glob('*.png')}
     assert page.links and all(link in page.parts for link in page.links)  # within the page only
-    assert 'random weights' in page.text and 'Grad-CAM' in page.text and 'at most 0.01 of its layer' in page.text
+    assert all(words in page.text for words in ('random weights', 'Grad-CAM', 'at most 0.01 of that of its layer'))
 
 
 def test_the_table_of_layers(folder):
@@ -88,6 +90,31 @@ def test_the_table_of_layers(folder):
     assert [row['grid'] for row in ours] == ['16×24', '8×12', '8×12', '8×12']
     assert {row['model'] for row in rows} == {'digits', 'resnet10t (random weights)'}
     assert all(0 <= int(row['dead']) <= int(row['channels']) for row in rows)
+
+
+def test_names_never_meet():
+    assert unique(['a', 'a', 'a-1', 'b'], '-') == ['a-2', 'a-3', 'a-1', 'b']
+    assert [folder_name(text) for text in ('runs/x', 'cmp/runs/t2t_vit_14/seed-0')] == ['x', 't2t_vit_14/seed-0']
+    places = [style(i) for i in range(12)]
+    assert len(set(places)) == 12
+
+
+def test_what_a_model_has_not_is_left_out(tmp_path):
+    """No gradient to take, and no token under the cross: a note, and the other pictures."""
+    (tmp_path / 'mine.py').write_text(
+        'import timm\n\n\ndef pooled(img_size):\n    model = timm.create_model("vit_base_patch16_siglip_224", depth=1, '
+        'embed_dim=24, num_heads=2, img_size=img_size, num_classes=3)\n    model.head.weight.data.zero_()\n'
+        '    return model\n')
+    assert cli.main(['visualize', 'samples', '--models', f'{tmp_path}/mine.py:pooled', '--img_size', '32',
+                     '--output', str(tmp_path / 'out')]) == 0
+    assert 'Left out: Grad-CAM needs' in (tmp_path / 'out' / 'index.html').read_text()
+    assert (tmp_path / 'out' / 'china-pooled-query.png').exists()
+
+
+def test_a_damaged_record_is_named(tmp_path, capsys):
+    (tmp_path / 'metrics.jsonl').write_text('{"epoch": 0, "train_loss": 1.0, "val_loss": 1.0}\n')
+    assert cli.main(['visualize', '--runs', str(tmp_path), '--output', str(tmp_path / 'out')]) == 2
+    assert 'line 1, has no val_top1, images_per_second' in capsys.readouterr().err
 
 
 def test_runs_alone(digits_run, tmp_path):
@@ -153,10 +180,15 @@ def test_a_mosaic_shows_every_map_in_its_place():
 
 
 def test_a_cross_stands_on_its_token():
-    heat = draw.Heat('title', torch.rand(5, 8), (1, 6))
-    ax = draw.heat_maps(torch.rand(50, 80, 3), [heat]).axes[1]
-    assert all((line.get_xdata()[0], line.get_ydata()[0]) == (65, 15) for line in ax.lines) and ax.lines
-    assert ax.images[-1].get_extent() == [0, 80, 50, 0]
+    keys, queries = Lattice(1.5, 1.5, 16., 16.), Lattice(0.5, 0.5, 4., 4.)
+    attention = Attention('a', torch.randn(1, 2, 260, 3), torch.randn(1, 2, 20, 3), torch.randn(1, 2, 20, 3), (4, 5),
+                          lattice=keys, query_grid=(13, 20), query_lattice=queries)
+    heat = query_heat(attention, 0, (15., 65.))  # nearest is row 4, column 16
+    assert torch.equal(heat.map, query_maps(attention, 4 * 20 + 16)[0].mean(0))
+    ax = draw.heat_maps(torch.rand(52, 80, 3), [heat]).axes[1]
+    assert all((line.get_xdata()[0], line.get_ydata()[0]) == (64.5, 16.5) for line in ax.lines) and ax.lines
+    assert ax.images[-1].get_extent() == [-6.5, 73.5, 57.5, -6.5] and ax.get_xlim() == (0, 80)
+    assert ax.images[-1].get_alpha() is None  # or its colours were not the bar's
 
 
 def test_a_share_of_the_diagonal():

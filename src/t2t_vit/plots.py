@@ -14,6 +14,11 @@ CYCLE = (BLUE, ORANGE, GREEN, RED, '#CC79A7', '#56B4E9', '#000000', '#999999')
 MARKERS = 'osD^vPX*'
 
 
+def style(place: int) -> Tuple[str, str]:
+    """Colour and marker of the line at a place, another pair for each of 64 lines."""
+    return CYCLE[place % len(CYCLE)], MARKERS[(place + place // len(CYCLE)) % len(MARKERS)]
+
+
 def plot_curves(records: Sequence[Dict[str, Any]], file: Path) -> None:
     """Loss and accuracy over epochs, as metrics.jsonl records them."""
     epochs = [record['epoch'] + 1 for record in records]
@@ -72,13 +77,13 @@ def plot_predictions(rows: List[Tuple[Image.Image, str, float, str]], file: Path
     figure.savefig(file, dpi=150)
 
 
-
 def plot_sizes(
         curves: Dict[str, List[Tuple[int, float, Optional[float]]]], conditions: str, file: Path) -> None:
     """Time and memory over image size, both axes logarithmic: model -> (pixels a side, ms an image, MB) each."""
     figure = Figure(figsize=(9, 3.6), layout='constrained')
     left, right = figure.subplots(1, 2)
-    for (name, points), color, marker in zip(curves.items(), CYCLE, MARKERS):
+    for i, (name, points) in enumerate(curves.items()):
+        color, marker = style(i)
         sizes = [size for size, _, _ in points]
         left.plot(sizes, [ms for _, ms, _ in points], color=color, marker=marker, label=name)
         held = [(size, mb) for size, _, mb in points if mb]

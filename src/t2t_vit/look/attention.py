@@ -6,11 +6,49 @@ Here they are made again from the same queries and keys, for the rows that are a
 
 import math
 from dataclasses import dataclass
-from typing import Optional, Sequence, Tuple
+from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
 ROWS = 1024  # queries at once, where all are needed
+
+
+class Lattice(NamedTuple):
+    """Where a map's cells lie in the image: cell (i, j) is centred at (y + i·down, x + j·right).
+
+    In pixels from the image's top left corner, so that its own first pixel is centred at (0.5, 0.5). Padding moves
+    cells: a ResNet's at stride 32 begin at 0.5, those of T2T-ViT's last grid at 1.5, those of 16×16 patches at 8.
+    """
+
+    y: float
+    x: float
+    down: float
+    right: float
+
+    @classmethod
+    def over(cls, grid: Tuple[int, int], size: Tuple[int, int]) -> 'Lattice':
+        """Cells that tile an image of H×W evenly."""
+        down, right = (n / cells for n, cells in zip(size, grid))
+        return cls(down / 2, right / 2, down, right)
+
+    def strided(self, kernel: Sequence[float], stride: Sequence[float], shift: Sequence[float]) -> 'Lattice':
+        """Cells of a window over these: its size, step, and how many cells it begins before the first, by axis."""
+        y, x = ((k - 1) / 2 - before for k, before in zip(kernel, shift))
+        return Lattice(self.y + y * self.down, self.x + x * self.right, self.down * stride[0], self.right * stride[1])
+
+    def centre(self, row: int, col: int) -> Tuple[float, float]:
+        """Of a cell, (y, x)."""
+        return self.y + row * self.down, self.x + col * self.right
+
+    def nearest(self, y: float, x: float, grid: Tuple[int, int]) -> Tuple[int, int]:
+        """Row and column of the cell that is centred nearest to a place."""
+        row, col = round((y - self.y) / self.down), round((x - self.x) / self.right)
+        return min(max(row, 0), grid[0] - 1), min(max(col, 0), grid[1] - 1)
+
+    def extent(self, grid: Tuple[int, int]) -> Tuple[float, float, float, float]:
+        """Left, right, bottom, top of all cells, each reaching half a step around its centre, as imshow takes it."""
+        left, top = self.x - self.right / 2, self.y - self.down / 2
+        return left, left + grid[1] * self.right, top + grid[0] * self.down, top
 
 
 @dataclass(eq=False)  # tensors cannot be compared so
@@ -27,6 +65,10 @@ class Attention:
     value: torch.Tensor  # (B, n, N, d)
     grid: Optional[Tuple[int, int]] = None  # (h, w) of the keys; None where they are no whole image, as in windows
     prefix: int = 0  # P, keys in front of the grid's
+    lattice: Optional[Lattice] = None  # of the keys' grid; None where there is none, or it was not followed
+    query_grid: Optional[Tuple[int, int]] = None  # of the queries, which may be more than the keys; None if not a grid
+    query_prefix: int = 0  # queries in front of it
+    query_lattice: Optional[Lattice] = None
     class_token: bool = False  # whether token 0 is what the model's head reads
     scale: float = 1.0
     bias: Optional[torch.Tensor] = None  # added to the products, broadcast to (B, n, M, N)
@@ -59,7 +101,10 @@ class Attention:
 
 
 def query_maps(attention: Attention, token: int) -> torch.Tensor:
-    """Where one token looks, head by head: (B, n, h, w). Token 0 is the first prefix token, else the top left one."""
+    """Where one token looks, head by head: (B, n, h, w). Token 0 is the first prefix token, else the top left one.
+
+    Tokens are counted among the queries: token (row, col) of their grid is query_prefix + row · query_grid[1] + col.
+    """
     return attention.on_grid(attention.weights([token])[:, :, 0])
 
 

@@ -5,24 +5,32 @@ vermilion, which every eye can tell apart, and the red frames are dashed.
 """
 
 import math
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from contourpy import contour_generator
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from ..plots import CYCLE, GREEN, MARKERS, RED
-from .attention import Attention, class_maps, mean_distance
+from ..plots import CYCLE, GREEN, RED, style
+from .attention import Attention, Lattice, class_maps, mean_distance
 from .features import LayerMeasure, Windows
 from .trace import Trace
 
 WIDTH = 9.0  # inches
 DPI = 120
 HEAT = 'magma'
+EDGE = .07  # inches left free round everything
+LEVELS = (.3, .5, .7)  # of the image's brightness, whose lines are drawn over maps
+DETAIL = 40  # places along the shorter side that lines follow
 
 
 class Heat(NamedTuple):
@@ -30,7 +38,8 @@ class Heat(NamedTuple):
 
     title: str
     map: torch.Tensor  # (h, w), at least 0
-    query: Optional[Tuple[int, int]] = None  # the token it belongs to, (row, col), marked
+    lattice: Optional[Lattice] = None  # where its cells lie; by default they tile the image
+    cross: Optional[Tuple[float, float]] = None  # the place it belongs to, (y, x) in pixels, marked
 
 
 class Looked(NamedTuple):
@@ -61,7 +70,8 @@ def sheet(lines: int, columns: int, ratio: float, titles: int, margin: float = 0
     """
     width = min((WIDTH - margin) / columns, widest)
     height = lines * (width * ratio + .17 * titles + .2)
-    figure = Figure(figsize=(width * columns + margin, height), layout='constrained')
+    figure = Figure(figsize=(width * columns + margin, height + 2 * EDGE),
+                    layout=ConstrainedLayoutEngine(w_pad=EDGE, h_pad=EDGE))
     axes = figure.subplots(lines, columns, squeeze=False)
     for ax in axes.flat:
         ax.set_xticks([])
@@ -126,8 +136,8 @@ def feature_maps(looked: Dict[str, Looked], image: int = 0, side: int = 5, rows:
                   name if row == 0 else '')
     for row, label in enumerate(('shallow', *['middle'] * (rows - 2), 'deep') if rows > 1 else ()):
         axes[row, 0].set_ylabel(label, fontsize=11)
-    figure.supxlabel(f'green frame: rich in structure, dashed red: dead; {side * side} channels, evenly spaced',
-                     fontsize=9)
+    figure.supxlabel(f'green frame: rich in structure, dashed red: dead; up to {side * side} channels, evenly spaced, '
+                     'but the last a dead one if there is any', fontsize=9)
     return figure
 
 
@@ -158,7 +168,8 @@ def structure_curves(looked: Dict[str, Looked]) -> Figure:
     """Local structure and dead channels over depth: medians over channels that live, with quartiles."""
     figure = Figure(figsize=(WIDTH, 3.3), layout='constrained')
     panels = figure.subplots(1, 3)
-    for (name, (_, measures)), color, marker in zip(looked.items(), CYCLE, MARKERS):
+    for i, (name, (_, measures)) in enumerate(looked.items()):
+        color, marker = style(i)
         depth = np.linspace(0, 1, len(measures)) if len(measures) > 1 else np.zeros(1)
         for ax, kind in zip(panels, ('edges', 'fine')):
             middle, low, high = np.array([quartiles(getattr(m, kind)[~m.dead]) for m in measures]).T
@@ -223,18 +234,18 @@ def split_windows(image: torch.Tensor, splits: Sequence[Windows]) -> Figure:
     for ax in axes:
         ax.imshow(image.numpy(), interpolation='nearest', extent=(0, width, height, 0))
     axes[0].set_title(f'{height}×{width} pixels', fontsize=9)
-    for ax, split, color in zip(axes[1:], splits, CYCLE):
+    for ax, split, color in zip(axes[1:], splits, cycle(CYCLE)):
         row, col = split.grid[0] // 2, split.grid[1] // 2
         near = [(i, j) for i in (row - 1, row) for j in (col - 1, col) if i >= 0 and j >= 0]
         boxes = [split.box(*place) for place in near]
         pad = split.size / 2
         top, left = min(b[0] for b in boxes) - pad, min(b[1] for b in boxes) - pad
         bottom, right = max(b[2] for b in boxes) + pad, max(b[3] for b in boxes) + pad
-        for (y0, x0, y1, x1), edge, style in zip(boxes, CYCLE, ('-', '--', '-.', ':')):
+        for (y0, x0, y1, x1), edge, dash in zip(boxes, CYCLE, ('-', '--', '-.', ':')):
             ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=edge, alpha=.18, linewidth=0))
             ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor='white', linewidth=3.2))
             ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=2,
-                                   linestyle=style))
+                                   linestyle=dash))
         ax.set(xlim=(left, right), ylim=(bottom, top))
         overlap = max(split.size - split.step, 0)
         ax.set_title(f'{split.name}\n{split.size}×{split.size} pixels, overlap {overlap}\n'
@@ -270,27 +281,32 @@ def token_colours(image: torch.Tensor, grids: Dict[str, torch.Tensor]) -> Figure
 
 
 def heat_maps(image: torch.Tensor, heats: Sequence[Heat], columns: int = 5) -> Figure:
-    """Maps over an image, (H, W, 3), each from 0 to its own largest value; a cross marks the token it belongs to."""
+    """Maps and the image, (H, W, 3), each map from 0 to its own largest value; a cross marks the token it belongs to.
+
+    Colours are those of the bar: nothing shines through. White lines follow the image's brightness.
+    """
     height, width = image.shape[:2]
     columns = min(columns, 1 + len(heats))
     titles = 2 + max((heat.title.count('\n') for heat in heats), default=0)
     figure, axes = sheet(-(-(1 + len(heats)) // columns), columns, height / width, titles, .6)
-    grey = image.mean(-1).numpy()
+    lines = outlines(image)
     first = axes.flat[0]
     first.imshow(image.numpy(), extent=(0, width, height, 0), interpolation='nearest')
     first.set_title('image', fontsize=8)
     drawn = None
     for ax, heat in zip(axes.flat[1:], heats):
         values = heat.map.float().cpu()
-        ax.imshow(grey, cmap='gray', vmin=0, vmax=1.6, extent=(0, width, height, 0), interpolation='nearest')
-        drawn = ax.imshow(values.numpy(), cmap=HEAT, vmin=0, vmax=max(float(values.max()), 1e-12), alpha=.65,
-                          extent=(0, width, height, 0), interpolation='nearest')
-        if heat.query is not None:
-            rows, cols = values.shape
-            place = ((heat.query[1] + .5) * width / cols, (heat.query[0] + .5) * height / rows)
+        grid = (values.shape[0], values.shape[1])
+        lattice = heat.lattice or Lattice.over(grid, (height, width))
+        drawn = ax.imshow(values.numpy(), cmap=HEAT, vmin=0, vmax=max(float(values.max()), 1e-12),
+                          extent=lattice.extent(grid), interpolation='nearest')
+        ax.add_collection(LineCollection(lines, colors='white', linewidths=.6, alpha=.7))
+        ax.set(xlim=(0, width), ylim=(height, 0))
+        if heat.cross is not None:
+            y, x = heat.cross
             for ours in (ax, first) if heat is heats[0] else (ax,):
-                ours.plot(*place, marker='+', markersize=11, markeredgewidth=3.5, color='white')
-                ours.plot(*place, marker='+', markersize=10, markeredgewidth=1.6, color='#56B4E9')
+                ours.plot(x, y, marker='+', markersize=11, markeredgewidth=3.5, color='white')
+                ours.plot(x, y, marker='+', markersize=10, markeredgewidth=1.6, color='#56B4E9')
         ax.set_title(f'{heat.title}\nmax {peak(values)} mean', fontsize=8)
     if drawn is not None:
         bar = figure.colorbar(drawn, ax=axes, shrink=.6, ticks=[0, drawn.get_clim()[1]], aspect=30, pad=.01)
@@ -298,15 +314,33 @@ def heat_maps(image: torch.Tensor, heats: Sequence[Heat], columns: int = 5) -> F
     return figure
 
 
+def outlines(image: torch.Tensor) -> List[np.ndarray]:
+    """Lines of equal brightness of an image, (H, W, 3), as (n, 2) points, x and y in its pixels.
+
+    It is smoothed to DETAIL places first, and the levels are LEVELS between its 2nd and 98th percentile.
+    """
+    height, width = image.shape[:2]
+    step = max(min(height, width) / DETAIL, 1.)
+    size = (round(height / step), round(width / step))
+    grey = F.interpolate(image.mean(-1)[None, None].float(), size, mode='bilinear', antialias=True)[0, 0]
+    low, high = torch.quantile(grey.flatten(), torch.tensor([.02, .98])).tolist()
+    place = Lattice.over(size, (height, width))
+    lines = contour_generator(
+        [place.x + place.right * i for i in range(size[1])], [place.y + place.down * i for i in range(size[0])],
+        grey.numpy())
+    levels = [low + share * (high - low) for share in LEVELS] if high > low else []
+    return [np.asarray(line) for level in levels for line in lines.lines(level)]
+
+
 def peak(values: torch.Tensor) -> str:
     """How far a map is from uniform: its largest value over its mean."""
     return f'{float(values.max() / values.mean().clamp(min=1e-30)):.3g}×'
 
 
-def attention_heads(attentions: Sequence[Attention], image: int = 0) -> Figure:
+def attention_heads(attentions: Sequence[Attention], photo: torch.Tensor, image: int = 0) -> Figure:
     """Where the class token looks (or all tokens on average): a column for each layer, a row for each head.
 
-    Every map goes from 0 to its own largest weight.
+    Every map goes from 0 to its own largest weight; white lines follow the brightness of the photo, (H, W, 3).
     """
     tiles = []
     for col, attention in enumerate(attentions):
@@ -317,6 +351,17 @@ def attention_heads(attentions: Sequence[Attention], image: int = 0) -> Figure:
     figure, axes = sheet(1, 1, canvas.shape[0] / canvas.shape[1], 2, 1., min(WIDTH - 1, max(1.2 * cols, 3.)))
     ax = axes[0, 0]
     drawn = ax.imshow(canvas, cmap=HEAT, vmin=0, vmax=1, interpolation='nearest')
+    over: List[np.ndarray] = []
+    lines = outlines(photo)
+    for (_, col, values), (left, top, wide, high) in zip(tiles, frames):
+        grid, pad = (values.shape[0], values.shape[1]), (canvas.shape[1] / cols - wide) / 2  # of a frame round its map
+        lattice = attentions[col].lattice or Lattice.over(grid, (photo.shape[0], photo.shape[1]))
+        x0, x1, y1, y0 = lattice.extent(grid)
+        for line in lines:
+            shares = (line - (x0, y0)) / (x1 - x0, y1 - y0)
+            shares[((shares < 0) | (shares > 1)).any(1)] = np.nan  # where the cells do not reach
+            over.append((left + pad, top + pad) + shares * (wide - 2 * pad, high - 2 * pad))
+    ax.add_collection(LineCollection(over, colors='white', linewidths=.4, alpha=.7))
     for axis, count, length in ((ax.xaxis, cols, canvas.shape[1]), (ax.yaxis, rows, canvas.shape[0])):
         axis.set_ticks([(i + .5) * length / count - .5 for i in range(count)], [str(i) for i in range(count)],
                        fontsize=8)
@@ -331,8 +376,9 @@ def attention_distance(attentions: Mapping[str, Sequence[Attention]]) -> Figure:
     """How far each head looks, over depth, model by model: the mean over images, as a share of the grid's diagonal."""
     figure = Figure(figsize=(WIDTH * .7, 3.2), layout='constrained')
     ax = figure.subplots()
-    for (name, layers), color, marker in zip(attentions.items(), CYCLE, MARKERS):
-        points = [(i, d) for i, layer in enumerate(layers) for d in share_of_diagonal(layer).tolist()]
+    for i, (name, layers) in enumerate(attentions.items()):
+        color, marker = style(i)
+        points = [(place, d) for place, layer in enumerate(layers) for d in share_of_diagonal(layer).tolist()]
         ax.plot(*zip(*points), marker=marker, color=color, linestyle='none', markersize=5, alpha=.7, label=name)
     ax.set(xlabel='layer', ylabel='mean distance\n(share of the diagonal)')
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -355,7 +401,8 @@ def runs(records: Dict[str, List[Dict[str, Any]]]) -> Figure:
     """
     figure = Figure(figsize=(WIDTH, 6.2), layout='constrained')
     (train, val), (top1, speed) = figure.subplots(2, 2)
-    for (name, lines), color, marker in zip(records.items(), CYCLE, MARKERS):
+    for i, (name, lines) in enumerate(records.items()):
+        color, marker = style(i)
         epochs = [line['epoch'] + 1 for line in lines]
         kind = '_ema' if lines[-1].get('val_top1_ema', -1) > lines[-1]['val_top1'] else ''
         look = dict(color=color, marker=marker, markersize=4, markevery=max(len(lines) // 8, 1),

@@ -1,6 +1,6 @@
 """What feature maps hold: local structure, dead channels, colours of tokens; and what a token is made of."""
 
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +8,11 @@ from torch import nn
 
 from ..models.soft_split import Split
 from ..models.tokens import TokensToToken
+from .attention import Lattice
 from .trace import Trace
 
-DEAD = 0.01  # of the layer's spread
+DEAD = 0.01  # of the spread of the layer's median channel
+FLAT = 1e-6  # of a channel's largest value: a spread that rounding leaves
 RICH = 0.3  # correlation with the image's edges; that of noise on a 7×7 grid has a deviation of 0.09
 SIDE = 56  # places, T2T-ViT's first grid of a 224² image
 
@@ -18,11 +20,20 @@ SIDE = 56  # places, T2T-ViT's first grid of a 224² image
 def dead_channels(maps: torch.Tensor, threshold: float = DEAD) -> torch.Tensor:
     """Which channels are dead, that is zero or constant over every image: (B, C, h, w) -> (C,), bool.
 
-    A channel is dead if its standard deviation over the places of an image is at most `threshold` times the layer's
-    (the root mean square over its channels and images), in all of the images. A layer of constants is dead as a whole.
+    A channel is dead if, in each of the images, it is constant up to rounding, or its standard deviation over places is
+    at most `threshold` times that of the layer's median channel, of those that are not constant. A median, since one
+    channel with huge values, as large transformers have, is no reason to call the others dead.
     """
-    spread = maps.float().flatten(2).std(-1, correction=0)
-    return (spread <= threshold * spread.square().mean().sqrt()).all(0)
+    values = maps.float().flatten(2)
+    spread = values.std(-1, correction=0)  # (B, C)
+    flat = _flat(values, spread)
+    usual = spread.masked_fill(flat, torch.nan).nanmedian(1, keepdim=True).values  # NaN where all are flat
+    return (flat | (spread <= threshold * usual)).all(0)
+
+
+def _flat(values: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    """Which channels are constant up to rounding: (B, C, N) and their deviations, (B, C) -> (B, C)."""
+    return spread <= FLAT * values.abs().amax(-1)
 
 
 def edge_strength(maps: torch.Tensor) -> torch.Tensor:
@@ -32,30 +43,62 @@ def edge_strength(maps: torch.Tensor) -> torch.Tensor:
     return torch.hypot(rows[..., 2:] - rows[..., :-2], cols[..., 2:, :] - cols[..., :-2, :])
 
 
-def edge_agreement(maps: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+def edge_agreement(maps: torch.Tensor, images: torch.Tensor, lattice: Optional[Lattice] = None) -> torch.Tensor:
     """How far a channel's edges are the image's: (B, C, h, w) and (B, 3, H, W) -> (B, C), from -1 to 1.
 
     It is the correlation, over places, of the length of the Sobel gradient in the channel with that in the image's
     mean over colours. Both are brought to one grid first, SIDE places along the image's shorter side (or the image's
     own pixels, if it has fewer): so layers of all grids are measured by the same edges, and a coarse one can have no
-    more of them than it holds. Noise has many edges and an agreement of 0; a constant channel has 0 too.
+    more of them than it holds. Every cell is taken to be where `lattice` says (by default the cells tile the image),
+    and only the places that the map's cells cover are compared: padding moves a map, and that is no fault of its edges.
+    Noise has many edges and an agreement of 0; a constant channel has 0 too.
     """
     height, width = images.shape[-2:]
     scale = min(SIDE / min(height, width), 1.)
     size = (max(round(height * scale), 3), max(round(width * scale), 3))
-    theirs = _centred_edges(images.mean(1, keepdim=True), size)
+    common = Lattice.over(size, (height, width))
+    grid = (maps.shape[-2], maps.shape[-1])
+    ours = _resampling(lattice or Lattice.over(grid, (height, width)), grid, common, size, maps.device)
+    theirs = _resampling(Lattice(.5, .5, 1., 1.), (height, width), common, size, images.device)
+    covered = ours.covered[1:-1, 1:-1].flatten()
+    image = _centred_edges(theirs.apply(images.mean(1, keepdim=True)), covered)
     found = []
     for part in maps.split(128, dim=1):  # of a wide layer all at once would be large
-        ours = _centred_edges(part, size)
-        norm = (ours.square().sum(-1) * theirs.square().sum(-1)).sqrt()
-        found.append(torch.where(norm > 0, (ours * theirs).sum(-1) / norm.clamp(min=1e-30), 0.))
+        edges = _centred_edges(ours.apply(part), covered)
+        norm = (edges.square().sum(-1) * image.square().sum(-1)).sqrt()
+        found.append(torch.where(norm > 0, (edges * image).sum(-1) / norm.clamp(min=1e-30), 0.))
     return torch.cat(found, 1)
 
 
-def _centred_edges(maps: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
-    resized = F.interpolate(maps.float(), size, mode='bilinear', antialias=True)
-    edges = edge_strength(resized).flatten(2)
+def _centred_edges(maps: torch.Tensor, covered: torch.Tensor) -> torch.Tensor:
+    edges = edge_strength(maps).flatten(2)[..., covered]
     return edges - edges.mean(-1, keepdim=True)
+
+
+class _Resampling(NamedTuple):
+    """From a map's cells to the places of another lattice, by triangles as wide as the coarser of the two's steps."""
+
+    rows: torch.Tensor  # (H', h), each line with the sum 1
+    cols: torch.Tensor  # (W', w)
+    covered: torch.Tensor  # (H', W'), bool: places within half a step of a cell's centre
+
+    def apply(self, maps: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) -> (B, C, H', W')."""
+        return self.rows @ maps.float() @ self.cols.mT
+
+
+def _resampling(lattice: Lattice, grid: Tuple[int, int], common: Lattice, size: Tuple[int, int],
+                device: torch.device) -> _Resampling:
+    def axis(start: float, step: float, cells: int, first: float, apart: float, places: int) -> List[torch.Tensor]:
+        at = (first + apart * torch.arange(places, device=device) - start) / step  # in cells
+        held = at.clamp(0, cells - 1)  # beyond the outermost cell its value goes on
+        away = held[:, None] - torch.arange(cells, device=device)
+        weights = (1 - away.abs() / max(apart / step, 1.)).clamp(min=0)
+        return [weights / weights.sum(1, keepdim=True), (at - held).abs() <= .5]
+
+    rows, above = axis(lattice.y, lattice.down, grid[0], common.y, common.down, size[0])
+    cols, beside = axis(lattice.x, lattice.right, grid[1], common.x, common.right, size[1])
+    return _Resampling(rows, cols, above[:, None] & beside)
 
 
 def high_frequency(maps: torch.Tensor) -> torch.Tensor:
@@ -72,8 +115,8 @@ def high_frequency(maps: torch.Tensor) -> torch.Tensor:
     rows, cols = (torch.fft.fftfreq(n, device=maps.device).abs() for n in (height, width))
     fine = (rows[:, None] > 0.25) | (cols > 0.25)
     total = power.sum((-2, -1))
-    flat = maps.flatten(2).std(-1, correction=0) <= 1e-6 * maps.flatten(2).abs().amax(-1)
-    return torch.where(flat, torch.nan, power[..., fine].sum(-1) / total)
+    values = maps.flatten(2)
+    return torch.where(_flat(values, values.std(-1, correction=0)), torch.nan, power[..., fine].sum(-1) / total)
 
 
 class LayerMeasure(NamedTuple):
@@ -93,9 +136,9 @@ class LayerMeasure(NamedTuple):
 
 def measure(trace: Trace, images: torch.Tensor, dead: float = DEAD) -> List[LayerMeasure]:
     """Local structure and dead channels of every stage; `images` as the model saw them, (B, C, H, W)."""
-    return [LayerMeasure(name, (maps.shape[-2], maps.shape[-1]), edge_agreement(maps, images).mean(0),
-                         high_frequency(maps).nanmean(0), dead_channels(maps, dead))
-            for name, maps in trace.maps.items()]
+    return [LayerMeasure(
+        name, (maps.shape[-2], maps.shape[-1]), edge_agreement(maps, images, trace.lattices.get(name)).mean(0),
+        high_frequency(maps).nanmean(0), dead_channels(maps, dead)) for name, maps in trace.maps.items()]
 
 
 def principal_colours(maps: torch.Tensor) -> torch.Tensor:
@@ -138,14 +181,6 @@ class Windows(NamedTuple):
             raise IndexError(f'no window ({row}, {col}): {self.name} has {self.grid[0]}×{self.grid[1]}')
         top, left = self.start + row * self.step, self.start + col * self.step
         return top, left, top + self.size, left + self.size
-
-    def coverage(self, height: int, width: int) -> torch.Tensor:
-        """How many windows see each pixel, (H, W)."""
-        places = [torch.arange(n) for n in (height, width)]
-        counts = [((self.start + self.step * torch.arange(count)[:, None] <= at)
-                   & (at < self.start + self.step * torch.arange(count)[:, None] + self.size)).sum(0)
-                  for count, at in zip(self.grid, places)]
-        return torch.outer(*counts)
 
 
 def windows(splits: Sequence[Sequence[int]], size: Tuple[int, int]) -> List[Windows]:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..settings import UsageError, nearest
+from .attention import Lattice
 from .trace import Grids, all_tokens, stage_names
 
 
@@ -15,6 +16,7 @@ class CamMaps(NamedTuple):
     maps: torch.Tensor  # (B, h, w), at least 0; of the score's own scale
     layer: str
     targets: torch.Tensor  # (B,), the class that each map is for
+    lattice: Lattice  # where the maps' cells lie
 
 
 def grad_cam(
@@ -40,12 +42,15 @@ def grad_cam(
     if layer is not None and layer not in modules:
         raise UsageError(f'the model has no layer {layer}{nearest(layer, modules)}')
     wanted = [layer] if layer is not None else stage_names(model)
-    grids = Grids(model)
+    grids = Grids(model, (images.shape[-2], images.shape[-1]))
     outputs: Dict[str, Tuple[torch.Tensor, torch.Tensor]] = {}
+    lattices: Dict[str, Lattice] = {}
 
     def leave(name: str, output: Any) -> Any:
         grids.see(output)
-        if name in wanted and grids.as_map(output) is not None:
+        found = grids.as_map(output) if name in wanted else None
+        if found is not None:
+            lattices[name] = grids.lattice((found[0].shape[-2], found[0].shape[-1]))
             kept = output.clone()  # what comes next may work in place
             outputs[name] = (output, kept)
             return kept
@@ -58,7 +63,7 @@ def grad_cam(
     training = model.training
     try:
         model.eval()
-        with torch.enable_grad():
+        with torch.enable_grad(), grids:
             logits = all_tokens(model, images.detach().clone().requires_grad_())
     finally:
         model.train(training)
@@ -75,6 +80,6 @@ def grad_cam(
         found = grids.as_map(outputs[name][0]), grids.as_map(slope)
         if found[0] is not None and found[1] is not None and bool(found[1][0].any()):
             weights = found[1][0].mean((2, 3), keepdim=True)
-            return CamMaps((weights * found[0][0]).sum(1).relu().detach(), name, chosen)
+            return CamMaps((weights * found[0][0]).sum(1).relu().detach(), name, chosen, lattices[name])
     raise UsageError(f'Grad-CAM needs a layer whose map the score depends on; {layer or "no stage"} is '
                      f'{"not one" if layer else "one"}')

@@ -1,5 +1,6 @@
 """From what a user types to models and images, each image as its model sees it."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple, Union
@@ -56,13 +57,19 @@ def open_model(text: str, pretrained: bool = False, img_size: Optional[Size] = N
         model, preprocessing, classes = load_model(file if equals else text, name if equals else None)
         if size is not None and hasattr(model, 'set_input_size'):
             model.set_input_size(size)  # type: ignore[operator]
-        short = name if equals else Path(text.removeprefix('hf-hub:')).name
+        short = name if equals else folder_name(text.removeprefix('hf-hub:'))
         opened = OpenModel(short, file if equals else text, model, preprocessing, spoken_names(classes))
     else:
         opened = _by_name(text, pretrained, size)
     if size is not None:
         opened.preprocessing = replace(opened.preprocessing, size=size)
     return opened
+
+
+def folder_name(text: str) -> str:
+    """What a run's folder is called; a run of a comparison by its arm too, as t2t_vit_14/seed-0."""
+    path = Path(text).absolute()
+    return f'{path.parent.name}/{path.name}' if re.fullmatch(r'seed-\d+', path.name) else path.name
 
 
 def _by_name(text: str, pretrained: bool, size: Optional[Tuple[int, int]]) -> OpenModel:

@@ -7,7 +7,7 @@ Works for any timm model as it is: hooks see what modules give, a function mode 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..models.tokens import TokenPerformer
 from ..settings import UsageError, nearest
-from .attention import Attention
+from .attention import Attention, Lattice
 
 Grid = Tuple[int, int]
 
@@ -29,6 +29,7 @@ class Trace:
     maps: Dict[str, torch.Tensor] = field(default_factory=dict)  # (B, C, h, w)
     prefixes: Dict[str, torch.Tensor] = field(default_factory=dict)  # (B, P, C); P is 0 where there are none
     attentions: Dict[str, Attention] = field(default_factory=dict)
+    lattices: Dict[str, Lattice] = field(default_factory=dict)  # where the cells of `maps` lie
 
     def backbone(self) -> List[Attention]:
         """The attentions of the last grid, the ones a rollout goes through; none in a convolutional network."""
@@ -80,7 +81,7 @@ def trace(model: nn.Module, images: torch.Tensor, layers: Optional[Sequence[str]
     wanted = stage_names(model) if layers is None else list(layers)
     if unknown := [name for name in wanted if name not in modules]:
         raise UsageError('\n'.join(f'the model has no layer {name}{nearest(name, modules)}' for name in unknown))
-    watch = _Watch(model, wanted)
+    watch = _Watch(model, wanted, images)
     training = model.training
     with torch.no_grad(), watch.listening():
         try:
@@ -90,12 +91,11 @@ def trace(model: nn.Module, images: torch.Tensor, layers: Optional[Sequence[str]
             model.train(training)
     found = Trace(logits, attentions=watch.attentions)
     for name in sorted(watch.outputs, key=list(watch.outputs).index):
-        found.maps[name], found.prefixes[name] = watch.outputs[name]
+        found.maps[name], found.prefixes[name], found.lattices[name] = watch.outputs[name]
     reads_token = (getattr(model, 'has_class_token', True) and getattr(model, 'global_pool', 'token') in ('token', ''))
     for attention in found.attentions.values():
-        if len(attention.query) == len(images):  # else they are of windows
-            attention.grid, attention.prefix = watch.keys_of(attention)
-            attention.class_token = attention.prefix > 0 and reads_token
+        watch.place(attention)
+        attention.class_token = attention.prefix > 0 and reads_token
     return found
 
 
@@ -106,10 +106,37 @@ def all_tokens(model: Any, images: torch.Tensor) -> torch.Tensor:
     return model(images)
 
 
-class Grids:
-    """Turns what modules give into maps. Tokens get the grid of the last map before them that has as many places."""
+def _conv(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+          groups: int = 1) -> Tuple[Any, ...]:
+    return tuple(weight.shape[-2:]), stride, padding, dilation
 
-    def __init__(self, model: nn.Module) -> None:
+
+def _max_pool(x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+              *rest: Any, **more: Any) -> Tuple[Any, ...]:
+    return kernel_size, stride or kernel_size, padding, dilation
+
+
+def _avg_pool(x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, *rest: Any,
+              **more: Any) -> Tuple[Any, ...]:
+    return kernel_size, stride or kernel_size, padding, 1
+
+
+WINDOWED: Dict[Any, Callable[..., Tuple[Any, ...]]] = {
+    F.conv2d: _conv, F.max_pool2d: _max_pool, F.avg_pool2d: _avg_pool}
+
+
+class Grids(TorchFunctionMode):
+    """Turns what modules give into maps. Tokens get the grid of the last map before them that has as many places.
+
+    While it is entered it follows every convolution, pooling and padding, so as to know where a grid's cells lie. A
+    grid that comes from elsewhere, as by merging patches, tiles the image evenly. Of two ways to one grid, as a unit
+    and its shortcut, the last counts.
+    """
+
+    def __init__(self, model: nn.Module, size: Grid) -> None:
+        super().__init__()
+        self.size = size
+        self.lattices: Dict[Grid, Lattice] = {}
         self.prefix = int(getattr(model, 'num_prefix_tokens', 0))
         self.channels_last = getattr(model, 'output_fmt', 'NCHW') == 'NHWC'
         self.seen: List[Grid] = []
@@ -120,6 +147,35 @@ class Grids:
             self.seen.append((output.shape[-2], output.shape[-1]))
             if self.channels_last:
                 self.seen.append((output.shape[1], output.shape[2]))
+
+    def lattice(self, grid: Grid) -> Lattice:
+        """Where the cells of a grid lie, as far as is known now."""
+        return self.lattices.get(grid) or Lattice.over(grid, self.size)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in WINDOWED or func is F.pad:
+            self.follow(func, args, kwargs or {}, output)
+        return output
+
+    def follow(self, func: Any, args: Any, kwargs: Dict[str, Any], output: Any) -> None:
+        """Note where the cells of an output lie."""
+        x = args[0] if args else kwargs.get('input')
+        if not (isinstance(x, torch.Tensor) and isinstance(output, torch.Tensor) and x.ndim == output.ndim == 4):
+            return
+        before, after = ((t.shape[-2], t.shape[-1]) for t in (x, output))
+        if func is F.pad:
+            pads = args[1] if len(args) > 1 else kwargs['pad']
+            if len(pads) == 4:  # of an image's sides; more are of other dimensions
+                self.lattices[after] = self.lattice(before).strided((1, 1), (1, 1), (pads[2], pads[0]))
+            return
+        more = {key: value for key, value in kwargs.items() if key != 'input'}
+        kernel, stride, padding, dilation = WINDOWED[func](x, *args[1:], **more)
+        if isinstance(padding, str):
+            padding = 0  # 'valid'; 'same' keeps its grid
+        if before != after:
+            extent = [(k - 1) * d + 1 for k, d in zip(_pair(kernel), _pair(dilation))]
+            self.lattices[after] = self.lattice(before).strided(extent, _pair(stride), _pair(padding))
 
     def find(self, tokens: int) -> Tuple[Optional[Grid], int]:
         """The grid of so many tokens, and how many of them stand in front of it."""
@@ -142,17 +198,20 @@ class Grids:
         return output[:, prefix:].mT.unflatten(-1, grid), output[:, :prefix]
 
 
+def _pair(value: Any) -> Tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
 class _Watch(TorchFunctionMode):
     """Listens to one forward pass."""
 
-    def __init__(self, model: nn.Module, wanted: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, wanted: Sequence[str], images: torch.Tensor) -> None:
         super().__init__()
-        self.model, self.wanted = model, set(wanted)
-        self.grids = Grids(model)
+        self.model, self.wanted, self.batch = model, set(wanted), len(images)
+        self.grids = Grids(model, (images.shape[-2], images.shape[-1]))
         self.inside: List[str] = []  # the modules that are running, innermost last
-        self.own: Dict[str, Grid] = {}  # the grid that a module itself gave
-        self.at_call: Dict[str, Tuple[Optional[Grid], int]] = {}
-        self.outputs: Dict[str, Tuple[torch.Tensor, torch.Tensor]] = {}
+        self.own: Dict[str, Tuple[Grid, Lattice]] = {}  # the grid that a module itself gave
+        self.outputs: Dict[str, Tuple[torch.Tensor, torch.Tensor, Lattice]] = {}
         self.attentions: Dict[str, Attention] = {}
 
     @contextmanager
@@ -168,6 +227,7 @@ class _Watch(TorchFunctionMode):
                 if isinstance(module, TokenPerformer):
                     module.__dict__['kernel_attention'] = partial(self.overhear, name, module)
                     stack.callback(module.__dict__.pop, 'kernel_attention')
+            stack.enter_context(self.grids)
             stack.enter_context(self)
             yield
 
@@ -179,9 +239,10 @@ class _Watch(TorchFunctionMode):
         self.grids.see(output)
         found = self.grids.as_map(output) if name in self.wanted else None
         if isinstance(output, torch.Tensor) and output.ndim == 4:
-            self.own[name] = self.grids.seen[-1]
+            self.own[name] = self.grids.seen[-1], self.grids.lattice(self.grids.seen[-1])
         if found is not None:  # a copy: what comes next may work in place
-            self.outputs[name] = (found[0].clone(), found[1].clone())
+            grid = (found[0].shape[-2], found[0].shape[-1])
+            self.outputs[name] = (found[0].clone(), found[1].clone(), self.grids.lattice(grid))
 
     def overhear(self, name: str, layer: TokenPerformer, kqv: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """In the place of the Performer's kernel: keep its features, and do as it does."""
@@ -215,12 +276,23 @@ class _Watch(TorchFunctionMode):
         """One attention; the second of the same module is called NAME:2."""
         again = sum(kept.partition(':')[0] == name for kept in self.attentions)
         name = f'{name}:{again + 1}' if again else name
-        self.at_call[name] = self.grids.find(key.shape[2])
-        self.attentions[name] = Attention(name, query.float(), key.float(), value.float(), **how)
+        kept = Attention(name, query.float(), key.float(), value.float(), **how)
+        self.attentions[name] = kept
+        if len(query) != self.batch:  # of windows
+            return
+        kept.grid, kept.prefix = self.grids.find(key.shape[2])
+        kept.lattice = self.grids.lattice(kept.grid) if kept.grid else None
+        if query.shape[2] != key.shape[2] and query.shape[2] > 1:  # of a finer grid; one is a class token or a latent
+            kept.query_grid, kept.query_prefix = self.grids.find(query.shape[2])
+            kept.query_lattice = self.grids.lattice(kept.query_grid) if kept.query_grid else None
 
-    def keys_of(self, attention: Attention) -> Tuple[Optional[Grid], int]:
-        """The grid of a layer's keys, that of its own map where it gives one, and how many keys stand in front."""
+    def place(self, attention: Attention) -> None:
+        """Keys of a layer that gave a map of as many places are that map's; and as many queries are where keys are."""
+        if len(attention.query) != self.batch:
+            return
         own = self.own.get(attention.name.partition(':')[0])
-        if own and own[0] * own[1] == attention.key.shape[2]:
-            return own, 0
-        return self.at_call[attention.name]
+        if own and own[0][0] * own[0][1] == attention.key.shape[2]:
+            attention.grid, attention.prefix, attention.lattice = own[0], 0, own[1]
+        if attention.query.shape[2] == attention.key.shape[2]:
+            attention.query_grid, attention.query_prefix, attention.query_lattice = (
+                attention.grid, attention.prefix, attention.lattice)

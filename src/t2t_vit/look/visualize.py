@@ -1,6 +1,7 @@
 """`t2t-vit visualize`: what models see in images, and how runs went, as PNG files and one HTML report."""
 
 import csv
+import itertools
 import json
 import re
 import textwrap
@@ -19,12 +20,13 @@ from .attention import Attention, class_maps, query_maps, rollout_map
 from .draw import Heat, Looked
 from .features import DEAD, RICH, SIDE, LayerMeasure, measure, principal_colours, splits_of, token_grids, windows
 from .gradients import grad_cam
-from .opened import OpenModel, Photo, open_images, open_model, prepare
+from .opened import OpenModel, Photo, folder_name, open_images, open_model, prepare
 from .report import Section, write_report
 from .trace import trace
 
 MODELS = ('resnet50', 'vit_small_patch16_224', 't2t_vit_14')  # the paper's three, of one size
 MOST = 8  # images
+DRAWN = ('epoch', 'train_loss', 'val_loss', 'val_top1', 'images_per_second')  # of each line of metrics.jsonl
 
 
 def visualize(
@@ -63,19 +65,19 @@ def visualize(
     where, folder = pick_device(device), Path(output)
     if not images and (models or not runs):
         images = ['samples']
-    records = {name: read_run(Path(run)) for name, run in zip(unique([Path(run).name for run in runs]), runs)}
+    records = {name: read_run(Path(run)) for name, run in zip(unique([folder_name(run) for run in runs]), runs)}
     opened = [open_model(text, pretrained, img_size) for text in (models or MODELS)] if images else []
     photos = open_images(images, MOST + 1) if images else []
     if len(photos) > MOST:
         console().print(f'only the first {MOST} images are shown')
         photos = photos[:MOST]
-    files = unique([stem(photo.name) for photo in photos])
+    files = unique([stem(photo.name) for photo in photos], '-')
     for one, name in zip(opened, unique([one.name for one in opened])):
         one.name = name
         one.model.to(where)
     sections: List[Section] = []
     if photos:
-        sections += look(opened, dict(zip(map(stem, files), photos)), folder, where, query, target, layer, dead)
+        sections += look(opened, dict(zip(files, photos)), folder, where, query, target, layer, dead)
     if records:
         file = draw.save(draw.runs(records), folder / 'runs.png')
         sections.append(Section('Training', '', [(
@@ -118,10 +120,11 @@ def look(opened: Sequence[OpenModel], photos: Dict[str, Photo], folder: Path, de
                          draw.save(draw.attention_distance(distant), folder / 'distance.png')))
     text = (
         'As Fig. 2 of the paper: a green frame marks a channel that is rich in structure, a dashed red one a dead '
-        f'channel. Dead: its deviation over each image is at most {dead:g} of its layer\'s, so that it is zero or '
-        'constant. Rich in structure: the length of its Sobel gradient correlates with that of the image by '
-        f'{RICH:g} or more, both on a grid of {SIDE} places along the shorter side. High frequencies: the share of a '
-        'channel\'s variance with periods below four places of its own grid. Position tables are part of the maps. '
+        f'channel. Dead: its deviation over each image is at most {dead:g} of that of its layer\'s median channel, so '
+        'that it is zero or constant. Rich in structure: the length of its Sobel gradient correlates with that of the '
+        f'image by {RICH:g} or more, both on a grid of {SIDE} places along the shorter side, each cell where its '
+        'layer\'s padding puts it. High frequencies: the share of a channel\'s variance with periods below four '
+        'places of its own grid. Position tables are part of the maps. '
         f'Images: {", ".join(photo.name for photo in photos.values())}.')
     tables = [(f'{name}: all layers', table_of(measures)) for name, (_, measures) in looked.items()]
     return [Section('Features, model by model', text, pictures, tables), *single]
@@ -130,20 +133,29 @@ def look(opened: Sequence[OpenModel], photos: Dict[str, Photo], folder: Path, de
 def of_model(one: OpenModel, looked: Looked, seen: torch.Tensor, shown: torch.Tensor, photos: Dict[str, Photo],
              folder: Path, query: Tuple[float, float], target: Optional[int], layer: Optional[str]) -> Section:
     """What only one model is needed for: its windows, tokens and attention, image by image."""
-    found, base = looked.trace, stem(one.name)
+    found, base = looked.trace, clean(one.name)
     pictures: List[Tuple[str, Path]] = []
+    height, width = seen.shape[-2:]
+    place = height * query[0], width * query[1]
 
     def add(name: str, caption: str, figure: Figure) -> None:
         pictures.append((caption, draw.save(figure, folder / f'{name}.png')))
 
-    cuts = windows(splits_of(one.model), (seen.shape[-2], seen.shape[-1]))
+    cuts = windows(splits_of(one.model), (height, width))
     cuts = [cut for cut in cuts if min(cut.grid) > 0]
     backbone = found.backbone()
     staged = [a for a in found.attentions.values() if a.grid is not None]
-    staged = [a for a in staged if a not in backbone] + backbone[:1] + backbone[-1:]
+    staged = [a for a in staged if a not in backbone] + list(dict.fromkeys(backbone[:1] + backbone[-1:]))
+    staged = [a for a in staged if a.query_grid is not None]  # not those of a class token or a latent alone
     colours = {name: principal_colours(maps) for name, maps in token_grids(found).items()}
     targets = None if target is None else [target] * len(seen)
-    cam = grad_cam(one.model, seen, targets, layer)
+    cam, without = None, ''
+    try:
+        cam = grad_cam(one.model, seen, targets, layer)
+    except UsageError as error:
+        if layer is not None or target is not None:
+            raise
+        without = f' Left out: {error}.'
     for i, (file, photo) in enumerate(photos.items()):
         at = f'{file}-{base}'
         if cuts:
@@ -152,34 +164,37 @@ def of_model(one: OpenModel, looked: Looked, seen: torch.Tensor, shown: torch.Te
         add(f'{at}-tokens', f'{photo.name}: the tokens of each grid, by their first three principal components.',
             draw.token_colours(shown[i], {name: colour[i] for name, colour in colours.items()}))
         if staged:
-            heats = [query_heat(attention, i, query) for attention in staged]
+            heats = [query_heat(attention, i, place) for attention in staged]
             add(f'{at}-query', f'{photo.name}: where the token under the cross looks, the mean over heads.',
                 draw.heat_maps(shown[i], heats))
         if backbone:
             reader = 'the class token' if backbone[-1].class_token else 'all tokens, on average,'
             add(f'{at}-heads', f'{photo.name}: where {reader} looks, head by head and layer by layer.',
-                draw.attention_heads(backbone, i))
-        best = int(cam.targets[i])
-        named = one.classes[best] if best < len(one.classes) else str(best)
-        title = f'Grad-CAM, {textwrap.shorten(named, 18, placeholder="…")}\nat {draw.short(cam.layer)}'
+                draw.attention_heads(backbone, shown[i], i))
         heats = [Heat('class token,\nlast layer' if backbone[-1].class_token else 'all tokens,\nlast layer',
-                      class_maps(backbone[-1])[i].mean(0)),
-                 Heat('rollout,\nall layers', rollout_map(backbone)[i])] if backbone else []
-        add(f'{at}-class', f'{photo.name}: what the scores are made from. Grad-CAM is for the class it names.',
-            draw.heat_maps(shown[i], [*heats, Heat(title, cam.maps[i])]))
-    size = '×'.join(map(str, seen.shape[-2:]))
-    text = f'Weights: {one.weights}. Images of {size} pixels, as the model\'s preprocessing gives them.'
+                      class_maps(backbone[-1])[i].mean(0), backbone[-1].lattice),
+                 Heat('rollout,\nall layers', rollout_map(backbone)[i], backbone[-1].lattice)] if backbone else []
+        if cam is not None:
+            best = int(cam.targets[i])
+            named = one.classes[best] if best < len(one.classes) else str(best)
+            title = f'Grad-CAM, {textwrap.shorten(named, 18, placeholder="…")}\nat {draw.short(cam.layer)}'
+            heats.append(Heat(title, cam.maps[i], cam.lattice))
+        if heats:
+            add(f'{at}-class', f'{photo.name}: what the scores are made from. Grad-CAM is for the class it names.',
+                draw.heat_maps(shown[i], heats))
+    text = (f'Weights: {one.weights}. Images of {height}×{width} pixels, as the model\'s preprocessing gives them.'
+            f'{without}')
     return Section(one.name, text, pictures)
 
 
-def query_heat(attention: Attention, image: int, query: Tuple[float, float]) -> Heat:
-    """Where the token at these shares of the height and width looks, the mean over heads."""
-    assert attention.grid is not None
-    rows, cols = attention.grid
-    row, col = min(int(query[0] * rows), rows - 1), min(int(query[1] * cols), cols - 1)
-    maps = query_maps(attention, attention.prefix + row * cols + col)
+def query_heat(attention: Attention, image: int, place: Tuple[float, float]) -> Heat:
+    """Where the token that is centred nearest to a place, (y, x) in pixels, looks: the mean over heads."""
+    assert attention.grid is not None and attention.query_grid is not None and attention.query_lattice is not None
+    row, col = attention.query_lattice.nearest(*place, attention.query_grid)
+    maps = query_maps(attention, attention.query_prefix + row * attention.query_grid[1] + col)
     kind = 'kernel' if attention.eps is not None else 'softmax'
-    return Heat(f'{draw.short(attention.name)}\n{kind}, {rows}×{cols}', maps[image].mean(0), (row, col))
+    return Heat(f'{draw.short(attention.name)}\n{kind}, {attention.grid[0]}×{attention.grid[1]}', maps[image].mean(0),
+                attention.lattice, attention.query_lattice.centre(row, col))
 
 
 def table_of(measures: Sequence[LayerMeasure]) -> List[Sequence[str]]:
@@ -208,7 +223,7 @@ def read_run(folder: Path) -> List[Dict[str, Any]]:
     """The records of a run.
 
     Raises:
-        UsageError: if the folder holds none.
+        UsageError: if the folder holds none, or a line that lacks what is drawn.
     """
     file = folder / 'metrics.jsonl'
     try:
@@ -217,15 +232,28 @@ def read_run(folder: Path) -> List[Dict[str, Any]]:
         raise UsageError(f'cannot read {file}: {error}; expected the folder of a run') from None
     if not records:
         raise UsageError(f'{file} is empty: the run has finished no epoch')
+    for number, record in enumerate(records, 1):
+        if missing := [key for key in DRAWN if not isinstance(record, dict) or key not in record]:
+            raise UsageError(f'{file}, line {number}, has no {", ".join(missing)}; expected a line that train wrote')
     return records
 
 
-def unique(names: Sequence[str]) -> List[str]:
-    """Names with a number where there are several of one kind."""
-    return [name if names.count(name) == 1 else f'{name} #{1 + names[:i].count(name)}' for i, name in enumerate(names)]
+def unique(names: Sequence[str], mark: str = ' #') -> List[str]:
+    """Names with a number where there are several of one kind, one that no other has."""
+    found: List[str] = []
+    for name in names:
+        numbers = (f'{name}{mark}{i}' for i in itertools.count(1))
+        found.append(name if names.count(name) == 1 else next(
+            new for new in numbers if new not in found and new not in names))
+    return found
 
 
 def stem(name: str) -> str:
-    """A name as part of a file's: its last part, without its ending and what file systems dislike."""
-    return re.sub(r'[^\w.-]+', '-', Path(name).stem if Path(name).suffix.lower() in ('.jpg', '.jpeg', '.png') else
-                  Path(name).name)
+    """An image's name as part of a file's: its last part, without its ending."""
+    path = Path(name)
+    return clean(path.stem if path.suffix.lower() in ('.jpg', '.jpeg', '.png') else path.name)
+
+
+def clean(name: str) -> str:
+    """A name without what file systems dislike."""
+    return re.sub(r'[^\w.-]+', '-', name)
