@@ -14,6 +14,7 @@ from t2t_vit import VARIANTS, CheckpointError
 from t2t_vit.cli import main
 from t2t_vit.data import Preprocessing
 from t2t_vit.export import ExportedModel, int8, load_exported
+from t2t_vit.export.archive import is_size
 from t2t_vit.export.check import TOLERANCES, Comparison, Report
 from t2t_vit.export.command import describe, export
 from t2t_vit.export.formats import export_model, save_onnx, save_openvino
@@ -217,29 +218,72 @@ def test_damaged_and_foreign_files_are_refused(suffix, files, tmp_path):
 
 def rewritten(file: Path, path: Path, changes: Dict[str, Tuple[bytes, bytes]], more: Dict[str, bytes]) -> None:
     """A copy of an archive with some bytes exchanged, and more entries."""
-    with zipfile.ZipFile(file) as old, zipfile.ZipFile(path, 'w') as new:
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
             content = old.read(name)
             for end, (a, b) in changes.items():
+                assert not name.endswith(end) or a in content
                 content = content.replace(a, b) if name.endswith(end) else content
             new.writestr(name, content)
         for name, content in more.items():
             new.writestr(name, content)
 
 
-@pytest.mark.skipif(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 8), reason='another layout')
-def test_nothing_in_a_pt2_is_executed(files, tmp_path):
-    path, mark = tmp_path / 'model.pt2', tmp_path / 'executed'
-    code = f"__import__('pathlib').Path('{mark}').touch()"
-    for changes, more, answer in (
-            ({'model.json': (b"Symbol('s", f'{code} or Symbol(\'s'.encode())}, {}, 'is no size of a tensor'),
-            ({'weights_config.json': (b'"use_pickle": false', b'"use_pickle": true')}, {}, 'pickled objects'),
-            ({}, {'model/data/aotinductor/model/run.so': b'\x7fELF'}, 'which no exported model needs'),
-    ):
-        rewritten(files['.pt2'], path, changes, more)
+new_layout = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split('.')[:2])) < (2, 8), reason='another layout')
+CODE = b"__import__('pathlib').Path('executed').touch()"
+
+
+@new_layout
+@pytest.mark.filterwarnings('ignore:Duplicate name')
+@pytest.mark.parametrize('change, more, answer', [
+    ((b"Symbol('s", CODE + b" or Symbol('s"), {}, 'as expr_str'),
+    ((b'"guards_code": []', b'"guards_code": ["' + CODE + b'"]'), {}, 'as guards_code'),
+    ((b'"images"', b'"images=' + CODE + b'"'), {}, 'as name'),  # of an argument, in the Python code that torch makes
+    ((b'"torch.ops.aten.exp.default"', b'"torch.hub.load"'), {}, 'torch.hub.load.* as target'),
+    ((b'"as_int": 1}', b'"as_string": "/etc/passwd"}'), {}, 'as as_string'),
+    ((b'"as_int": 1}', b'"as_graph": {"name": ""}}'), {}, 'as as_graph'),
+    ((rb'builtins.dict\", \"context\": \"[]', rb'builtins.dict\", \"context\": \"{}'), {}, 'as in_spec'),
+    ((b'builtins.dict', b'collections.defaultdict'), {}, 'as in_spec'),
+    (None, {'model/data/aotinductor/model/run.so': b'\x7fELF'}, 'run.so'),
+    (None, {'model/models/model.json': b'{}'}, 'two records of one name'),
+    (None, {'model/models/MODEL.json': b'{}'}, 'MODEL.json'),
+    (None, {'model/extra/A': b'', 'model/extra/a': b''}, 'two records of one name'),
+    (None, {'other/models/model.json': b'{}'}, 'more than one folder'),
+    (None, {'model/extra/bomb': bytes(1 << 27)}, 'would take 13.* in memory'),
+])
+def test_nothing_in_a_pt2_is_executed(files, tmp_path, monkeypatch, change, more, answer):
+    monkeypatch.chdir(tmp_path)
+    rewritten(files['.pt2'], tmp_path / 'model.pt2', {'model.json': change} if change else {}, more)
+    with pytest.raises(CheckpointError, match=answer):
+        load_exported(tmp_path / 'model.pt2')
+    assert [*tmp_path.iterdir()] == [tmp_path / 'model.pt2']
+
+
+@new_layout
+def test_weights_of_a_pt2_that_are_no_tensors_of_it(files, tmp_path):
+    for a, b, answer in ((b'"use_pickle": false', b'"use_pickle": true', "'True' as use_pickle"),
+                         (b'"weight_0"', b'"opaque_obj_0"', 'as path_name'),
+                         (b'"as_int": 3', b'"as_int": 30000000000', 'would take .* in memory')):
+        rewritten(files['.pt2'], tmp_path / 'model.pt2', {'weights_config.json': (a, b)}, {})
         with pytest.raises(CheckpointError, match=answer):
-            load_exported(path)
-    assert not mark.exists()
+            load_exported(tmp_path / 'model.pt2')
+    torch.save((torch.zeros(1),), tmp_path / 'inputs')
+    with zipfile.ZipFile(files['.pt2']) as old, zipfile.ZipFile(tmp_path / 'model.pt2', 'w') as new:
+        for name in old.namelist():
+            new.writestr(name, (tmp_path / 'inputs').read_bytes() if name.endswith('.pt') else old.read(name))
+    with pytest.raises(CheckpointError, match='example inputs'):
+        load_exported(tmp_path / 'model.pt2')
+
+
+@pytest.mark.parametrize('text, good', [
+    ("Add(Mul(Integer(-3), Symbol('s0', positive=True, integer=True)), Pow(Symbol('u1'), Integer(2)))", True),
+    ('4*s0//2 - 1', True), ('9**9**9**9', False), ('Pow(9, Pow(9, 9))', False), ('Pow(s0, Integer(99))', False),
+    ('Pow(Pow(s0, Integer(9)), Integer(9))', False), ('s0.__class__', False), ("Symbol('os')", False),
+    ('Add(*s0)', False), ('(lambda: s0)()', False), ('s0(1)', False), ('9' * 40, False), ('1j', False), ('', False),
+    ('(' * 3000, False), ('-' * 1999 + 's0', False)])
+def test_sizes_that_are_arithmetic(text, good):
+    assert is_size(text) is good
 
 
 def test_a_file_of_another_exporter_is_named_as_such(files, tmp_path):

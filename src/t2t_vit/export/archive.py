@@ -1,63 +1,165 @@
-"""What a .pt2 must not hold. torch.export.load trusts a file: it unpickles, evaluates text, and loads compiled code."""
+"""What a .pt2 must not hold. torch.export.load trusts a file: it unpickles, loads compiled code, evaluates sizes and
+guards, imports what structures name, and puts names into Python code, which it executes.
+"""
 
+import ast
 import io
 import json
+import math
 import pickle
 import re
 import zipfile
-from typing import Any, Iterator
+from typing import Any, Iterator, NoReturn, Sequence, Tuple
 
 import torch
 
-from ..models.checkpoints import CheckpointError, PathLike
+from ..models.checkpoints import CheckpointError, PathLike, check_growth, claimed_size, unpacked_size
 
 # what `t2t-vit export` writes: no compiled code, no objects but tensors
 EXPECTED = re.compile(
-    r'[^/]+/(archive_format|archive_version|byteorder|version|\.data/\w+|extra/\w+|models/model\.json'
-    r'|data/weights/(weight_\d+|model_weights_config\.json)|data/constants/(tensor_\d+|model_constants_config\.json)'
+    r'([^/]+)/(?:archive_format|archive_version|byteorder|version|\.data/\w+|extra/\w+|models/model\.json'
+    r'|data/weights/(?:weight_\d+|model_weights_config\.json)|data/constants/(?:tensor_\d+|model_constants_config\.json)'
     r'|data/sample_inputs/model\.pt)'
-    r'|version|extra_files/\w+|serialized_\w+\.(json|pt)')  # up to torch 2.7
-# the sizes of tensors, which are evaluated: sums and products of symbols
-WORDS = {'Symbol', 'Integer', 'Add', 'Mul', 'Max', 'Min', 'FloorDiv', 'CleanDiv', 'Mod', 'PythonMod', 'Pow', 'Rational',
-         'positive', 'nonnegative', 'integer', 'True', 'False'}
-SIZE = re.compile(r"[\w\s(),=+*/'<>-]*")
+    r'|version|extra_files/\w+|serialized_\w+\.(?:json|pt)', re.ASCII)  # up to torch 2.7
+EMPTY = ('data/sample_inputs/model.pt', 'serialized_example_inputs.pt')  # torch makes guards of example inputs
+RECORD = re.compile(r'(weight|tensor)_\d+', re.ASCII)
+
+# the sizes of tensors, as Mul(Symbol('s0', positive=True, integer=True), Integer(3))
+FUNCTIONS = {'Symbol', 'Integer', 'Add', 'Mul', 'Max', 'Min', 'FloorDiv', 'CleanDiv', 'Mod', 'PythonMod', 'Pow',
+             'Rational'}
+SYMBOL = re.compile(r'[su]\d+', re.ASCII)
+ARITHMETIC = (ast.Expression, ast.Load, ast.keyword, ast.UnaryOp, ast.USub, ast.BinOp, ast.Add, ast.Sub, ast.Mult,
+              ast.Div, ast.FloorDiv, ast.Mod)
+SMALL_POWER = re.compile(r'Pow\(.*, Integer\(-?[1-9]\)\)')
+LONGEST, LARGEST = 2000, 2 ** 63  # letters of a size, and a number in it
+
+# operations on tensors and on sizes, with arguments of these kinds: some of aten's take the name of a file
+TARGET = re.compile(
+    r'torch\.ops\.aten\.\w+\.\w+|torch\.sym_(not|int|float|ite|max|min|sqrt)|math\.trunc'
+    r'|_operator\.(eq|ne|le|ge|lt|gt|neg|pos|mul|add|sub|floordiv|mod|truediv|and_|or_)', re.ASCII)
+ARGUMENTS = {f'as_{kind}' for kind in (
+    'tensor', 'tensors', 'optional_tensor', 'optional_tensors', 'none', 'int', 'ints', 'float', 'floats', 'bool',
+    'bools', 'sym_int', 'sym_ints', 'sym_float', 'sym_bool', 'sym_bools', 'expr', 'name', 'string', 'scalar_type',
+    'memory_format', 'layout', 'device')}
+MODES = {'none', 'tanh', 'floor', 'trunc', 'constant', 'reflect', 'replicate', 'circular', 'same', 'valid'}
+NAME = re.compile(r'[\w.+]*', re.ASCII)
+CONTAINERS = {None, 'builtins.tuple', 'builtins.list', 'builtins.dict'}
 
 
-def leaves(tree: Any, key: str = '') -> Iterator[Any]:
-    """All that stands under a key in a tree of JSON, at any depth."""
+def leaves(tree: Any, keys: Tuple[str, ...] = ()) -> Iterator[Tuple[Tuple[str, ...], Any]]:
+    """Every value of a tree of JSON that is no dict or list, and every key, with the keys above it."""
     if isinstance(tree, dict):
-        for name, branch in tree.items():
-            if name == key:
-                yield branch
-            yield from leaves(branch, key)
+        for key, branch in tree.items():
+            yield keys, key
+            yield from leaves(branch, (*keys, key))
     elif isinstance(tree, list):
         for branch in tree:
-            yield from leaves(branch, key)
+            yield from leaves(branch, keys)
+    else:
+        yield keys, tree
 
 
-def check_archive(path: PathLike) -> None:
-    """Refuse a .pt2 in which something would be executed when it is loaded.
+def is_size(text: str) -> bool:
+    """Whether sympy may evaluate it: arithmetic of symbols and whole numbers, with small powers."""
+    try:
+        nodes = [*ast.walk(ast.parse(text, mode='eval'))] if len(text) <= LONGEST else []
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
+    for node in nodes:
+        good: object
+        if isinstance(node, ast.Name):
+            good = node.id in FUNCTIONS or SYMBOL.fullmatch(node.id)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            good = SYMBOL.fullmatch(node.value)
+        elif isinstance(node, ast.Constant):
+            good = isinstance(node.value, int) and abs(node.value) < LARGEST
+        elif isinstance(node, ast.Call):
+            call = ast.unparse(node)
+            good = isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS and (
+                node.func.id != 'Pow' or call.count('Pow') == 1 and re.fullmatch(SMALL_POWER, call))
+        else:
+            good = isinstance(node, ARITHMETIC)
+        if not good:
+            return False
+    return bool(nodes)
+
+
+def is_plain(text: str) -> bool:
+    """Whether a structure is of plain containers: torch imports others by their names."""
+    found = [*leaves(json.loads(text))]
+    return all(value in CONTAINERS for keys, value in found if keys[-1:] == ('type',)) and all(
+        value in (None, 'null', '[]') for keys, value in found if keys[-1:] == ('context',))
+
+
+def is_harmless(keys: Tuple[str, ...], value: Any) -> bool:
+    """Whether a value may stand under these keys."""
+    key = keys[-1] if keys else ''
+    if 'guards_code' in keys or any(name.startswith('as_') and name not in ARGUMENTS for name in keys):
+        return False
+    if key == 'use_pickle':
+        return value is False
+    if not isinstance(value, str):
+        return True
+    if key == 'expr_str':
+        return is_size(value)
+    if key in ('in_spec', 'out_spec'):
+        return is_plain(value)
+    if key == 'as_string':
+        return value in MODES
+    wanted = TARGET if key == 'target' and 'nodes' in keys else RECORD if key == 'path_name' else NAME
+    return bool(wanted.fullmatch(value))
+
+
+def read_archive(path: PathLike) -> io.BytesIO:
+    """A .pt2 of which nothing is executed when it is loaded and called, copied to memory.
+
+    The copy is what is to be loaded: torch's reader may find other records in a file than Python's does.
 
     Raises:
-        CheckpointError: if it is no such archive, or holds pickles, compiled code, or sizes that are no arithmetic.
+        CheckpointError: if it is no such archive, or holds what no exported model needs.
     """
+    copy, claimed = io.BytesIO(), 0
     try:
-        with zipfile.ZipFile(path) as archive:
-            strange = [name for name in archive.namelist() if not EXPECTED.fullmatch(name)]
-            trees = {name: json.loads(archive.read(name)) for name in archive.namelist() if name.endswith('.json')}
+        check_growth(path, unpacked_size(path))
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, 'w') as checked:
+            check_names(path, [record.orig_filename for record in archive.infolist()])
             for name in archive.namelist():
-                if name.endswith('.pt') and (content := archive.read(name)):
-                    torch.load(io.BytesIO(content), weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f'{path} holds pickled objects; expected tensors only. Nothing in it was executed'
-                              ) from error
-    except (zipfile.BadZipFile, ValueError, OSError, RuntimeError, NotImplementedError, EOFError) as error:
+                content = archive.read(name)
+                checked.writestr(name, content)
+                if name.endswith(EMPTY) and content:
+                    refuse(path, f'{name} with example inputs')
+                if name.endswith('.pt') and content:
+                    claimed += claimed_size(torch.load(io.BytesIO(content), weights_only=True))
+                if name.endswith('.json'):
+                    tree = json.loads(content.decode())
+                    for keys, value in leaves(tree):
+                        if not is_harmless(keys, value):
+                            refuse(path, f'{str(value)[:80]!r} as {keys[-1][:80] if keys else "a key"}')
+                    if name.endswith('_config.json'):  # a tensor may have a shape and no bytes
+                        claimed += 4 * sum(abs(math.prod(size['as_int'] for size in entry['tensor_meta']['sizes']))
+                                           for entry in tree['config'].values())
+        check_growth(path, claimed)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError:
+        refuse(path, 'pickled objects')
+    except Exception as error:  # what zip, JSON and torch make of damaged bytes
         raise CheckpointError(f'{path} is damaged, or not written by torch.export: {error}') from error
-    if strange:
-        raise CheckpointError(f'{path} holds {strange[0]}, which no exported model needs; it was refused unread')
-    if any(flag is not False for tree in trees.values() for flag in leaves(tree, 'use_pickle')):
-        raise CheckpointError(f'{path} holds pickled objects; expected tensors only. Nothing in it was executed')
-    for size in (size for tree in trees.values() for size in leaves(tree, 'expr_str')):
-        words = {*re.findall(r'[A-Za-z_]\w*', str(size))} - WORDS
-        if not SIZE.fullmatch(str(size)) or any(not re.fullmatch(r'[su]\d+', word) for word in words):
-            raise CheckpointError(f'{path}: {str(size)[:80]!r} is no size of a tensor. Nothing in it was executed')
+    copy.seek(0)
+    return copy
+
+
+def check_names(path: PathLike, names: Sequence[str]) -> None:
+    """CheckpointError for a record that no exported model has, a second folder, or a second record of a name."""
+    found = [(EXPECTED.fullmatch(name), name) for name in names]
+    if strange := [name for match, name in found if not match]:
+        refuse(path, repr(strange[0][:80]))
+    if len({match[1] for match, _ in found if match and match[1]}) > 1:
+        refuse(path, 'more than one folder')
+    if len({name.casefold() for name in names}) < len(names):
+        refuse(path, 'two records of one name')
+
+
+def refuse(path: PathLike, what: str) -> NoReturn:
+    """Raises the CheckpointError."""
+    raise CheckpointError(f'{path} holds {what}, which no exported model needs: nothing in it was executed')

@@ -107,8 +107,11 @@ def write(path: Path, *files: Tuple[str, Callable[[str], Any]]) -> None:
 
 
 def save_torch(program: torch.export.ExportedProgram, path: Path, metadata: Metadata) -> None:
-    """Write a .pt2."""
-    program.example_inputs = None  # else they stand in the file
+    """Write a .pt2, of the graph alone: example inputs, guards and where its lines come from stay out of it."""
+    program.example_inputs = None
+    program._guards_code = []  # `Metadata` says which images it takes
+    for node in program.graph.nodes:
+        node.meta = {key: value for key, value in node.meta.items() if key in ('val', 'unbacked_bindings')}
     write(path, ('.pt2', lambda file: torch.export.save(program, file, extra_files={KEY: metadata.to_text()})))
 
 

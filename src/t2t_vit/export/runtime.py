@@ -2,6 +2,7 @@
 
 import os
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Callable, List, Literal, Optional, Sequence, Tuple, Union
 
@@ -11,11 +12,13 @@ import torch
 from ..data import Preprocessing
 from ..models.checkpoints import CheckpointError, PathLike
 from ..settings import UsageError
-from .archive import check_archive
+from .archive import read_archive
 from .metadata import KEY, OUTPUTS, Metadata, kind
 
 Runtime = Literal['onnxruntime', 'openvino', 'torch']
 RUNTIMES = {'onnx': 'onnxruntime', 'torch': 'torch', 'openvino': 'openvino'}
+# a file's own guards are code; torch before 2.9 has none
+GUARDS = {'check_guards': False} if 'check_guards' in signature(torch.export.ExportedProgram.module).parameters else {}
 Run = Callable[[np.ndarray], Sequence[Union[np.ndarray, torch.Tensor]]]
 
 
@@ -83,7 +86,7 @@ def load_exported(path: PathLike, runtime: Optional[Runtime] = None, threads: Op
 
     Args:
         path: FILE.onnx, FILE.pt2 (torch.export) or FILE.xml (OpenVINO, with FILE.bin beside it). An .onnx or .xml is
-            data; a .pt2 is a program, so load none of a stranger's.
+            data; a .pt2 is a program of torch's, and one that holds anything but operations on tensors is refused.
         runtime: What runs it: by default the format's own; OpenVINO runs .onnx too.
         threads: How many; by default the runtime's own choice.
 
@@ -140,10 +143,9 @@ def load_openvino(path: PathLike, threads: Optional[int]) -> Tuple[str, Run]:
 
 def load_torch(path: PathLike, threads: Optional[int]) -> Tuple[str, Run]:
     """The metadata and the call of a torch.export file; it runs on torch's own threads."""
-    check_archive(path)
     extra = {KEY: ''}
-    program = torch.export.load(str(path), extra_files=extra)
-    module = program.module()
+    program = torch.export.load(read_archive(path), extra_files=extra)
+    module = program.module(**GUARDS)
 
     def run(images: np.ndarray) -> Sequence[torch.Tensor]:
         with torch.inference_mode():
