@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, tracking
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 from conftest import digits_config
 
 from t2t_vit.models.recompute import Recompute
@@ -66,6 +68,19 @@ def test_the_plan_leaves_the_model_as_it_is(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in run.task.state_dict().items())
 
 
+@pytest.mark.parametrize('decay, steps, last, advice', [
+    (0.99996, 775_620, '25,000', ''), (0.99996, 20_000, '2,223', '0.9995 averages a tenth'), (0.99, 5, '1', 'reached'),
+    (0.9, 50, '6', ''), (0.999999, 100_000, '11,112', '0.9999 averages a tenth')])
+def test_how_far_the_average_reaches(tmp_path, decay, steps, last, advice):
+    """After t steps t / (t + 9), up to the decay: over a ninth of the steps made, and its own in the paper's run."""
+    run = make(tmp_path, ema_decay=decay)
+    assert run.ema.get_decay(steps) == pytest.approx(min(decay, (steps - 1) / (steps + 8)))
+    run.total_steps = steps
+    lines = [line for line in plan(run) if line.startswith(('average', 'warning'))]
+    assert f'at the end over the last {last} steps' in lines[0]
+    assert len(lines) == 1 + bool(advice) and advice in lines[-1]
+
+
 def test_a_dry_run_says_its_plan_and_writes_nothing(tmp_path, capsys):
     assert train(digits_config(output=str(tmp_path / 'run')), dry_run=True) == {}
     assert 'schedule  2 epochs of 5 steps' in capsys.readouterr().out
@@ -75,6 +90,34 @@ def test_a_dry_run_says_its_plan_and_writes_nothing(tmp_path, capsys):
 def test_trackers_that_are_none(tmp_path):
     with pytest.raises(UsageError, match='unknown tracker .tensorbord., did you mean tensorboard'):
         train(digits_config(output=str(tmp_path), trackers=['tensorbord']))
+
+
+class Tracker(GeneralTracker):
+    """One that needs a folder, as TensorBoard's."""
+
+    name, requires_logging_directory, told = 'tensorboard', True, []
+
+    def __init__(self, run_name, logging_dir, **kwargs):
+        super().__init__()
+        self.told.append(logging_dir)
+
+    @property
+    def tracker(self):
+        return self
+
+    def store_init_configuration(self, values):
+        self.told.append(values['optimizer.lr'])
+
+    def log(self, values, step=None, **kwargs):
+        self.told.append((step, values['train_loss']))
+
+
+def test_a_tracker_gets_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, '_available_trackers', [LoggerType.TENSORBOARD])
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, 'tensorboard', Tracker)
+    record = train(digits_config(output=str(tmp_path), trackers='tensorboard', epochs=1, **{
+        'optimizer.warmup_epochs': 0}))
+    assert Tracker.told == [str(tmp_path), 2e-3, (0, record['train_loss'])]
 
 
 def test_what_is_made_again_stands_where_it_stood():

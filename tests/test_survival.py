@@ -203,10 +203,11 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path, full_disk):
     assert load_state(tmp_path)[0]['model'].shape == (10,)
 
 
-def test_a_run_on_a_full_disk_says_so(tmp_path, full_disk):
-    with pytest.raises(OSError, match='the state cannot be written'):
-        train(digits_config(output=str(tmp_path), save_minutes=0))
-    assert not list((tmp_path / 'checkpoints').iterdir())
+@pytest.mark.parametrize('minutes, what', [(0, 'state'), (10, 'model')])
+def test_a_run_on_a_full_disk_says_so(tmp_path, full_disk, minutes, what):
+    with pytest.raises(OSError, match=f'the {what} cannot be written'):
+        train(digits_config(output=str(tmp_path), save_minutes=minutes))
+    assert not [file for file in tmp_path.rglob('*') if file.suffix in ('.pt', '.safetensors')]
 
 
 # steps

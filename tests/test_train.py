@@ -2,13 +2,15 @@
 
 import io
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List
 
 import matplotlib.image
 import pytest
@@ -22,10 +24,11 @@ from safetensors.torch import load_file
 
 from t2t_vit.console import duration
 from t2t_vit.data import Batch, DataError, Digits, DiskBatches, MemoryBatches
+from t2t_vit.evaluate import score
 from t2t_vit.settings import UsageError
 from t2t_vit.train import loop
 from t2t_vit.train.log import Log
-from t2t_vit.train.loop import Interrupted, Run, train
+from t2t_vit.train.loop import Interrupted, Run, check_same_start, find_start, train
 from t2t_vit.train.state import load_state, read_state, saved_states
 
 SHORT = {'epochs': 1, 'optimizer.warmup_epochs': 0}
@@ -35,7 +38,8 @@ PHOTOS = {'data.mean': None, 'data.std': None, 'augment.rotate': 0}
 
 def records(folder: Path) -> List[Dict[str, Any]]:
     """Of every epoch, but for what is time."""
-    return [{key: value for key, value in record.items() if key not in ('images_per_second', 'waited')}
+    return [{key: value for key, value in record.items()
+             if key not in ('images_per_second', 'input_alone', 'model_alone', 'waited')}
             for record in read_records(folder / 'metrics.jsonl')]
 
 
@@ -55,11 +59,11 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Ctrl-C in the middle of a step."""
     step, made = Run.step, []
 
-    def stopping(run: Run, batch: Batch, stop: bool) -> Tuple[float, bool]:
+    def stopping(run: Run, batch: Batch) -> float:
         made.append(1)
-        if len(made) == steps - 1:
+        if len(made) == steps:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(run, batch, stop)
+        return step(run, batch)
 
     monkeypatch.setattr(Run, 'step', stopping)
 
@@ -130,6 +134,27 @@ def test_stopped_and_resumed(digits_run, tmp_path, monkeypatch, steps):
     assert same_run(tmp_path, digits_run)
 
 
+@pytest.mark.parametrize('call', [1, 2], ids=['weights', 'average'])
+def test_stopped_while_it_validates(digits_run, tmp_path, monkeypatch, call):
+    """It does not wait for the next step: what is not scored yet, the resumed run scores."""
+    calls: List[int] = []
+
+    def stopping(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(*args)
+
+    config = digits_config(output=str(tmp_path))
+    with monkeypatch.context() as context:
+        context.setattr(loop, 'score', stopping)
+        with pytest.raises(Interrupted, match='step-00000005') as stop:
+            train(config)
+    assert stop.value.code == loop.RESTART and len(calls) == call
+    train(config, resume='auto')
+    assert same_run(tmp_path, digits_run)
+
+
 def test_stopped_and_resumed_with_all_randomness_on(photos, tmp_path, monkeypatch):
     random = {
         **PHOTOS, 'data.root': str(photos), 'data.memory': False, 'batch_size': 8, 'augment.mixup': 0.8,
@@ -142,6 +167,17 @@ def test_stopped_and_resumed_with_all_randomness_on(photos, tmp_path, monkeypatc
         train(config)
     train(config, resume=str(tmp_path / 'parts'))
     assert same_run(tmp_path / 'parts', tmp_path / 'whole')
+
+
+def test_resumed_for_longer(digits_run, tmp_path):
+    """The schedule is that of all epochs from the first resumed step on, not the old one begun anew."""
+    config = digits_config(output=str(tmp_path), epochs=3)
+    rates = []
+    for state in (None, read_state(digits_run / 'checkpoints' / 'step-00000010.pt')):
+        run = Run(config, tmp_path, state, Accelerator(cpu=True))
+        run.schedule.step_update(11)
+        rates.append([group['lr'] for group in run.optimizer.param_groups])
+    assert rates[0] == rates[1] and rates[0][0] < 1e-3
 
 
 def test_a_torn_state_is_passed_over(digits_run, tmp_path, capsys):
@@ -250,6 +286,52 @@ def test_a_folder_with_a_model_is_refused(digits_run, tmp_path):
         train(digits_config(output=str(tmp_path)))
 
 
+def test_a_model_without_a_state_is_not_trained_over(digits_run, tmp_path):
+    """As where checkpoints were deleted; a run that was cut off in its first validation begins again."""
+    for name in ('model.safetensors', 'metrics.jsonl'):
+        (tmp_path / name).write_bytes((digits_run / name).read_bytes())
+    config = digits_config(output=str(tmp_path), **SHORT)
+    with pytest.raises(UsageError, match=f'{tmp_path} holds a model, and no state of its run .* --weights {tmp_path}'):
+        train(config, resume='auto')
+    (tmp_path / 'metrics.jsonl').write_text('')
+    assert find_start(config, tmp_path, 'auto') == (None, [])
+
+
+def test_resuming_into_another_folder(digits_run, tmp_path):
+    with pytest.raises(UsageError, match=f'output is {tmp_path}: leave out output, or resume from one of the files'):
+        train(digits_config(output=str(tmp_path)), resume=str(digits_run))
+
+
+def test_processes_that_begin_differently(monkeypatch):
+    """As where hosts do not share the folder of the run."""
+    config, ours = digits_config(), {'position': {'epoch': 0, 'step': 3}}
+    for other, message in (
+            ((config.to_yaml(), (0, 0)), 'begins in epoch 1, step 4, process 1 in epoch 1, step 1; output must be'),
+            ((digits_config(epochs=3).to_yaml(), (0, 3)), 'epochs is 2, and 3 in process 1')):
+        monkeypatch.setattr(loop, 'gather_object', lambda found, other=other: [*found, other])
+        with pytest.raises(UsageError, match=message):
+            check_same_start(config, ours)
+    monkeypatch.setattr(loop, 'gather_object', lambda found: [
+        *found, (digits_config(**{'data.root': '/elsewhere', 'threads': 3}).to_yaml(), (0, 3))])
+    check_same_start(config, ours)
+
+
+def test_another_number_of_processes_is_said(digits_run, tmp_path, capsys):
+    shutil.copytree(digits_run, tmp_path / 'run')
+    last = saved_states(tmp_path / 'run' / 'checkpoints')[0]
+    torch.save({**read_state(last), 'processes': 2}, last)
+    train(digits_config(), resume=str(tmp_path / 'run'), dry_run=True)
+    assert 'note      1 processes go on with a state of 2' in capsys.readouterr().out
+
+
+def test_a_single_class_is_refused(photos, tmp_path):
+    for split in ('train', 'val'):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / 'sky').symlink_to(photos / split / 'sky')
+    with pytest.raises(DataError, match='has one class, sky'):
+        train(digits_config(**PHOTOS, **{'data.root': str(tmp_path)}), dry_run=True)
+
+
 def test_resuming_what_is_no_run(tmp_path):
     with pytest.raises(UsageError, match='holds no state to resume from'):
         train(digits_config(), resume=str(tmp_path))
@@ -295,10 +377,19 @@ def test_damaged_images_are_counted_and_named(photos, tmp_path, capsys):
         (tmp_path / 'val' / name).mkdir(parents=True)
         for file in (photos / 'val' / name).iterdir():
             (tmp_path / 'val' / name / file.name).symlink_to(file)
-    (tmp_path / 'val' / 'sky' / 'text.jpg').write_text('not an image')
+    names = [str(tmp_path / 'val' / 'sky' / f'text{i}.jpg') for i in range(6)]
+    for name in names:
+        Path(name).write_text('not an image')
     train(digits_config(output=str(tmp_path / 'run'), batch_size=8, **SHORT, **PHOTOS, **{'data.root': str(tmp_path)}))
-    assert records(tmp_path / 'run')[0]['damaged'] == 1
-    assert f'1 damaged images were left out: {tmp_path / "val" / "sky" / "text.jpg"}' in capsys.readouterr().out
+    assert records(tmp_path / 'run')[0]['damaged'] == 6
+    said = f'6 damaged images were left out: {", ".join(names[:5])}, …; all of them are named in '
+    assert said + str(tmp_path / 'run' / 'damaged.txt') in capsys.readouterr().out
+    assert (tmp_path / 'run' / 'damaged.txt').read_text().splitlines() == names
+    state = load_state(tmp_path / 'run' / 'checkpoints')[0]
+    assert state['damaged'] == names  # a resumed run knows those of before
+    run = Run(digits_config(batch_size=8, **SHORT, **PHOTOS, **{'data.root': str(photos)}), tmp_path, state,
+              Accelerator(cpu=True))
+    assert run.damaged() == names
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
@@ -311,12 +402,13 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
         'schedule  1 epochs of 5 steps, 5 in all, from scratch',
         'batch     256 images = 1 processes x 1 parts x 256',
         'optimizer adamw, lr 0.002, weight decay 0.05 on 159,664 of them']
-    assert lines[5].startswith('average') and lines[6].startswith('warning') and lines[7].startswith('memory    about')
-    assert lines[8] == f'run       {tmp_path}'
-    assert [line.split()[1] for line in lines[9:14]] == ['1/5', '2/5', '3/5', '4/5', '5/5']
-    assert all(word in lines[9] for word in ('epoch 1/1', 'loss', 'lr', 'images/s', 'left'))
-    assert lines[14].startswith('epoch 1/1  training loss') and 'limited by the model' in lines[14]
-    assert lines[15].startswith('best top-1')
+    assert [line.split()[0] for line in lines[5:9]] == ['average', 'warning', 'input', 'memory']
+    assert lines[9] == f'run       {tmp_path}'
+    assert [line.split()[1] for line in lines[10:15]] == ['1/5', '2/5', '3/5', '4/5', '5/5']
+    assert all(word in lines[10] for word in ('epoch 1/1', 'loss', 'lr', 'images/s', 'left'))
+    assert lines[15].startswith('epoch 1/1  training loss')
+    assert re.search(r'images/s \(the input alone [\d,]+, the model alone [\d,]+\), .*limited by the model', lines[15])
+    assert lines[16].startswith('best top-1')
     assert '\x1b' not in ''.join(lines)
 
 

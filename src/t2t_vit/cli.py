@@ -144,7 +144,10 @@ def train(argv: List[str]) -> int:
 
 
 def saved_settings(place: Path) -> List[Any]:
-    """What the run in a folder, or of a state file, was configured as; its own state is what it starts from."""
+    """What the run in a folder, or of a state file, was configured as; its own state is what it starts from.
+
+    Where it stood then is left out: a folder may have been moved.
+    """
     from .settings import flatten, parse_settings, read_settings
     from .train.state import read_state
 
@@ -153,7 +156,7 @@ def saved_settings(place: Path) -> List[Any]:
         saved = [(f'{key} in {place}', key, value) for key, value in flatten(config)]
     else:
         saved = read_settings(place / 'config.yaml')
-    return [setting for setting in saved if setting[1] not in ('weights', *(('output',) if place.is_file() else ()))]
+    return [setting for setting in saved if setting[1] not in ('weights', 'output')]
 
 
 def entry() -> None:

@@ -103,7 +103,10 @@ def evaluate(
             f'{data} has {len(source.classes)} ({", ".join(source.classes[:3])}, …)')
     batches = open_batches(source, preprocessing, batch_size, None, None, workers, device=target)
     start = time.perf_counter()
-    scores = score(net.to(target), batches, len(names))
+    try:
+        scores = score(net.to(target), batches, len(names))
+    finally:
+        batches.close()
     seconds = time.perf_counter() - start
 
     screen = console()

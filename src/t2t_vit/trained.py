@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.data import ImageNetInfo
 from timm.models import save_for_hf
 from torch import nn
@@ -27,9 +28,15 @@ def save_folder(model: nn.Module, folder: Path, model_args: Dict[str, Any], card
 
     `model_args` are what it was built with, besides its name and what its pretrained_cfg says; `card` is its model
     card.
+
+    Raises:
+        OSError: if it cannot be written, as on a full disk; what stood there before stays.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix='.') as draft:
-        save_for_hf(model, draft, model_args=model_args, safe_serialization=True)
+        try:
+            save_for_hf(model, draft, model_args=model_args, safe_serialization=True)
+        except SafetensorError as error:  # in which its writer wraps the system's
+            raise OSError(f'the model cannot be written to {folder}: {error}') from error
         if card is not None:
             (Path(draft) / CARD).write_text(card, encoding='utf-8')
         for name in (WEIGHTS, CONFIG) + ((CARD,) if card is not None else ()):

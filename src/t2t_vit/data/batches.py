@@ -14,7 +14,7 @@ import random
 import signal
 import time
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import torch
@@ -199,14 +199,25 @@ class DiskBatches:
         self.source, self.batch_size, self.augment, self.device = source, batch_size, augment, device
         self.damaged: List[str] = []
         self.steps = Steps(len(source.labels), batch_size, augment is not None, seed, rank, world)
-        self.order = _Order(self.steps)
+        self.order, self.opener = _Order(self.steps), _Opener(source, preprocessing, augment, seed)
         self.loader = DataLoader(
-            _Opener(source, preprocessing, augment, seed), batch_sampler=self.order, num_workers=workers,
+            self.opener, batch_sampler=self.order, num_workers=workers,
             collate_fn=_collate, pin_memory=device.type == 'cuda', worker_init_fn=leave_signals,
             persistent_workers=workers > 0, generator=torch.Generator())  # which gives workers seeds that nobody uses
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    def smaller(self, batch_size: int = 8) -> 'DiskBatches':
+        """The same images in small batches by other workers: to measure, since these come at once."""
+        return DiskBatches(self.source, self.opener.preprocessing, batch_size, self.augment, self.loader.num_workers,
+                           self.steps.seed, self.device, self.steps.rank, self.steps.world)
+
+    def close(self) -> None:
+        """End the workers. They answer no signal, so a process that ends before them would wait for ever."""
+        if (iterator := getattr(self.loader, '_iterator', None)) is not None:
+            iterator._shutdown_workers()
+            self.loader._iterator = None
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Batches of one epoch from the `start`-th on."""
@@ -293,6 +304,7 @@ def leave_signals(worker: int) -> None:
     """Ctrl-C, and what else goes to the whole group of processes, is the main one's to answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(getattr(signal, 'SIGUSR1', signal.SIGTERM), signal.SIG_IGN)
 
 
 class MemoryBatches:
@@ -344,6 +356,9 @@ class MemoryBatches:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    def close(self) -> None:
+        """There is nothing to end."""
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Batches of one epoch from the `start`-th on."""
@@ -410,27 +425,39 @@ def open_batches(
     return loader(source, preprocessing, batch_size, augment, workers, seed, device, rank, world)
 
 
-def measure_input(batches: 'DiskBatches | MemoryBatches', seconds: float = 5.0) -> float:
+def measure_input(
+        batches: 'DiskBatches | MemoryBatches', seconds: float = 5.0, epochs: Optional[Iterable[int]] = None) -> float:
     """Images per second that the input side alone delivers.
 
-    The first batch is not counted: workers start with it. Epochs follow each other until the time is over.
+    The first batch of every worker is not counted: workers start with it. Epochs follow each other until the time is
+    over, or until those that are given are; 0.0 where nothing was left to count.
 
     Raises:
         DataError: if there are no batches.
     """
     if not len(batches):
         raise DataError(f'the images make no batch of {batches.batch_size}')
-    return images_per_second((len(batch.labels) for epoch in itertools.count() for batch in batches.epoch(epoch)),
-                             batches.device, seconds)
+    counts = (len(batch.labels) for epoch in (itertools.count() if epochs is None else epochs)
+              for batch in batches.epoch(epoch))
+    workers = batches.loader.num_workers if isinstance(batches, DiskBatches) else 0
+    return images_per_second(counts, batches.device, seconds, max(1, workers))
 
 
-def images_per_second(counts: Iterator[int], device: torch.device, seconds: float) -> float:
-    """How fast an endless row of batches comes, by the number of images in each; the first is not counted."""
-    wait = torch.accelerator.synchronize if device.type != 'cpu' else lambda: None
-    next(counts)
-    wait()
+def images_per_second(counts: Iterator[int], device: torch.device, seconds: float, first: int = 1) -> float:
+    """How fast batches come, by the number of images in each; the `first` ones are not counted."""
+    for _ in itertools.islice(counts, first):
+        continue
+    synchronize(device)
     begun, images = time.perf_counter(), 0
-    while time.perf_counter() - begun < seconds:
-        images += next(counts)
-    wait()
+    for count in counts:
+        images += count
+        if time.perf_counter() - begun >= seconds:
+            break
+    synchronize(device)
     return images / (time.perf_counter() - begun)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all that was asked of an accelerator."""
+    if device.type != 'cpu':
+        torch.accelerator.synchronize(device)

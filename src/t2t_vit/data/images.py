@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .batches import Preprocessing, leave_signals
-from .sources import IMAGE_COLUMNS, SUFFIXES, DataError, decode, is_image, open_source, tar_members, walk
+from .sources import IMAGE_COLUMNS, SUFFIXES, DataError, Source, decode, is_image, open_source, tar_members, walk
 
 TABLES, LISTS = ('.tar', '.parquet'), ('.csv', '.txt')
 PATH_COLUMNS = ('image', 'path', 'file', 'filename', 'file_name', 'filepath', 'image_path')
@@ -333,7 +333,8 @@ class Opener(Dataset[Opened]):
     An image of more than `max_pixels`, or one so narrow that it would have as many once it is resized, is refused.
     """
 
-    def __init__(self, images: Images, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+            self, images: 'Images | Source', preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> None:
         self.images, self.preprocessing, self.max_pixels = images, preprocessing, max_pixels
         self.transform = preprocessing.transform()
 

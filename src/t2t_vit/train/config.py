@@ -191,7 +191,11 @@ class Config:
     save_minutes: float = 10.0
     keep: int = 2
     max_skips: int = 20
-    trackers: List[str] = field(default_factory=list)
+    trackers: Union[List[str], str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.trackers, str):  # one word of a command line
+            self.trackers = [self.trackers]
 
     @property
     def lr(self) -> float:
@@ -273,8 +277,9 @@ class Config:
         problems = [f'unknown option model_args.{name}{nearest(name, known)}' for name in unknown]
         problems += [f'unknown tracker {name!r}{nearest(name, TRACKERS)}; those of accelerate: {", ".join(TRACKERS)}'
                      for name in self.trackers if name not in TRACKERS]
+        installed = [kind.value for kind in get_available_trackers()]
         problems += [f'trackers: {name} is not installed' for name in self.trackers
-                     if name in TRACKERS and name not in get_available_trackers()]
+                     if name in TRACKERS and name not in installed]
         policy = self.augment.auto_augment
         problems += refusal('augment.auto_augment', lambda: create_transform(32, is_training=True, auto_augment=policy))
         if is_model(self.model) and not unknown:

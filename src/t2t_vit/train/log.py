@@ -1,6 +1,7 @@
 """What a run tells: metrics as JSON lines and to trackers, a live line on a terminal or plain lines elsewhere."""
 
 import json
+import math
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
@@ -11,6 +12,7 @@ from rich.console import Console
 from ..console import Live
 from .config import Config
 
+METRICS = 'metrics.jsonl'
 FIRST = 50  # steps after which the time left is said once
 
 
@@ -24,7 +26,7 @@ class Log:
     def __init__(self, folder: Path, accelerator: Accelerator, console: Optional[Console] = None,
                  interval: float = 10) -> None:
         self.folder, self.accelerator, self.interval = folder, accelerator, interval
-        self.file = folder / 'metrics.jsonl'
+        self.file = folder / METRICS
         self.main = accelerator.is_main_process
         self.console = console or Console(highlight=False, quiet=not self.main)
 
@@ -37,17 +39,16 @@ class Log:
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / 'config.yaml').write_text(config.to_yaml())
-            self.file.write_text(''.join(json.dumps(record) + '\n' for record in records))
+            self.file.write_text(''.join(map(line, records)))
         self.accelerator.wait_for_everyone()
         if config.trackers:
-            self.accelerator.project_configuration.set_directories(str(self.folder))
             self.accelerator.init_trackers('t2t-vit', config=config.flat())
 
     def record(self, values: Dict[str, Any]) -> None:
         """Add a line to metrics.jsonl, and tell the trackers."""
         if self.main:
             with self.file.open('a') as file:
-                file.write(json.dumps(values) + '\n')
+                file.write(line(values))
         self.accelerator.log({key: value for key, value in values.items() if key != 'epoch'}, step=values['epoch'])
 
     @contextmanager
@@ -56,20 +57,33 @@ class Log:
         with Live(self.console, 'step', total, done, self.interval, quiet=not self.main) as self.shown:
             yield
 
-    def step(self, done: int, text: str) -> None:
-        """Show the number of steps done, and what there is to say."""
+    def step(self, done: int, text: str, speed: str = '') -> None:
+        """Show the number of steps done, and what there is to say; once, how long the run will be, and its speed."""
         if done - self.shown.first == FIRST:
             self.say(f'{FIRST} steps in {self.shown.seconds:.1f} s: {self.shown.left(done)} left, '
-                     'validation not counted')
+                     f'validation not counted; {speed}')
         self.shown.show(done, text)
+
+
+def line(record: Dict[str, Any]) -> str:
+    """A record as a line of JSON, which has null for what is not finite."""
+    return json.dumps({key: None if isinstance(value, float) and not math.isfinite(value) else value
+                       for key, value in record.items()}) + '\n'
+
+
+def limit(rates: Dict[str, Any]) -> str:
+    """What a run's speed is limited by, the slower of input and model: as `Run.rates` has them."""
+    alone, model, waited = rates['input_alone'], rates['model_alone'], rates['waited']
+    side = 'the input' if waited > .5 or (alone and alone < model) else 'the model'
+    measured = f'the input alone {alone:,.0f}, ' if alone else ''
+    return (f'{rates["images_per_second"]:,.0f} images/s ({measured}the model alone {model:,.0f}), '
+            f'{100 * waited:.0f} % of the time waiting for images: limited by {side}')
 
 
 def summary(record: Dict[str, Any], epochs: int) -> str:
     """A record as a line."""
     average = f', average of weights {100 * record["val_top1_ema"]:.2f} %' if 'val_top1_ema' in record else ''
-    limit = 'the input' if record['waited'] > .5 else 'the model'
     skipped = f', {record["skipped"]} steps left out' if record['skipped'] else ''
     return (f'epoch {record["epoch"] + 1}/{epochs}  training loss {record["train_loss"]:.3f}  '
             f'validation loss {record["val_loss"]:.3f}  top-1 {100 * record["val_top1"]:.2f} %{average}  '
-            f'{record["images_per_second"]:.0f} images/s, {100 * record["waited"]:.0f} % of the time waiting for '
-            f'images: limited by {limit}{skipped}')
+            f'{limit(record)}{skipped}')

@@ -5,21 +5,33 @@ import signal
 import threading
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from timm.utils import ModelEmaV3
 from torch.nn.utils import get_total_norm
 
 from .. import __version__
-from ..data import Batch, DataError, Part, check_same_classes, derive, open_batches, open_source, seed_all
+from ..data import (
+    Batch,
+    DataError,
+    DiskBatches,
+    Part,
+    check_same_classes,
+    derive,
+    measure_input,
+    open_batches,
+    open_source,
+    seed_all,
+    synchronize,
+)
 from ..evaluate import Scores, score
 from ..hub import Card, licence_of, public
 from ..plots import plot_curves
@@ -27,14 +39,16 @@ from ..settings import UsageError, flatten
 from ..trained import WEIGHTS, pick_device, save_folder
 from .build import build_model, build_optimizer, build_schedule, freeze, parameter_groups, preprocess
 from .config import Config
-from .log import Log, summary
+from .log import METRICS, Log, limit, summary
 from .plan import plan
 from .state import Position, git_revision, load_state, read_state, save_state, saved_states
 from .tasks import make_task
 
-# what another value of does not make another run; `epochs` prolongs or shortens it
-MAY_CHANGE = ('output', 'weights', 'device', 'epochs', 'threads', 'accumulate', 'save_minutes', 'keep', 'max_skips',
-              'trackers', 'data.root', 'data.cache', 'data.download', 'data.workers', 'objective.labels')
+# what processes of one run may see differently; what another value of does not make another run, as `epochs`
+OF_A_HOST = ('output', 'weights', 'device', 'threads', 'data.root', 'data.cache', 'data.download', 'data.workers',
+             'objective.labels')
+MAY_CHANGE = (*OF_A_HOST, 'epochs', 'accumulate', 'save_minutes', 'keep', 'max_skips', 'trackers')
+DAMAGED = 'damaged.txt'  # a name a line
 RESTART = 75  # exit code of a run that was told to make room, and can go on: EX_TEMPFAIL
 
 
@@ -69,14 +83,32 @@ def stop_signals() -> Iterator[List[int]]:
             signal.signal(number, handler)
 
 
+def differences(one: str, other: str, but: Sequence[str]) -> Iterator[Tuple[str, Any, Any]]:
+    """The settings, but for those in `but`, in which two configurations differ, as YAML; with both values."""
+    first, second = ({key: value for key, value in flatten(yaml.safe_load(text)) if value not in ({}, [])}
+                     for text in (one, other))
+    yield from ((key, first.get(key), second.get(key)) for key in {**first, **second}
+                if key not in but and first.get(key) != second.get(key))
+
+
 def check_same_run(config: Config, state: Dict[str, Any], place: Path) -> None:
     """UsageError where a state is of a run that was configured otherwise; all differences in one message."""
-    saved, asked = ({key: value for key, value in flatten(yaml.safe_load(text)) if value not in ({}, [])}
-                    for text in (state['config'], config.to_yaml()))
-    changed = [key for key in {**saved, **asked} if key not in MAY_CHANGE and saved.get(key) != asked.get(key)]
-    if changed:
-        raise UsageError('\n'.join(
-            f'{key} is {saved.get(key)} in {place}, and cannot become {asked.get(key)} there' for key in changed))
+    if changed := [f'{key} is {saved} in {place}, and cannot become {asked} there'
+                   for key, saved, asked in differences(state['config'], config.to_yaml(), MAY_CHANGE)]:
+        raise UsageError('\n'.join(changed))
+
+
+def check_same_start(config: Config, state: Optional[Dict[str, Any]]) -> None:
+    """UsageError, in all processes, where one of them begins elsewhere or is configured otherwise than the first."""
+    where = state['position'] if state else asdict(Position())
+    (first, step), *others = gather_object([(config.to_yaml(), (where['epoch'], where['step']))])
+    for rank, (text, place) in enumerate(others, 1):
+        if place != step:
+            raise UsageError('processes find different states: the first begins in epoch {}, step {}, process {} in '
+                             'epoch {}, step {}; output must be a folder that all hosts share'.format(
+                                 step[0] + 1, step[1] + 1, rank, place[0] + 1, place[1] + 1))
+        for key, one, other in differences(first, text, OF_A_HOST):
+            raise UsageError(f'processes are configured differently: {key} is {one}, and {other} in process {rank}')
 
 
 def find_start(config: Config, folder: Path, resume: Optional[str]) -> Tuple[Optional[Dict[str, Any]], List[str]]:
@@ -86,13 +118,17 @@ def find_start(config: Config, folder: Path, resume: Optional[str]) -> Tuple[Opt
     weights that are given, scratch. The last two are `build_model`'s.
 
     Raises:
-        UsageError: if the folder holds a run that was not asked for, or none that was.
+        UsageError: if the folder holds a run that was not asked for, or none that was; or a model that would be lost.
     """
     own = folder / 'checkpoints'
     held = bool(saved_states(own))
     if not resume and (held or (folder / WEIGHTS).exists()):
         raise UsageError(f'{folder} holds a run: go on with it by --resume {folder}, or choose another output')
     state, notes = load_state(own)
+    metrics = folder / METRICS  # empty where a run was cut off between its first model and its first state
+    if state is None and (folder / WEIGHTS).exists() and not (metrics.exists() and not metrics.stat().st_size):
+        raise UsageError(f'{folder} holds a model, and no state of its run to go on from: choose another output, '
+                         f'with --weights {folder} to begin with that model')
     if state is None and resume and resume != 'auto':
         if not Path(resume).is_file():
             raise UsageError(f'{resume} holds no state to resume from')
@@ -111,8 +147,11 @@ class Run:
         rank, world = accelerator.process_index, accelerator.num_processes
         self.check_split(world)
         where = config.data
-        train, val = (open_source(where.root, split, where.cache, where.download) for split in ('train', 'val'))
+        with accelerator.local_main_process_first():  # which downloads what is missing, and makes indices of tars
+            train, val = (open_source(where.root, split, where.cache, where.download) for split in ('train', 'val'))
         check_same_classes(train, val)
+        if len(train.classes) < 2:
+            raise DataError(f'{where.root} has one class, {train.classes[0]}; there is nothing to learn')
         if where.train_images:
             train = Part(train, where.train_images)
         if where.val_images:
@@ -139,20 +178,27 @@ class Run:
         self.groups = parameter_groups(config, self.task)
         optimizer = build_optimizer(config, self.groups)
         self.schedule = build_schedule(config, optimizer, len(self.train_set))
-        self.ema = ModelEmaV3(self.net, config.ema_decay, use_warmup=True) if config.ema_decay else None
+        # the decay after t steps is t / (t + 9) up to ema_decay: the average is over a ninth of the steps made
+        self.ema = ModelEmaV3(self.net, config.ema_decay, use_warmup=True, warmup_gamma=9.0, warmup_power=1.0) \
+            if config.ema_decay else None
         self.model, self.optimizer = accelerator.prepare(self.task, optimizer)
         self.parameters = [parameter for parameter in self.task.parameters() if parameter.requires_grad]
 
-        self.parts: Dict[str, Any] = {'model': self.task, 'optimizer': self.optimizer, 'schedule': self.schedule}
+        # the schedule has no state: it is a function of the configuration and the step
+        self.parts: Dict[str, Any] = {'model': self.task, 'optimizer': self.optimizer}
         if self.ema:
             self.parts['ema'] = self.ema.module
         if accelerator.scaler:
             self.parts['scaler'] = accelerator.scaler
-        self.position = Position()
+        self.position, self.seen = Position(), []
+        self.input_alone: Optional[float] = None  # images/s, measured
+        self.stopped: List[int] = []  # by these signals
+        self.told = self.due = False  # to stop, and a state to save; what the processes agreed on last
+        self.saved = time.monotonic()
         if state is not None:
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-            self.position = Position(**state['position'])
+            self.position, self.seen = Position(**state['position']), state.get('damaged', [])
 
     def check_split(self, world: int) -> None:
         """UsageError where a batch cannot be dealt out to processes and parts."""
@@ -174,8 +220,31 @@ class Run:
         """The learning rate of the head's group, the peak one under layer decay."""
         return max(group['lr'] for group in self.optimizer.param_groups)
 
-    def step(self, batch: Batch, stop: bool = False) -> Tuple[float, bool]:
-        """One step of the optimizer; gives the mean loss over all processes, and whether one of them is to stop."""
+    def rates(self) -> Dict[str, Optional[float]]:
+        """Of this epoch so far: images/s in all, of the input and of the model alone, and the share of waiting."""
+        position = self.position
+        images = position.step * self.config.batch_size
+        return dict(images_per_second=round(images / position.seconds, 1), input_alone=self.input_alone,
+                    model_alone=round(images / max(position.seconds - position.waited, 1e-9), 1),
+                    waited=round(position.waited / position.seconds, 3))
+
+    def measure_input(self, seconds: float = 2.0) -> None:
+        """How fast the input side of all processes is by itself, in at most so much time, and one pass of the images.
+
+        Not of a finished run, and not of a small set on disk, whose workers would take longer to start.
+        """
+        batches, epoch = self.train_set, self.position.epoch
+        if epoch == self.config.total_epochs or (isinstance(batches, DiskBatches) and self.counts[0] < 1000):
+            return
+        few = batches.smaller() if isinstance(batches, DiskBatches) else batches
+        try:
+            rates = gather_object([measure_input(few, seconds, [epoch])])
+        finally:
+            few.close()
+        self.input_alone = round(sum(rates), 1) if all(rates) else None
+
+    def step(self, batch: Batch) -> float:
+        """One step of the optimizer; gives the mean loss over all processes."""
         # each step's own random numbers, a function of its number, so that no generator's state needs saving
         seed_all(derive(self.config.seed, self.done, 3, self.accelerator.process_index))
         self.schedule.step_update(self.done)
@@ -188,18 +257,29 @@ class Run:
                     loss = self.model(Batch(*part)) / count
                 self.accelerator.backward(loss)
             total += loss.detach()
-        value, stop = self.agree(total, stop)
+        value = self.agree(total)
         self.update(value)
         self.position.step += 1
-        return value, stop
+        return value
 
-    def agree(self, loss: torch.Tensor, stop: bool) -> Tuple[float, bool]:
-        """Mean loss of all processes, and whether any is to stop: all must go the same way."""
+    def agree(self, loss: torch.Tensor) -> float:
+        """Mean loss of all processes; `told` and `due` where any of them is, since all must go the same way."""
+        self.told, self.due = bool(self.stopped), time.monotonic() - self.saved >= 60 * self.config.save_minutes
         if self.accelerator.num_processes == 1:
-            return loss.item(), stop
-        both = torch.stack([loss, torch.tensor(float(stop), device=loss.device)])
-        mean, share = self.accelerator.reduce(both, reduction='mean').tolist()
-        return mean, share > 0
+            return loss.item()
+        flags = torch.tensor([self.told, self.due], dtype=loss.dtype, device=loss.device)
+        mean, told, due = self.accelerator.reduce(torch.cat([loss[None], flags]), reduction='mean').tolist()
+        self.told, self.due = told > 0, due > 0
+        return mean
+
+    def stop_if_told(self, ask: bool = True) -> None:
+        """Save and raise Interrupted where a process is told to stop; without `ask`, as the last step found."""
+        if ask:
+            self.agree(torch.zeros((), device=self.accelerator.device))
+        if self.told:
+            path = self.save()
+            self.accelerator.wait_for_everyone()
+            raise Interrupted(130 if signal.SIGINT in self.stopped else RESTART, path or self.folder, self.folder)
 
     def update(self, loss: float) -> None:
         """Move the weights and their average, unless loss or gradient are not finite: then leave out the step.
@@ -233,28 +313,38 @@ class Run:
                 f'optimizer.clip_grad 1; the last good state is in {self.folder / "checkpoints"}')
 
     def save(self) -> Optional[Path]:
-        """Write all that is needed to go on; the main process's work."""
-        if not self.accelerator.is_main_process:
-            return None
-        return save_state(self.folder / 'checkpoints', {
-            **{name: part.state_dict() for name, part in self.parts.items()},
-            'position': asdict(self.position), 'config': self.config.to_yaml(), 'origin': self.origin,
-            'version': __version__, 'revision': git_revision(), 'processes': self.accelerator.num_processes,
-        }, self.done, self.config.keep)
+        """Write all that is needed to go on, by the main process; for all to call at the same step."""
+        path, damaged = None, self.damaged()
+        if self.accelerator.is_main_process:
+            path = save_state(self.folder / 'checkpoints', {
+                **{name: part.state_dict() for name, part in self.parts.items()}, 'damaged': damaged,
+                'position': asdict(self.position), 'config': self.config.to_yaml(), 'origin': self.origin,
+                'version': __version__, 'revision': git_revision(), 'processes': self.accelerator.num_processes,
+            }, self.done, self.config.keep)
+        self.saved = time.monotonic()
+        return path
 
     def validate(self) -> Dict[str, Any]:
-        """Close the epoch: score the weights and their average, keep the better where it is the best so far."""
+        """Close the epoch: score the weights and their average, keep the better where it is the best so far.
+
+        Where it is told to stop before that is done, the whole is for the resumed run to do.
+        """
         position, candidates = self.position, {'': self.net, **({'_ema': self.ema.module} if self.ema else {})}
         made = position.step - position.skipped_here
         record: Dict[str, Any] = dict(
             epoch=position.epoch, lr=self.lr, train_loss=position.loss_sum / made if made else math.nan,
-            images_per_second=round(position.step * self.config.batch_size / position.seconds, 1),
-            waited=round(position.waited / position.seconds, 3), skipped=position.skipped)
-        scores = {suffix: score(model, self.val_set, len(self.classes)) for suffix, model in candidates.items()}
+            **self.rates(), skipped=position.skipped)
+        scores: Dict[str, Scores] = {}
+        for suffix, model in candidates.items():
+            self.stop_if_told()
+            scores[suffix] = score(model, self.val_set, len(self.classes))
         for suffix, result in scores.items():
             record.update({f'val_loss{suffix}': result.loss, f'val_top1{suffix}': result.top1,
                            f'val_top5{suffix}': result.top5})
-        record['damaged'] = len(self.damaged())
+        damaged = self.damaged()
+        record['damaged'] = len(damaged)
+        if damaged and self.accelerator.is_main_process:
+            (self.folder / DAMAGED).write_text('\n'.join(damaged) + '\n')
         best = max(scores, key=lambda suffix: scores[suffix].top1)
         if scores[best].top1 >= position.best and self.accelerator.is_main_process:
             card = self.card(scores[best], 'the moving average' if best else 'the weights')
@@ -278,8 +368,8 @@ class Run:
             **self.origin)
 
     def damaged(self) -> List[str]:
-        """Names of images that no process could read."""
-        return sorted(set(gather_object([*self.train_set.damaged, *self.val_set.damaged])))
+        """Names of images that could not be read, by any process, since the run began."""
+        return sorted(set(gather_object([*self.seen, *self.train_set.damaged, *self.val_set.damaged])))
 
 
 def train(config: Config, resume: Optional[str] = None, dry_run: bool = False) -> Dict[str, Any]:
@@ -305,14 +395,24 @@ def train(config: Config, resume: Optional[str] = None, dry_run: bool = False) -
     if config.threads:
         torch.set_num_threads(config.threads)
     AcceleratorState._reset_state(reset_partial_state=True)  # shared by all of a process: another run's precision
-    accelerator = Accelerator(
-        mixed_precision=config.precision, cpu=pick_device(config.device).type == 'cpu',  # or it sees no other process
-        log_with=config.trackers or None)
+    cpu = pick_device(config.device).type == 'cpu'
+    PartialState(cpu=cpu)  # or it sees no other process
     of_a_folder = resume if resume and Path(resume).is_dir() else None
+    if of_a_folder and config.output and Path(config.output).resolve() != Path(of_a_folder).resolve():
+        raise UsageError(f'--resume {resume} goes on in that folder, and output is {config.output}: leave out output, '
+                         'or resume from one of the files in its checkpoints')
     folder = Path(broadcast_object_list(
         [of_a_folder or config.output or f'runs/{config.model}-{datetime.now():%Y%m%d-%H%M%S}'])[0])
+    config = replace(config, output=str(folder))
+    accelerator = Accelerator(
+        mixed_precision=config.precision, cpu=cpu, log_with=config.trackers or None, project_dir=str(folder))
     state, notes = find_start(config, folder, resume)
+    check_same_start(config, state)
+    if state and state['processes'] != accelerator.num_processes:
+        notes.append(f'note      {accelerator.num_processes} processes go on with a state of {state["processes"]}: '
+                     'each draws its own mixup, dropout and drop path')
     run = Run(config, folder, state, accelerator)
+    run.measure_input()
     log = Log(folder, accelerator)
     log.say('\n'.join(plan(run) + notes))
     if dry_run:
@@ -321,39 +421,39 @@ def train(config: Config, resume: Optional[str] = None, dry_run: bool = False) -
     try:
         return follow(run, log)
     finally:
+        run.train_set.close()
+        run.val_set.close()
         accelerator.end_training()
 
 
 def follow(run: Run, log: Log) -> Dict[str, Any]:
     """All epochs of a run from where it is; gives the last record."""
     config, position = run.config, run.position
-    with log.live(run.total_steps, run.done), stop_signals() as stopped:
-        saved = time.monotonic()
+    with log.live(run.total_steps, run.done), stop_signals() as run.stopped:
         while run.position.epoch < config.total_epochs:
+            run.stop_if_told()
             run.model.train()
             position, clock = run.position, time.monotonic()
             for batch in run.train_set.epoch(position.epoch, position.step):
+                synchronize(run.accelerator.device)  # images made on it are waited for too
                 position.waited += time.monotonic() - clock
-                loss, stop = run.step(batch, bool(stopped))
-                position.seconds, clock = position.seconds + time.monotonic() - clock, time.monotonic()
-                speed = position.step * config.batch_size / position.seconds
+                loss = run.step(batch)
+                position.seconds += time.monotonic() - clock
+                rates = run.rates()
                 log.step(run.done, f'epoch {position.epoch + 1}/{config.total_epochs}  loss {loss:.3f}  '
-                         f'lr {run.lr:.1e}  {speed:.0f} images/s')
-                if stop:
-                    path = run.save()
-                    run.accelerator.wait_for_everyone()
-                    raise Interrupted(130 if signal.SIGINT in stopped else RESTART, path or run.folder, run.folder)
-                if clock - saved >= 60 * config.save_minutes:
+                         f'lr {run.lr:.1e}  {rates["images_per_second"]:.0f} images/s', limit(rates))
+                run.stop_if_told(ask=False)
+                if run.due:
                     run.save()
-                    saved = clock
+                clock = time.monotonic()
             record = run.validate()
+            run.save()
             log.record(record)
             log.say(summary(record, config.total_epochs))
-            run.save()
-    damaged = run.damaged()
-    if run.accelerator.is_main_process:
-        plot_curves(run.position.records, run.folder / 'curves.png')
-    if damaged:
-        log.say(f'{len(damaged)} damaged images were left out: {", ".join(damaged[:5])}')
+            if run.accelerator.is_main_process:
+                plot_curves(run.position.records, run.folder / 'curves.png')
+    if damaged := run.damaged():
+        log.say(f'{len(damaged)} damaged images were left out: {", ".join(damaged[:5])}'
+                f'{", …" * (len(damaged) > 5)}; all of them are named in {run.folder / DAMAGED}')
     log.say(f'best top-1 {100 * run.position.best:.2f} %; weights, config, metrics and curves are in {run.folder}')
     return run.position.records[-1]

@@ -5,6 +5,7 @@ from typing import Any, List
 import torch
 
 from ..data import Batch, MemoryBatches
+from .log import FIRST
 
 
 def plan(run: Any) -> List[str]:
@@ -27,13 +28,17 @@ def plan(run: Any) -> List[str]:
         f'optimizer {tuning.name}, lr {config.lr:g}{rule}, weight decay {tuning.weight_decay:g} on '
         f'{sum(p.numel() for g in run.groups if g["weight_decay"] for p in g["params"]):,} of them',
     ]
-    if config.ema_decay:
-        horizon = 1 / (1 - config.ema_decay)
-        lines.append(f'average   of the weights over the last {horizon:,.0f} steps, {horizon / steps:.1f} epochs')
-        if horizon > run.total_steps:
+    if run.ema:
+        whole, last = (1 / (1 - decay) for decay in (config.ema_decay, run.ema.get_decay(run.total_steps)))
+        lines.append(f'average   of the weights, at the end over the last {last:,.0f} steps, {last / steps:.1f} epochs')
+        if whole > run.total_steps:
+            advice = 1 - float(f'{10 / run.total_steps:.1g}')  # which keeps the digits that count
             lines.append(
-                f'warning   this is longer than the run: the average is warmed up and lags behind; '
-                f'ema_decay {max(0., 1 - 10 / run.total_steps):.2g} averages a tenth of it')
+                f'warning   ema_decay {config.ema_decay:g} averages {whole:,.0f} steps, more than the run has, and is '
+                'not reached' + (f'; {advice:.9g} averages a tenth of the run' if advice > 0 else ''))
+    if run.input_alone:
+        lines.append(f'input     {run.input_alone:,.0f} images/s by itself; what the model takes is said after '
+                     f'{FIRST} steps and every epoch')
     held, per_image = memory(run)
     lines += [
         f'memory    about {(held + share * per_image) / 2 ** 20:,.0f} MB a process: {held / 2 ** 20:,.0f} for weights, '

@@ -41,8 +41,8 @@ def saved_states(folder: Path) -> List[Path]:
 def save_state(folder: Path, state: Dict[str, Any], step: int, keep: int) -> Path:
     """Write the state after `step` steps into `folder`, and drop all but the last `keep`.
 
-    The file is complete on the disk before it takes its name, and the older ones go only then: whenever the process
-    dies, one whole state is there.
+    The file is complete on the disk before it takes its name, and the older ones go only when the name is on the disk
+    too: whenever the process dies, or the power does, one whole state is there.
 
     Raises:
         OSError: if it cannot be written; then nothing is left of it, and the older ones stay.
@@ -55,6 +55,12 @@ def save_state(folder: Path, state: Dict[str, Any], step: int, keep: int) -> Pat
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(draft, file)
+        if hasattr(os, 'O_DIRECTORY'):  # elsewhere folders cannot be opened
+            place = os.open(folder, os.O_DIRECTORY)
+            try:
+                os.fsync(place)
+            finally:
+                os.close(place)
     except (OSError, RuntimeError) as error:  # torch's writer turns the first into the second
         draft.unlink(missing_ok=True)
         raise OSError(f'the state cannot be written to {folder}: {str(error).splitlines()[0]}') from error
