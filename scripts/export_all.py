@@ -21,14 +21,14 @@ from t2t_vit.export import load_exported
 from t2t_vit.export.check import TOLERANCES, compare, versions
 from t2t_vit.export.command import describe, load
 from t2t_vit.export.formats import export_model
-from t2t_vit.export.images import Samples, batches
+from t2t_vit.export.images import batches, open_images
 
 
 def row(name: str) -> Dict[str, Any]:
     """What became of one model in both runtimes; the relative difference is that of the worst image."""
     net, cfg, class_names = load(None, name)
     metadata = describe(net, class_names, cfg, 'float32', 'float', None, 'batch')
-    images = [*batches(Samples(), cfg, 4, 8, [])]
+    images = [*batches(open_images('samples', 'val'), cfg, 4, 8, [])]
     found: Dict[str, Any] = {'model': name, 'size': cfg.size[0]}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f'{name}.onnx'
@@ -37,11 +37,12 @@ def row(name: str) -> Dict[str, Any]:
         for runtime in ('onnxruntime', 'openvino'):
             exported = load_exported(path, runtime)  # type: ignore[arg-type]
             difference, _ = compare(net, exported, images)
-            found[f'{runtime}_relative_difference'] = f'{max(difference.relative):.2e}'
-            found[f'{runtime}_same_first_class'] = f'{difference.agreed}/{len(difference.relative)}'
+            found[f'{runtime}_relative_difference'] = f'{difference.worst:.2e}'
+            found[f'{runtime}_same_first_class'] = f'{difference.agreed}/{difference.images}'
             found[runtime] = versions(metadata, runtime)[runtime]
-            if not max(difference.relative) <= TOLERANCES['float32'].difference:
-                raise SystemExit(f'{name} in {runtime} is outside tolerance: {max(difference.relative):.2e}')
+            if difference.broken or not difference.worst <= TOLERANCES['float32'].difference:
+                raise SystemExit(f'{name} in {runtime} is outside tolerance: {difference.worst:.2e}, '
+                                 f'{difference.broken} of {difference.images} not finite')
     return {**found, 'images': 8, 'device': device_name(torch.device('cpu')), 'torch': torch.__version__}
 
 

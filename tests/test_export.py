@@ -160,12 +160,12 @@ def test_the_command_proves_the_file(digits_run, tmp_path, capsys):
     command = ['export', '-o', str(path), '--checkpoint', str(digits_run), '--data', 'digits', '--rounds', '2',
                '--seconds', '0.01', '--max_images', '64', '--threads', '1']
     assert main(command) == 0
-    report = json.loads((tmp_path / 'out' / 'digits.report.json').read_text())
+    report = json.loads((tmp_path / 'out' / 'digits.pt2.report.json').read_text())
     assert report['problems'] == [] and report['images'] == 64 and report['top1_agreement'] == 1
     assert report['top1_pytorch'] == report['top1_exported'] > 0.1
     assert report['relative_difference'] < 1e-4
     assert report['speed']['rounds'] == 2 and report['speed']['exported'][0] > 0
-    text = (tmp_path / 'out' / 'digits.report.md').read_text()
+    text = (tmp_path / 'out' / 'digits.pt2.report.md').read_text()
     assert 'Within tolerance' in text and text.strip() in capsys.readouterr().out
 
     net, preprocessing, names = load_model(str(digits_run))
@@ -177,16 +177,41 @@ def test_the_command_proves_the_file(digits_run, tmp_path, capsys):
 
     assert main([*command, '--precision', 'bf16', '--tolerance', '1e-12', '--rounds', '0']) == 1
     assert 'outside tolerance: relative difference' in capsys.readouterr().err
-    assert 'OUTSIDE' in (tmp_path / 'out' / 'digits.report.md').read_text()
+    assert 'OUTSIDE' in (tmp_path / 'out' / 'digits.pt2.report.md').read_text()
 
 
 def test_what_is_outside_tolerance():
-    limits = dict(relative_difference=.1, top1_agreement=.5, images=9, top1_pytorch=.9, top1_exported=.8)
+    limits = dict(relative_difference=.1, top1_agreement=.5, images=9, not_finite=0, top1_pytorch=.9, top1_exported=.8)
     report = Report.__new__(Report)
     report.__dict__.update(limits, tolerance=TOLERANCES['float32'])
     assert len(report.problems) == 3
-    report.__dict__.update(relative_difference=float('nan'), top1_agreement=1., top1_exported=.95)
-    assert report.problems == ['relative difference nan, at most 0.001 allowed']
+    report.__dict__.update(relative_difference=float('nan'), top1_agreement=1., top1_exported=.95, not_finite=2)
+    assert report.problems == ['2 images have logits that are not finite', 'relative difference nan, at most 0.001 allowed']
+
+
+def test_what_is_no_number_counts_wherever_it_stands():
+    ours, found = torch.arange(12.).view(4, 3), Comparison()
+    theirs = ours.clone()
+    theirs[1, 2], theirs[2, 0] = float('nan'), float('inf')
+    found.add(ours, theirs, torch.tensor([2, 2, 2, 2]))
+    found.add(torch.zeros(1, 3), torch.zeros(1, 3), again=True)
+    assert (found.broken, found.images, found.agreed, found.worst) == (2, 4, 2, 0) and found.right[0] == 4
+    assert np.isnan(Comparison().worst)
+
+
+def test_data_of_other_classes_and_fewer_images_than_a_batch(digits_run, photos, tmp_path, capsys):
+    """Labels of other classes are not read; a batch is filled. Reports of two formats stand beside each other."""
+    (tmp_path / 'm.bin').write_bytes(bytes(1 << 20))
+    words = ['--checkpoint', str(digits_run), '--rounds', '1', '--seconds', '0.01', '--dynamic', 'none', '--max_images',
+             '3', '--threads', '1', '--data', str(photos)]
+    assert main(['export', '-o', str(tmp_path / 'm.onnx'), *words]) == 0
+    assert 'the model knows 10 classes (0, 1, 2, …)' in (output := capsys.readouterr().out) and 'not read' in output
+    report = json.loads((tmp_path / 'm.onnx.report.json').read_text())
+    assert report['top1_pytorch'] is None and report['images'] == 3 and report['bytes'] < 1 << 20
+    int8_words = ['--precision', 'int8', '--calibration_images', '9', '--tolerance', '9']
+    assert main(['export', '-o', str(tmp_path / 'm.xml'), *words, *int8_words]) in (0, 1)
+    report = json.loads((tmp_path / 'm.xml.report.json').read_text())
+    assert report['calibration'].startswith('9 images of') and (tmp_path / 'm.onnx.report.md').exists()
 
 
 def test_wrong_wishes_are_refused_before_any_work(tmp_path, monkeypatch, capsys):

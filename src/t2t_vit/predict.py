@@ -14,7 +14,7 @@ from rich.table import Table
 from . import __version__
 from .console import Live, console, duration
 from .data import MAX_PIXELS, DataError, Opened, Opener, Piece, Preprocessing, find_images, open_pieces
-from .export import ExportedModel, is_exported, load_exported
+from .export import ExportedModel, files_of, is_exported, load_exported
 from .models.checkpoints import hash_file
 from .plots import plot_predictions
 from .results import Results, check_place
@@ -158,8 +158,7 @@ class Job:
             if self.precision != 'no':
                 raise UsageError(f'{self.checkpoint} has its own precision: leave out --precision {self.precision}')
             file = load_exported(self.checkpoint)
-            weights = [Path(self.checkpoint), Path(self.checkpoint).with_suffix('.bin')]  # OpenVINO's
-            sha = ' '.join(hash_file(path) for path in weights if path == weights[0] or path.exists())
+            sha = ' '.join(map(hash_file, files_of(self.checkpoint)))
             return file, file.preprocessing, file.class_names, dict(
                 model=file.metadata.model, weights=sha, export=f'{file.runtime}, {file.metadata.precision}')
         net, preprocessing, names = load_model(self.checkpoint, self.model)

@@ -3,23 +3,21 @@
 import csv
 import glob
 import hashlib
-import io
 import os
 import warnings
 from bisect import bisect_right
 from contextlib import contextmanager
 from itertools import accumulate, groupby, islice
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Protocol, Sequence, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .batches import Preprocessing, leave_signals
-from .sources import IMAGE_COLUMNS, SUFFIXES, DataError, Source, decode, is_image, open_source, tar_members, walk
+from .sources import SUFFIXES, DataError, Rows, Source, decode, decode_slice, is_image, open_source, tar_members, walk
 
 TABLES, LISTS = ('.tar', '.parquet'), ('.csv', '.txt')
 PATH_COLUMNS = ('image', 'path', 'file', 'filename', 'file_name', 'filepath', 'image_path')
@@ -89,54 +87,7 @@ class Tar:
     def open(self, index: int) -> Image.Image:
         """The decoded image."""
         offset, size = (self.index.column(name)[index].as_py() for name in ('offset', 'size'))
-        with open(self.path, 'rb') as file:  # opened anew: a file that workers share has one position for all
-            file.seek(offset)
-            return decode(io.BytesIO(file.read(size)))
-
-
-class Rows:
-    """The column of images of a Parquet file, as bytes or the Hub's {bytes, path}; one row group at a time is held.
-
-    Raises:
-        DataError: if it cannot be read, or has no such column.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        try:
-            with pq.ParquetFile(path) as file:
-                schema, metadata = file.schema_arrow, file.metadata
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f'cannot read {path} as Parquet: {error}') from error
-        column = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
-        if column is None:
-            raise DataError(
-                f'{path} has the columns {schema.names}; expected one of images, {", ".join(IMAGE_COLUMNS)}')
-        struct = pa.types.is_struct(schema.field(column).type)
-        self.column, self.leaf = column, f'{column}.bytes' if struct else column
-        self.ends = list(accumulate(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)))
-        self.held: Tuple[int, Any] = (-1, None)
-
-    def __len__(self) -> int:
-        return self.ends[-1] if self.ends else 0
-
-    def name(self, index: int) -> str:
-        """The file's path and the row's number."""
-        return f'{self.path}[{index}]'
-
-    def open(self, index: int) -> Image.Image:
-        """The decoded image."""
-        group = bisect_right(self.ends, index)
-        if self.held[0] != group:
-            self.held = (-1, None)  # the one before goes first
-            with pq.ParquetFile(self.path) as file:  # opened anew in every process that reads
-                column = file.read_row_group(group, columns=[self.leaf], use_threads=False).column(self.column)
-            self.held = (group, column)
-        value = self.held[1][index - (self.ends[group - 1] if group else 0)].as_py()
-        content = value['bytes'] if isinstance(value, dict) else value
-        if content is None:
-            raise DataError('the row holds no image')
-        return decode(io.BytesIO(content))
+        return decode_slice(self.path, offset, size)
 
 
 class Photos:

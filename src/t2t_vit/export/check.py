@@ -1,6 +1,7 @@
 """An exported file beside the PyTorch model it was made of: the same images, the same answers, at what speed."""
 
 import json
+import math
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from ..benchmark import device_name, interleave, spread
-from .images import Images
+from .images import Batch
 from .metadata import Metadata
 from .runtime import ExportedModel
 
@@ -61,6 +62,7 @@ class Report:
     data: str
     images: int
     max_difference: float
+    not_finite: int  # images whose logits have what is no number, in either; the differences are of the others
     relative_difference: float  # the largest over images: |a - b| at most, over |b| at most
     mean_relative_difference: float
     top1_agreement: float
@@ -82,6 +84,7 @@ class Report:
         if self.top1_pytorch is not None and self.top1_exported is not None:
             loss = self.top1_pytorch - self.top1_exported
         return [sentence for wrong, sentence in (
+            (self.not_finite > 0, f'{self.not_finite} images have logits that are not finite'),
             (not self.relative_difference <= limit.difference,  # not a number is no success
              f'relative difference {self.relative_difference:.2g}, at most {limit.difference:g} allowed'),
             (not 1 - self.top1_agreement <= limit.disagreement,
@@ -93,32 +96,49 @@ class Report:
 
 
 class Comparison:
-    """Differences of two models' logits, gathered batch by batch."""
+    """Differences of two models' logits, gathered batch by batch; of images whose logits are all finite."""
 
     def __init__(self) -> None:
-        self.largest, self.relative, self.agreed = 0.0, [], 0  # type: float, List[float], int
-        self.right, self.labelled = [0, 0], 0
+        self.largest, self.relative, self.broken = 0.0, [], 0  # type: float, List[float], int
+        self.images = self.agreed = self.labelled = 0
+        self.right = [0, 0]
 
-    def add(self, ours: torch.Tensor, theirs: torch.Tensor, labels: Optional[torch.Tensor]) -> None:
-        """PyTorch's logits and the file's, (B, classes) each, and the truth, (B,)."""
+    @property
+    def worst(self) -> float:
+        """The largest relative difference; not a number where there is none."""
+        return max(self.relative, default=math.nan)
+
+    def add(
+            self, ours: torch.Tensor, theirs: torch.Tensor, labels: Optional[torch.Tensor] = None, again: bool = False,
+    ) -> None:
+        """PyTorch's logits and the file's, (B, classes) each, and the truth, (B,).
+
+        Those of the same images `again`, in another size, are compared and not counted.
+        """
         ours, theirs = ours.double(), theirs.double()
-        difference = (ours - theirs).abs().amax(1)
-        self.largest = max(self.largest, difference.max().item())
-        self.relative += (difference / ours.abs().amax(1)).tolist()
-        if not theirs.isfinite().all():
-            self.largest = self.relative[-1] = float('nan')
-        self.agreed += int((ours.argmax(1) == theirs.argmax(1)).sum())
+        good = (ours - theirs).isfinite().all(1)
+        self.broken += int((~good).sum())
+        difference = (ours - theirs)[good].abs().amax(1)
+        self.largest = max([self.largest, *difference.tolist()])
+        self.relative += (difference / ours[good].abs().amax(1).clamp_min(1e-30)).tolist()
+        if again:
+            return
+        self.images += len(ours)
+        self.agreed += int((ours.argmax(1) == theirs.argmax(1))[good].sum())
         if labels is not None:
             self.labelled += len(labels)
             self.right = [n + int((x.argmax(1) == labels).sum()) for n, x in zip(self.right, (ours, theirs))]
 
 
 def compare(
-        model: nn.Module, exported: ExportedModel, images: Iterable[Images],
+        model: nn.Module, exported: ExportedModel, images: Iterable[Batch],
 ) -> Tuple[Comparison, List[Tuple[int, int]]]:
     """Both models on the same images, and the sizes of images that were tried.
 
     A file of any size is tried on a second one too, that is not square: the first batch, cut.
+
+    Raises:
+        CheckpointError: if the runtime cannot run the file on them.
     """
     found, sizes = Comparison(), []  # type: Comparison, List[Tuple[int, int]]
     with torch.inference_mode():
@@ -127,7 +147,7 @@ def compare(
             if not sizes and exported.metadata.size is None:
                 height, width = batch.images.shape[2:]
                 cut = batch.images[:, :, :height - height // 4, :width - width // 8].contiguous()
-                found.add(model(cut), exported(cut), None)
+                found.add(model(cut), exported(cut), again=True)
                 sizes.append((cut.shape[2], cut.shape[3]))
             size = (batch.images.shape[2], batch.images.shape[3])
             sizes += [size] if size not in sizes else []
@@ -158,9 +178,9 @@ def versions(metadata: Metadata, runtime: str) -> Dict[str, str]:
     return {**metadata.versions, runtime: version(runtime), 'python': platform.python_version()}
 
 
-def save(report: Report, folder: Path, stem: str) -> Tuple[Path, Path]:
-    """STEM.report.json and STEM.report.md."""
-    files = folder / f'{stem}.report.json', folder / f'{stem}.report.md'
+def save(report: Report, path: Path) -> Tuple[Path, Path]:
+    """FILE.report.json and FILE.report.md beside a file."""
+    files = path.with_name(f'{path.name}.report.json'), path.with_name(f'{path.name}.report.md')
     tree: Dict[str, Any] = {**asdict(report), 'tolerance': report.tolerance._asdict(), 'problems': report.problems}
     files[0].write_text(json.dumps(tree, indent=2) + '\n')
     files[1].write_text(as_markdown(report))
@@ -180,6 +200,7 @@ def as_markdown(report: Report) -> str:
         ('largest difference of a logit', f'{report.max_difference:.3g}'),
         ('relative difference, largest and mean over images',
          f'{report.relative_difference:.3g}, {report.mean_relative_difference:.3g} (at most {limit.difference:g})'),
+        *([('images with logits that are not finite', str(report.not_finite))] if report.not_finite else []),
         ('same first class', f'{100 * report.top1_agreement:.2f} % (at least {100 - 100 * limit.disagreement:g} %)')]
     if report.top1_pytorch is not None and report.top1_exported is not None:
         rows.append(('top-1, PyTorch and the file',

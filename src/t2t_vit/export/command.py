@@ -11,16 +11,16 @@ from torch import nn
 
 from .. import __version__
 from ..console import console
-from ..data import DataError, Preprocessing, Source
+from ..data import DataError, Preprocessing
 from ..models.listing import check_name
 from ..settings import UsageError, require
 from ..trained import load_model
 from . import int8
 from .check import TOLERANCES, Report, as_markdown, compare, measure_speed, save, versions
 from .formats import Dynamic, check_precision, export_model
-from .images import batches, open_images
-from .metadata import Metadata, Pixels, Precision, kind
-from .runtime import Runtime, load_exported, need
+from .images import Pictures, batches, open_images
+from .metadata import Metadata, Pixels, Precision, files_of, kind
+from .runtime import Runtime, load_exported, need, reason
 
 EXTRAS = {'onnx': ('onnx', 'onnxscript', 'onnxruntime'), 'openvino': ('openvino',), 'torch': ()}
 PRIVATE = ('file', 'source', 'state_dict', 'url', 'hf_hub_id', 'hf_hub_filename', 'custom_load')  # of pretrained_cfg
@@ -71,11 +71,19 @@ def quantizer(metadata: Metadata, form: str, images: List[Any], kept: List[str])
     def quantize(model: Any) -> Any:
         graph = int8.onnx_graph(model) if form == 'onnx' else int8.openvino_graph(model)
         kept.extend(int8.kept_in_float(graph))
-        return int8.quantize(model, graph, images)
+        try:
+            return int8.quantize(model, graph, images)
+        except Exception as error:  # of NNCF and of the runtimes that it calls
+            raise UsageError(f'NNCF cannot quantise {metadata.model} to int8: {reason(error)}') from error
     return quantize
 
 
-def calibrate(name: str, split: str, given: Optional[str], cache: Optional[str]) -> Tuple[Source, str]:
+def filled(images: torch.Tensor, batch: Optional[int]) -> torch.Tensor:
+    """(B, …) as the (batch, …) that a file takes, the images repeated where there are fewer."""
+    return images if batch is None else images[torch.arange(batch) % len(images)]
+
+
+def calibrate(name: str, split: str, given: Optional[str], cache: Optional[str]) -> Tuple[Pictures, str]:
     """Where int8's ranges come from, and what it is called: the train split where there is one."""
     try:
         return open_images(name, 'train', cache), f'{name} (train)' if name != 'samples' else name
@@ -147,37 +155,39 @@ def export(
         torch.set_num_threads(threads)
     net, cfg, class_names = load(checkpoint, model)
     resize(net, cfg, img_size)
-    source = open_images(data, split, cache)
+    pictures = open_images(data, split, cache, class_names)
     metadata = describe(net, class_names, cfg, precision, pixels, batch_size, dynamic)
     screen = console()
+    if pictures.note:
+        screen.print(pictures.note, soft_wrap=True)
 
     kept: List[str] = []
     quantize, calibrated = None, None
     if precision == 'int8':
         ranges, calibrated = calibrate(calibration or data, split, calibration, cache)
-        images = [metadata.pixels_of(part.images)
-                  for part in batches(ranges, cfg, metadata.batch or 1, calibration_images, [])]
-        calibrated = f'{sum(map(len, images))} images of {calibrated}'
+        parts = [part.images for part in batches(ranges, cfg, metadata.batch or 1, calibration_images, [])]
+        images = [metadata.pixels_of(filled(part, metadata.batch)) for part in parts]
+        calibrated = f'{sum(map(len, parts))} images of {calibrated}'
         screen.print(f'int8: calibrating on {calibrated}')
         quantize = quantizer(metadata, form, images, kept)
     export_model(net, path, metadata, dynamic, quantize)
     exported = load_exported(path, runtime, torch.get_num_threads())
 
     damaged: List[str] = []
-    found, sizes = compare(net, exported, batches(source, cfg, batch_size, max_images, damaged))
-    count = len(found.relative)
+    found, sizes = compare(net, exported, batches(pictures, cfg, batch_size, max_images, damaged))
     limit = TOLERANCES[precision]
     top1 = [right / found.labelled if found.labelled else None for right in found.right]
-    first = next(batches(source, cfg, batch_size, batch_size, []))
+    first = filled(next(batches(pictures, cfg, batch_size, batch_size, [])).images, batch_size)
     report = Report(
-        path.name, sum(file.stat().st_size for file in {path, path.with_suffix('.bin')} if file.exists()),
-        metadata.model, precision, exported.runtime, pixels, dynamic, metadata.batch, metadata.size, data, count,
-        found.largest, max(found.relative), sum(found.relative) / count, found.agreed / count, top1[0], top1[1],
-        damaged, sizes, kept, calibrated,
-        measure_speed(net, exported, first.images, rounds, seconds) if rounds else None,
+        path.name, sum(file.stat().st_size for file in files_of(path)), metadata.model, precision, exported.runtime,
+        pixels, dynamic, metadata.batch, metadata.size, data + (' (labels not read)' if pictures.note else ''),
+        found.images, found.largest, found.broken, found.worst,
+        sum(found.relative) / len(found.relative) if found.relative else found.worst, found.agreed / found.images,
+        top1[0], top1[1], damaged, sizes, kept, calibrated,
+        measure_speed(net, exported, first, rounds, seconds) if rounds else None,
         limit if tolerance is None else limit._replace(difference=tolerance),
         versions(metadata, exported.runtime), command)
-    files = save(report, path.parent, path.stem)
+    files = save(report, path)
     screen.print(as_markdown(report), soft_wrap=True)
     screen.print(f'the file is {path}, its report {files[0].name} and {files[1].name}', soft_wrap=True)
     if report.problems:

@@ -1,13 +1,13 @@
 """Real images, labelled or not, to compare models on and to calibrate int8 with."""
 
 from pathlib import Path
-from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ..data import DataError, Preprocessing, Source, decode, find_images, list_images, open_source
+from ..data import DataError, Images, Opener, Preprocessing, Source, find_images, open_source
 
 
 class Samples:
@@ -39,38 +39,38 @@ class Samples:
         return f'samples/{index % 2}{self.windows[index]}'
 
 
-class Unlabelled:
-    """The images of a folder, at any depth."""
+class Pictures(NamedTuple):
+    """So many images, and the class of each; no labels where none are known, and why."""
 
-    def __init__(self, folder: Path) -> None:
-        self.files, self.classes = list_images(folder), []  # type: List[Path], List[str]
-        self.labels: Sequence[int] = []
-        if not self.files:
-            raise DataError(f'no images in {folder}')
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def open(self, index: int) -> Image.Image:
-        """The decoded image."""
-        return decode(self.files[index])
-
-    def name(self, index: int) -> str:
-        """Its path."""
-        return str(self.files[index])
+    source: Union[Source, Images]
+    total: int
+    labels: Sequence[int] = ()
+    note: str = ''
 
 
-def open_images(data: str, split: str, cache: Optional[str] = None) -> Source:
-    """Images to compare on or to calibrate with: `samples`, a folder of images, or what `open_source` takes."""
-    if data == 'samples':
-        return Samples()
+def open_images(
+        data: str, split: str, cache: Optional[str] = None, class_names: Optional[List[str]] = None) -> Pictures:
+    """Images to compare on or to calibrate with: `samples`, a folder of images, or what `open_source` takes.
+
+    Labels of other classes than the model's are not read.
+    """
+    if data == 'samples' and not Path(data).exists():
+        samples = Samples()
+        return Pictures(samples, len(samples))
     if Path(data).is_dir() and not any(child.is_dir() or child.suffix in ('.parquet', '.tar')
                                        for child in Path(data).iterdir() if not child.name.startswith('.')):
-        return Unlabelled(Path(data))
-    return open_source(data, split, cache)
+        found = find_images([data])
+        return Pictures(found, len(found))
+    source = open_source(data, split, cache)
+    names, count = source.classes, len(source.labels)
+    if class_names is None or class_names == names or len(class_names) == len(names) and class_names[0].isdigit():
+        return Pictures(source, count, source.labels)
+    return Pictures(source, count, note=(
+        f'the model knows {len(class_names)} classes ({", ".join(class_names[:3])}, …), {data} has {len(names)} '
+        f'({", ".join(names[:3])}, …): its labels are not read'))
 
 
-class Images(NamedTuple):
+class Batch(NamedTuple):
     """Images of one size, normalised, (B, C, H, W), and their labels, (B,), where they have some."""
 
     images: torch.Tensor
@@ -78,27 +78,27 @@ class Images(NamedTuple):
 
 
 def batches(
-        source: Source, preprocessing: Preprocessing, batch_size: int, limit: Optional[int], damaged: List[str],
-) -> Iterator[Images]:
-    """At most `limit` images of a source, evenly spread over it; the names of damaged ones go to `damaged`.
+        pictures: Pictures, preprocessing: Preprocessing, batch_size: int, limit: Optional[int], damaged: List[str],
+) -> Iterator[Batch]:
+    """At most `limit` of the images, evenly spread over them; the names of damaged ones go to `damaged`.
 
     Raises:
         DataError: if not one image can be read.
     """
-    labels, transform, seen = source.labels, preprocessing.transform(), 0
-    count = len(labels) or len(source)  # type: ignore[arg-type]  # unlabelled ones have a length
+    source, count, labels, _ = pictures
+    opener, seen = Opener(source, preprocessing), 0
     kept = min(count, limit or count)
     places = [i * count // kept for i in range(kept)]
     for start in range(0, kept, batch_size):
         found: List[Tuple[torch.Tensor, int]] = []
         for i in places[start:start + batch_size]:
             try:
-                found.append((transform(preprocessing.convert(source.open(i))), labels[i] if labels else -1))
+                found.append((opener.transform(opener.show(i)), labels[i] if labels else -1))
             except Exception:  # whatever a decoder may raise over damaged bytes
                 damaged.append(source.name(i))
         seen += len(found)
         if found:
             images, truths = zip(*found)
-            yield Images(torch.stack(images), torch.tensor(truths) if labels else None)
+            yield Batch(torch.stack(images), torch.tensor(truths) if labels else None)
     if not seen:
         raise DataError(f'not one of {count} images can be read: {", ".join(damaged[:5])}')

@@ -86,6 +86,11 @@ def is_exported(path: PathLike) -> bool:
     return Path(path).suffix in EXPORTED
 
 
+def files_of(path: PathLike) -> List[Path]:
+    """An exported file, with the weights that stand beside OpenVINO's."""
+    return [Path(path), *([Path(path).with_suffix('.bin')] if kind(path) == 'openvino' else [])]
+
+
 def kind(path: PathLike) -> str:
     """The format that a file's suffix says: onnx, torch or openvino.
 

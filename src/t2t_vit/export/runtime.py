@@ -29,6 +29,12 @@ def need(*packages: str) -> None:
         raise UsageError(f"this needs {' and '.join(missing)}, not installed here: pip install 't2t-vit[export]'")
 
 
+def reason(error: Exception) -> str:
+    """What a library says of its error, in a line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1]
+
+
 class ExportedModel:
     """An exported file, loaded: call it on normalised images as one calls the model."""
 
@@ -61,6 +67,7 @@ class ExportedModel:
 
         Raises:
             ValueError: if the images' shape is not the file's.
+            CheckpointError: if the runtime cannot run the file.
         """
         self.check(images)
         batch = self.metadata.batch
@@ -68,8 +75,12 @@ class ExportedModel:
         if batch and len(parts[-1]) < batch:
             fill = np.zeros((batch - len(parts[-1]), *parts[-1].shape[1:]), parts[-1].dtype)
             parts[-1] = np.concatenate([parts[-1], fill])
-        found = [[torch.as_tensor(array) for array in self.run(part)] for part in parts]
-        logits, features = (torch.cat(tensors)[:len(images)] for tensors in zip(*found))
+        try:
+            found = [[torch.as_tensor(array) for array in self.run(part)] for part in parts]
+            logits, features = (torch.cat(tensors)[:len(images)] for tensors in zip(*found))
+        except Exception as error:  # every runtime has its own kinds
+            raise CheckpointError(f'{self.path} cannot be run on images of shape {tuple(images.shape)}: '
+                                  f'{reason(error)}') from error
         return logits, features
 
     def check(self, images: torch.Tensor) -> None:
@@ -108,8 +119,7 @@ def load_exported(path: PathLike, runtime: Optional[Runtime] = None, threads: Op
     except (UsageError, CheckpointError):
         raise
     except Exception as error:  # every runtime has its own kinds
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f'{path} is damaged, or of a kind that {runtime} cannot run: {reason[-1]}') from error
+        raise CheckpointError(f'{path} is damaged, or of a kind that {runtime} cannot run: {reason(error)}') from error
     return ExportedModel(path, Metadata.of_text(text, path), run, str(runtime))
 
 
