@@ -12,7 +12,8 @@ import t2t_vit
 
 ROOT = Path(t2t_vit.__file__).parent
 LAYERS = [  # a module imports from those above it only
-    ['settings', 'console', 'plots', 'models.recompute', 'models.positions', 'models.own', 'models.pyramid'],
+    ['settings', 'console', 'plots', 'models.recompute', 'models.positions', 'models.own', 'models.pyramid',
+     'reproduce.mobilenet'],
     ['models.soft_split'],
     ['data.sources', 'data.augment', 'models.tokens'],
     ['data.batches'],

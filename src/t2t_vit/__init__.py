@@ -7,6 +7,7 @@ from .models.checkpoints import CheckpointError, convert_state_dict, load_weight
 from .models.pyramid import Pyramid
 from .models.t2t_vit import PUBLISHED, VARIANTS, T2TViT
 from .models.tokens import TokenLayer
+from .reproduce import mobilenet as _registered  # noqa: F401  # so that the runs of a comparison load
 
 __all__ = [
     'PUBLISHED', 'VARIANTS', 'Block', 'CheckpointError', 'Pyramid', 'T2TViT', 'TokenLayer', '__version__',

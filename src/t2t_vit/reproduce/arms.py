@@ -8,25 +8,22 @@ widths change:
 - ViT and T2T-ViT: the even `embed_dim` that comes nearest, with the published number of heads, or the divisor of the
   width that is nearest to it, within a factor of 1.5. Token layers narrow by the same factor, to 16 at least.
 - dense: start width and growth rate together, about 2 : 1 as published, with the most heads that divide every width.
-- ResNet: the widths of its four stages, c, 2c, 4c, 8c. MobileNet: its width multiplier. The stem of ResNet (64) and the
-  head of MobileNetV2 (1280) stay.
+- ResNet: the widths of its four stages, MobileNet: all widths, stem and head too; by one multiplier, to even numbers.
+  The stem of ResNet stays, 64.
 - Tokens lie on a grid `reduction` times coarser than the image, behind the paper's three soft splits or one hard one;
   CNNs end at twice that, as 14² and 7² are at 224 pixels.
 """
 
 import math
-import warnings
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import timm
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import generate_default_cfgs, register_model
-from timm.models.efficientnet import _gen_mobilenet_v1, _gen_mobilenet_v2  # their width multiplier has no public name
 from torch import nn
 
 from ..models.listing import count_parameters
 from ..models.t2t_vit import PAPER_SPLITS, SPLITS_16, SPLITS_64, VARIANTS
 from ..settings import UsageError, nearest
+from .mobilenet import even
 from .structures import PRINTED
 
 REFERENCE = 't2t_vit_14'
@@ -52,17 +49,16 @@ class Pair(NamedTuple):
     relation: str
     second: str
     published: float  # points of top-1 that the first is ahead, on ImageNet
-    size: Optional[float] = None  # the first has at most this share of the second's parameters
 
 
 PAIRS = [
     Pair('T2T > hard split', 't2t_vit_14', '>', 't2t_vit_14_no_t2t', 2.0),
-    Pair('T2T-ViT > ViT at half the size', 't2t_vit_14', '>', 'vit_s_16', 3.4, 0.5),
-    Pair('T2T-ViT > ResNet at equal size', 't2t_vit_14', '>', 'resnet50', 2.4, 1.05),
-    Pair('T2T-ViT > ResNet at equal size', 't2t_vit_19', '>', 'resnet101', 2.0, 1.05),
-    Pair('T2T-ViT > ResNet at equal size', 't2t_vit_24', '>', 'resnet152', 1.5, 1.1),
-    Pair('T2T-ViT > MobileNet at equal size', 't2t_vit_12', '>', 'mobilenetv2_140', 0.9, 1.15),
-    Pair('T2T-ViT > MobileNet at equal size', 't2t_vit_7', '>', 'mobilenetv1_100', 0.9, 1.05),
+    Pair('T2T-ViT > ViT at half the size', 't2t_vit_14', '>', 'vit_s_16', 3.4),
+    Pair('T2T-ViT > ResNet at equal size', 't2t_vit_14', '>', 'resnet50', 2.4),
+    Pair('T2T-ViT > ResNet at equal size', 't2t_vit_19', '>', 'resnet101', 2.0),
+    Pair('T2T-ViT > ResNet at equal size', 't2t_vit_24', '>', 'resnet152', 1.5),
+    Pair('T2T-ViT > MobileNet at equal size', 't2t_vit_12', '>', 'mobilenetv2_140', 0.9),
+    Pair('T2T-ViT > MobileNet at equal size', 't2t_vit_7', '>', 'mobilenetv1_100', 0.9),
     Pair('deep-narrow > shallow-wide', 'vit_s_16_deep_narrow', '>', 'vit_s_16_shallow_wide', 9.1),
     Pair('deep-narrow > shallow-wide', 't2t_vit_14', '>', 't2t_vit_14_wide', 3.6),
     Pair('SE improves', 'vit_s_16_se', '>', 'vit_s_16', 0.3),
@@ -71,34 +67,12 @@ PAIRS = [
     Pair('dense connection hurts', 't2t_vit_dense', '<', 't2t_vit_14', -0.9),
     Pair('ResNeXt heads make no difference', 'vit_s_16_resnext', '=', 'vit_s_16', -0.1),
     Pair('ResNeXt heads make no difference', 't2t_vit_14_resnext', '=', 't2t_vit_14', 0.0),
-    Pair('ghost hurts, but is smaller', 'vit_s_16_ghost', '<', 'vit_s_16', -4.4, 0.8),
-    Pair('ghost hurts, but is smaller', 't2t_vit_16_ghost', '<', 't2t_vit_14', -2.0, 0.8),
+    Pair('ghost hurts, but is smaller', 'vit_s_16_ghost', '<', 'vit_s_16', -4.4),
+    Pair('ghost hurts, but is smaller', 't2t_vit_16_ghost', '<', 't2t_vit_14', -2.0),
     Pair('T2T > convolution > none', 't2t_vit_14', '>', 't2t_vit_c_14', 0.7),
     Pair('T2T > convolution > none', 't2t_vit_c_14', '>', 't2t_vit_14_no_t2t', 1.3),
     Pair('transformer and Performer tokens are as good', 't2t_vit_t_14', '=', 't2t_vit_14', 0.2),
 ]
-
-
-default_cfgs = generate_default_cfgs({  # where timm looks for what its own models of any width are
-    f'scaled_{name}': dict(input_size=(3, 224, 224), crop_pct=0.875, interpolation='bicubic', classifier='classifier',
-                           first_conv='conv_stem', mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
-    for name in ('mobilenetv1_100', 'mobilenetv2_140')})
-
-
-def scaled_mobilenetv1_100(pretrained: bool = False, multiplier: float = 1., **kwargs: Any) -> nn.Module:
-    """timm's MobileNetV1 at any width."""
-    return _gen_mobilenet_v1('scaled_mobilenetv1_100', multiplier, pretrained=pretrained, **kwargs)
-
-
-def scaled_mobilenetv2_140(pretrained: bool = False, multiplier: float = 1., **kwargs: Any) -> nn.Module:
-    """timm's MobileNetV2 at any width."""
-    return _gen_mobilenet_v2('scaled_mobilenetv2_140', multiplier, pretrained=pretrained, **kwargs)
-
-
-with warnings.catch_warnings():
-    warnings.simplefilter('ignore')  # that they are there already, where this module is imported anew
-    register_model(scaled_mobilenetv1_100)
-    register_model(scaled_mobilenetv2_140)
 
 
 class Place(NamedTuple):
@@ -181,14 +155,15 @@ def backbone(name: str, dim: int, heads: int, place: Place) -> Dict[str, Any]:
     return {**args, 'token_dim': max(MIN_TOKEN_DIM, narrow), 'splits': [list(cut) for cut in SPLITS[place.reduction]]}
 
 
-def resnet(width: int, place: Place) -> Dict[str, Any]:
-    """Arguments of a ResNet whose first stage is of this width."""
-    return dict(channels=[width, 2 * width, 4 * width, 8 * width], output_stride=2 * place.reduction)
+def resnet(thousandths: int, place: Place) -> Dict[str, Any]:
+    """Arguments of a ResNet whose stages are multiplied in width."""
+    return dict(channels=[even(width * thousandths / 1000) for width in (64, 128, 256, 512)],
+                output_stride=2 * place.reduction)
 
 
-def mobilenet(hundredths: int, place: Place) -> Dict[str, Any]:
-    """Arguments of a MobileNet of this width multiplier."""
-    return dict(multiplier=hundredths / 100, output_stride=2 * place.reduction)
+def mobilenet(thousandths: int, place: Place) -> Dict[str, Any]:
+    """Arguments of a MobileNet whose widths are multiplied."""
+    return dict(multiplier=thousandths / 1000, output_stride=2 * place.reduction)
 
 
 def first_at_least(budget: float, count: Callable[[int], int]) -> int:

@@ -1,13 +1,13 @@
 """`t2t-vit reproduce`: structures, accuracy at small scale, and the report of it."""
 
 from pathlib import Path
-from typing import Dict, List, Literal, Optional, Sequence
+from typing import Dict, List, Literal, Optional, Sequence, Tuple
 
 from ..settings import UsageError
 from ..train.loop import RESTART
 from .arms import ARMS
 from .report import save_report
-from .runs import add_arms, follow, make_plan, results, write_once
+from .runs import add_arms, failures, follow, make_plan, results, write_once
 from .structures import ROWS, measure_structure, save_structures, show_structures
 
 
@@ -57,7 +57,7 @@ def reproduce(
         precision: no (float32), bf16 or fp16.
         device: cpu, or auto for the best there is.
         threads: Of the CPU.
-        minutes: Save and stop then, with exit code 75; the same command goes on.
+        minutes: Save and stop then, with exit code 75; the same command goes on. Where runs failed, the code is 1.
     """
     if what == 'structures':
         rows = [measure_structure(row) for row in ROWS]
@@ -73,22 +73,32 @@ def reproduce(
             data=data, parameters=parameters, img_size=img_size, reduction=reduction, epochs=epochs,
             batch_size=batch_size, train_images=train_images, val_images=val_images, recipe=recipe,
             precision=precision))
-        own = {**own_arms('block', blocks, folder), **own_arms('token_layer', token_layers, folder)}
+        own = own_arms([('block', text) for text in blocks] + [('token_layer', text) for text in token_layers], folder)
         names = list(arms or ARMS)
         add_arms(plan, folder, names, own)
-        if not follow(folder, [*names, *own], seeds, device, threads, minutes):
-            if results(folder):
-                save_report(folder)
+        finished = follow(folder, [*names, *own], seeds, device, threads, minutes)
+        if results(folder):
+            save_report(folder)
+        failed = failures(folder)
+        for run, reason in failed.items():
+            print(f'failed: {run}: {reason} (left out until {folder / run}/failed.txt is removed)')
+        if not finished:
             print('not all runs are done: the same command goes on')
             raise SystemExit(RESTART)
+        if failed:
+            raise SystemExit(1)
+        return
     save_report(folder)
 
 
-def own_arms(argument: str, designs: Sequence[str], folder: Path) -> Dict[str, Dict[str, str]]:
-    """Arms of the user's own designs by the names of their classes, their files kept in the comparison's folder."""
+def own_arms(designs: Sequence[Tuple[str, str]], folder: Path) -> Dict[str, Dict[str, str]]:
+    """Arms of the user's own designs by the names of their classes, their files kept in the comparison's folder.
+
+    A design is the argument that it stands for, and FILE.py:CLASS.
+    """
     found: Dict[str, Dict[str, str]] = {}
     problems: List[str] = []
-    for design in designs:
+    for argument, design in designs:
         stem, _, name = design.partition('.py:')
         file = Path(f'{stem}.py').expanduser()
         if not name or not file.is_file():
@@ -98,7 +108,10 @@ def own_arms(argument: str, designs: Sequence[str], folder: Path) -> Dict[str, D
         if not write_once(kept, file.read_text()) and kept.read_text() != file.read_text():
             problems.append(f'{argument}s: {file} has changed since {folder} was begun; keep its copy there, or choose '
                             'another output')
-        found[name if name not in ARMS else f'own_{name}'] = {argument: f'own/{file.name}:{name}'}
+        arm, change = name if name not in ARMS else f'own_{name}', {argument: f'own/{file.name}:{name}'}
+        if found.setdefault(arm, change) != change:
+            problems.append(f'{argument}s: {design} is called as another design, {next(iter(found[arm].values()))}: '
+                            'rename one of the classes')
     if problems:
         raise UsageError('\n'.join(problems))
     return found

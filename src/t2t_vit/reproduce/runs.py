@@ -1,10 +1,12 @@
 """Runs of a comparison on disk: one folder each, taken by whoever is first, each trained in a process of its own.
 
     FOLDER/plan.yaml                    what all runs share
+    FOLDER/recipe.yaml                  the recipe, as it was, its bases in it
     FOLDER/arms/ARM.yaml                a model: name, arguments, learned parameters
     FOLDER/own/FILE.py                  the user's own designs, as they were
     FOLDER/runs/ARM/seed-N/             a run folder as any other: config.yaml, metrics.jsonl, model.safetensors
     FOLDER/runs/ARM/seed-N/result.json  what the tables are made of; its presence says that the run is done
+    FOLDER/runs/ARM/seed-N/failed.txt   why it cannot be finished; without it, it is tried again
     FOLDER/runs/ARM/seed-N/taken-K      whose it is
 """
 
@@ -12,12 +14,14 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import socket
 import threading
 import time
 import traceback
+from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -26,9 +30,9 @@ import yaml
 
 from .. import __version__
 from ..benchmark import count_macs, device_name
-from ..data import open_source
+from ..data import Part, open_source
 from ..models.listing import count_parameters
-from ..settings import Setting, UsageError, flatten, read_settings, recipes, resolve
+from ..settings import Setting, UsageError, flatten, nest, read_settings, recipes, resolve
 from ..train.config import Config
 from ..train.loop import RESTART, Interrupted, stop_signals, train
 from ..train.state import git_revision
@@ -37,7 +41,7 @@ from .arms import REFERENCE, SPLITS, Place, Small, base_of, build_small, check_a
 
 RESULT = 'result.json'
 BEAT = 20  # seconds between the signs of life of whoever holds a run
-LOST = 300  # seconds without one after which a run on another machine counts as left
+LOST = 300  # seconds without one after which a run counts as left
 FAILED = 3  # exit code of a run that cannot be finished
 
 
@@ -59,6 +63,12 @@ class Plan:
     num_classes: int = 10
     count: int = 0  # images to train on
     val_count: int = 0
+    majority: float = 0.  # share of the largest class among the images that are scored; 0 where it was not counted
+
+    @property
+    def chance(self) -> float:
+        """Top-1 of a model that says the same of every image, 0 to 1."""
+        return max(self.majority, 1 / self.num_classes)
 
     @property
     def place(self) -> Place:
@@ -91,12 +101,40 @@ def read_plan(folder: Path) -> Plan:
     """The plan of a comparison.
 
     Raises:
-        UsageError: if there is none.
+        UsageError: if there is none, or it is damaged.
     """
     file = folder / 'plan.yaml'
     if not file.is_file():
         raise UsageError(f'{folder} holds no comparison: it has no plan.yaml')
-    return Plan(**yaml.safe_load(file.read_text()))
+    try:
+        tree = yaml.safe_load(file.read_text())
+        missing = [key.name for key in fields(Plan) if key.name != 'majority' and key.name not in tree]
+        plan = Plan(**tree)
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f'{file} is damaged: {error}') from None
+    if missing:
+        raise UsageError(f'{file} is damaged: it has no {", ".join(missing)}')
+    return plan
+
+
+def recipe_text(recipe: str) -> str:
+    """A recipe, shipped or a file, with its bases in it, as YAML."""
+    tree: Dict[str, Any] = {}
+    for _, key, value in read_settings(recipes().get(recipe, Path(recipe))):
+        nest(tree, key, value)
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def keep_recipe(folder: Path, recipe: str) -> None:
+    """Put the recipe into the folder, or see that it is the one which stands there.
+
+    Raises:
+        UsageError: if it is another.
+    """
+    kept, text = folder / 'recipe.yaml', recipe_text(recipe)
+    if not write_once(kept, text) and kept.read_text() != text:
+        raise UsageError(f'recipe: {recipe} has changed since {folder} was begun; leave it out, to go on with its copy '
+                         'there, or choose another output')
 
 
 def make_plan(folder: Path, given: Dict[str, Any]) -> Plan:
@@ -108,20 +146,26 @@ def make_plan(folder: Path, given: Dict[str, Any]) -> Plan:
     """
     given = {key: value for key, value in given.items() if value is not None}
     if (folder / 'plan.yaml').is_file():
-        return agree(read_plan(folder), folder, given)
+        plan = agree(read_plan(folder), folder, given)
+        if Path(plan.recipe).is_file() and 'recipe' in given:
+            keep_recipe(folder, plan.recipe)
+        return plan
     if 'data' not in given:
         raise UsageError('a new comparison needs --data: digits, torch/NAME, hfds/NAME or a folder')
     plan = Plan(**given)
     if problems := plan.problems():
         raise UsageError('\n'.join(problems))
-    config = run_config(plan, REFERENCE, {}, 0, None)  # a recipe that cannot be run is refused here
+    config = run_config(plan, folder, REFERENCE, {}, 0, None)  # a recipe that cannot be run is refused here
     sources = [open_source(plan.data, split, config.data.cache, config.data.download) for split in ('train', 'val')]
     plan.count, plan.val_count = (
         min(len(source.labels), limit or len(source.labels))
         for source, limit in zip(sources, (plan.train_images, plan.val_images)))
+    scored = Part(sources[1], plan.val_count).labels
+    plan.majority = max(Counter(scored).values(), default=0) / max(len(scored), 1)
     plan.num_classes, plan.in_chans = len(sources[0].classes), config.data.channels or 1 + 2 * (plan.data != 'digits')
     if plan.count < plan.batch_size:
         raise UsageError(f'{plan.count} training images make no batch of {plan.batch_size}')
+    keep_recipe(folder, plan.recipe)
     write_once(folder / 'plan.yaml', yaml.safe_dump(asdict(plan), sort_keys=False))
     return agree(read_plan(folder), folder, given)  # another process may have been first
 
@@ -149,9 +193,13 @@ def write_once(file: Path, text: str) -> bool:
 
 
 def read_arm(folder: Path, name: str) -> Dict[str, Any]:
-    """An arm's `model`, `args` and `parameters`; the file of an own design is found from where the folder is now."""
+    """An arm's `model`, `args` and `parameters`; the file of an own design is found from where the folder is now.
+
+    Its path is the folder's one true one, however that was spelled, or a run would not know itself again.
+    """
     arm = yaml.safe_load((folder / 'arms' / f'{name}.yaml').read_text())
-    arm['args'] = {key: f'{folder}/{value}' if '.py:' in str(value) else value for key, value in arm['args'].items()}
+    arm['args'] = {key: f'{folder.resolve()}/{value}' if '.py:' in str(value) else value
+                   for key, value in arm['args'].items()}
     return arm
 
 
@@ -195,7 +243,7 @@ def add_arms(plan: Plan, folder: Path, names: List[str], own: Dict[str, Dict[str
         add(name, Small(reference['model'], args, count), own=True)
 
 
-def run_config(plan: Plan, model: str, args: Dict[str, Any], seed: int, output: Optional[Path],
+def run_config(plan: Plan, folder: Path, model: str, args: Dict[str, Any], seed: int, output: Optional[Path],
                device: str = 'auto', threads: Optional[int] = None) -> Config:
     """The configuration of one run: the recipe, then what the plan says, then the arm."""
     given: Dict[str, Any] = {
@@ -203,7 +251,8 @@ def run_config(plan: Plan, model: str, args: Dict[str, Any], seed: int, output: 
         'data.train_images': plan.train_images, 'data.val_images': plan.val_images, 'epochs': plan.epochs,
         'optimizer.cooldown_epochs': 0, 'batch_size': plan.batch_size, 'precision': plan.precision, 'device': device,
         'threads': threads, 'seed': seed, 'output': str(output) if output else None}
-    base = read_settings(recipes().get(plan.recipe, Path(plan.recipe)))
+    kept = folder / 'recipe.yaml'
+    base = read_settings(kept if kept.is_file() else recipes().get(plan.recipe, Path(plan.recipe)))
     settings: List[Setting] = [entry for entry in base if not entry[1].startswith('model')]
     settings += [(key, key, value) for key, value in given.items()]
     settings += [(f'model_args.{key}', f'model_args.{key}', value) for key, value in flatten(args)]
@@ -289,7 +338,7 @@ def work(folder: Path, arm: str, seed: int, device: str, threads: Optional[int])
     try:
         plan = read_plan(folder)
         row = read_arm(folder, arm)
-        config = run_config(plan, row['model'], row['args'], seed, run, device, threads)
+        config = run_config(plan, folder, row['model'], row['args'], seed, run, device, threads)
         last = train(config, resume='auto')
         write_once(run / RESULT, json.dumps(result(plan, row, config, last) | dict(arm=arm), indent=1) + '\n')
         for state in (run / 'checkpoints').glob('*.pt'):  # of no use any more, and large
@@ -345,10 +394,10 @@ def child(*args: Any) -> Iterator[Any]:
 
 def follow(folder: Path, names: List[str], seeds: int, device: str = 'auto', threads: Optional[int] = None,
            minutes: Optional[float] = None) -> bool:
-    """Train all runs that nobody else does, first seed first; whether all that were asked for are done.
+    """Train all runs that nobody else does, first seed first; whether all that were asked for are done or failed.
 
-    A run that failed is left out until its failed.txt is removed. After Ctrl-C, SIGTERM or SIGUSR1 the run under way is
-    saved.
+    A run that failed is left out until its failed.txt is removed (`failures`). After Ctrl-C, SIGTERM or SIGUSR1 the run
+    under way is saved.
 
     Args:
         folder: Of the comparison.
@@ -358,17 +407,30 @@ def follow(folder: Path, names: List[str], seeds: int, device: str = 'auto', thr
         threads: As train's.
         minutes: Stop then, with the run under way saved; by default when all is done.
     """
-    end = time.monotonic() + 60 * minutes if minutes else math.inf
+    end = time.monotonic() + 60 * minutes if minutes is not None else math.inf
     runs = [(arm, seed, run_folder(folder, arm, seed)) for seed in range(seeds) for arm in names]
     with stop_signals() as stopped:
         for arm, seed, run in runs:
-            if (run / RESULT).exists() or (run / 'failed.txt').exists() or held(holder(run)[1]):
+            if settled(run) or held(holder(run)[1]):
                 continue
             if stopped or time.monotonic() >= end:
                 return False
             with child(folder, arm, seed, device, threads) as process:
                 while process.is_alive() and not stopped and time.monotonic() < end:
                     process.join(min(1., max(end - time.monotonic(), 0)))
-            if process.exitcode in (RESTART, 130):  # also where it alone was told to
+            if process.exitcode in (RESTART, 130, -signal.SIGTERM, -signal.SIGINT):  # also where it alone was told to
                 return False
-    return all((run / RESULT).exists() for _, _, run in runs)
+            if process.exitcode not in (0, FAILED):  # as for want of memory: it would be so again
+                write_once(run / 'failed.txt', f'its process ended with exit code {process.exitcode}\n')
+    return all(settled(run) for _, _, run in runs)
+
+
+def settled(run: Path) -> bool:
+    """Whether a run is done, or has failed."""
+    return (run / RESULT).exists() or (run / 'failed.txt').exists()
+
+
+def failures(folder: Path) -> Dict[str, str]:
+    """Why runs failed, by their places in the folder."""
+    return {str(file.parent.relative_to(folder)): file.read_text().strip()
+            for file in sorted(folder.glob('runs/*/seed-*/failed.txt')) if not (file.parent / RESULT).exists()}

@@ -8,14 +8,17 @@ variance, Fisher's least significant difference):
 
 It assumes that seeds scatter alike in all arms; with two or three seeds an arm this is what makes an interval of use at
 all. Claims are tested one by one, without a correction for their number, and on one validation set, whose own sampling
-the scatter over seeds does not hold. With ν < 3 that scatter is as good as unknown: then the interval is that of two
-proportions over the validation images (normal approximation), which in turn knows nothing of seeds.
+the scatter over seeds does not hold. With ν < 3 that scatter is as good as unknown, and nothing is decided: the
+interval that is shown then is that of two proportions over the validation images (normal approximation), for
+orientation only.
 
     first > second    holds: the whole interval is above 0; does not hold: it is below
     first < second    the other way round
     first = second    holds: the interval lies within ± MARGIN points; does not hold: it lies outside
 
-An arm whose own interval reaches down to chance has not learned, and decides nothing.
+An arm whose own interval reaches down to the share of the largest class has not learned, and decides nothing. A pair
+whose ratio of parameters is more than CLOSE off the published one is another comparison than the paper's, and is not
+judged.
 """
 
 import math
@@ -24,11 +27,12 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from scipy import stats
 
-from .arms import PAIRS, REFERENCE, Pair
+from .arms import PAIRS, REFERENCE, Pair, published_share
 
 MARGIN = 1.0  # points of top-1 that count as no difference
 CONFIDENCE = 0.95
 MIN_FREEDOM = 3  # degrees of it, below which the scatter over seeds is not known
+CLOSE = 0.05  # of a pair's published ratio of parameters
 HOLDS, FAILS, OPEN = 'holds', 'does not hold', 'not decided by these runs'
 
 
@@ -97,6 +101,19 @@ def half_width(first: Arm, second: Optional[Arm], arms: Sequence[Arm]) -> float:
     return float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(spread)
 
 
+def obstacle(first: Arm, second: Arm, arms: Sequence[Arm], chance: float, relation: str) -> Optional[str]:
+    """Why nothing can be said of a pair, whatever its difference; None where something can."""
+    if idle := [arm.name for arm in (first, second) if arm.mean - half_width(arm, None, arms) <= chance]:
+        return f'{OPEN}: {" and ".join(idle)} did not learn'
+    if relation != '?':
+        size, published = first.parameters / second.parameters, published_share(first.name, second.name)
+        if abs(size / published - 1) > CLOSE:
+            return f'not judged: {size:.2f} of the size, in the paper {published:.2f}'
+    if pooled(arms)[1] < MIN_FREEDOM:
+        return f'not decided ({"one seed" if min(len(first.top1), len(second.top1)) == 1 else "too few seeds"})'
+    return None
+
+
 def judge(difference: float, half: float, relation: str) -> str:
     """What an interval says of a relation."""
     low, high = difference - half, difference + half
@@ -112,7 +129,7 @@ def judge(difference: float, half: float, relation: str) -> str:
 def verdicts(arms: Dict[str, Arm], chance: float) -> List[Verdict]:
     """Of every pair of the paper's, and of every own design against T2T-ViT-14, whose relation nobody claims.
 
-    `chance` is the top-1 of guessing, in percent.
+    `chance` is the top-1 of guessing the largest class, in percent.
     """
     own = [Pair('your design', name, '?', REFERENCE, math.nan) for name, arm in arms.items() if arm.own]
     found = []
@@ -124,16 +141,11 @@ def verdicts(arms: Dict[str, Arm], chance: float) -> List[Verdict]:
         difference = first.mean - second.mean
         half = half_width(first, second, list(arms.values()))
         size = first.parameters / second.parameters
-        idle = [arm.name for arm in (first, second) if arm.mean - half_width(arm, None, list(arms.values())) <= chance]
-        if idle:
-            text = f'{OPEN}: {" and ".join(idle)} did not learn'
-        elif pair.relation == '?':
+        text = obstacle(first, second, list(arms.values()), chance, pair.relation) or ''
+        if not text and pair.relation == '?':
             better, worse = (judge(difference, half, relation) == HOLDS for relation in '><')
             text = 'better' if better else 'worse' if worse else OPEN
-        else:
-            text = judge(difference, half, pair.relation)
-            if pair.size is not None and size > pair.size:
-                text = f'{text}, but at {size:.2f} of the size'
+        text = text or judge(difference, half, pair.relation)
         found.append(Verdict(pair, difference, half, size, text, f'{len(first.top1)} and {len(second.top1)}'))
     return found
 
