@@ -46,6 +46,25 @@ def test_what_has_no_decay(tmp_path):
         assert (decay[id(p)] == 0) == (p.ndim <= 1 or name == 'cls_token'), name
 
 
+def test_transfer_as_the_release_does_it(tmp_path):
+    """Decay on all that learns, and one end for the rates of head and body: eta_min of a plain cosine."""
+    run = make(tmp_path, **{'optimizer.body_lr': 0.1, 'optimizer.decay_all': True, 'optimizer.min_lr_alike': True,
+                            'optimizer.min_lr': 1e-4, 'optimizer.warmup_epochs': 0})
+    groups = run.optimizer.param_groups
+    assert {group['weight_decay'] for group in groups} == {0.05}
+    rates = []
+    for step in (0, 5, 10):  # of ten
+        run.schedule.step_update(step)
+        rates.append(sorted({group['lr'] for group in groups}))
+    assert rates == [pytest.approx([2e-4, 2e-3]), pytest.approx([1.5e-4, 1.05e-3]), pytest.approx([1e-4])]
+
+
+def test_the_memory_of_teacher_and_images(tmp_path, digits_run, capsys):
+    train(digits_config(output=str(tmp_path), **{
+        'objective.kind': 'distill', 'objective.teacher': str(digits_run)}), dry_run=True)
+    assert 'average, 1 for the teacher, 0 for the images in memory, ' in capsys.readouterr().out  # 0.6 and 0.4 MB
+
+
 def test_a_parameter_in_no_group_or_in_two(tmp_path):
     run = make(tmp_path)
     groups = parameter_groups(run.config, run.task)

@@ -102,6 +102,14 @@ def test_a_printed_config_gives_itself(run, tmp_path):
     assert run('train', '--config', tmp_path / 'a.yaml', '--print_config') == (0, lines, [])
 
 
+def test_options_as_people_spell_them(run, tmp_path):
+    code, lines, _ = run('train', '--recipe', 'digits', '--data', 'digits', '--batch-size', 128, '--dry-run',
+                         '--data.memory', '--output', tmp_path / 'run')
+    assert code == 0 and lines[1].startswith('data      digits: 1,437') and not (tmp_path / 'run').exists()
+    code, lines, _ = run('train', '--data', 'elsewhere', '--data.download', '--print-config')
+    assert code == 0 and {'  root: elsewhere', '  download: true'} <= set(lines)
+
+
 def test_mistakes_are_reported_together(run):
     code, _, errors = run('train', 'word', '--recipe', 'digits', '--epohcs', 3, '--optimizer.lr=-1', '--seed')
     assert code == 2 and errors == [
@@ -196,10 +204,10 @@ def test_other_classes_are_not_scored(run, digits_run, photos):
     (['--checkpoint', 'RELEASE', '--model', 't2t_vit14'], "unknown model 't2t_vit14', did you mean t2t_vit_14?"),
     (['--checkpoint', 'RELEASE', '--model', 't2t_vit_14.foo'], "t2t_vit_14 has no tag 'foo'; tags: in1k, in1k_384"),
     (['--checkpoint', 'RELEASE', '--model', 't2t_vit_7'], 'of another shape'),
-    (['--checkpoint', 'RELEASE', '--batch_size', '0', '--workers', '-1'], 'batch_size is at least 1, got 0'),
+    (['--checkpoint', 'RELEASE', '--batch-size', '0', '--workers', '-1'], 'batch_size is at least 1, got 0'),
     (['--checkpoint', 'RELEASE', '--split', 'tset'], '"split"'),
     (['--checkpoint', 'RELEASE', '--device', 'abacus'], "no device 'abacus' here"),
-    (['--checkpoint', 'RELEASE', '--data', 'nowhere'], 'no data at nowhere'),
+    (['--checkpoint', 'RELEASE', '--download', '--data', 'nowhere'], 'no data at nowhere'),
     (['--chekpoint', 'RELEASE'], 'unknown option --chekpoint, did you mean checkpoint?'),
     (['--checkpoint', '.'], 'it has no model.safetensors and no config.json')])
 def test_what_cannot_be_scored(run, release, tmp_path, monkeypatch, argv, message):

@@ -6,7 +6,18 @@ from typing import Any, List
 import pytest
 import yaml
 
-from t2t_vit.settings import UsageError, flatten, nearest, options, read_settings, recipes, require, resolve
+from t2t_vit.settings import (
+    UsageError,
+    booleans,
+    flatten,
+    nearest,
+    options,
+    read_settings,
+    recipes,
+    require,
+    resolve,
+    spell_out,
+)
 from t2t_vit.train.config import Config
 
 
@@ -38,6 +49,7 @@ def test_later_settings_win():
     ('data.img_size', '32', 32),
     ('data.img_size', '[32, 48]', (32, 48)),
     ('data.memory', 'true', True),
+    ('trackers', '[]', []),
     ('model_args.drop_path_rate', '0.1', 0.1),
     ('model_args.token_layer', 'convolution', 'convolution')])
 def test_words_of_the_command_line_become_values(key, text, value):
@@ -90,9 +102,26 @@ def test_a_key_below_a_value():
 
 
 def test_options_and_what_is_wrong_with_them():
-    found, wrong = options(['--a', '1', '--b=x=y', '--flag', '--c', '-2', 'word', '--d'], flags=['flag'])
-    assert found == [('a', '1'), ('b', 'x=y'), ('flag', True), ('c', '-2')]
+    found, wrong = options(['--a', '1', '--b=x=y', '--c', '-2', 'word', '--d'])
+    assert found == [('a', '1'), ('b', 'x=y'), ('c', '-2')]
     assert wrong == ["what is 'word' for? options are --name value", '--d has no value']
+
+
+def test_hyphens_and_flags_without_a_value():
+    flags = booleans(Config)
+    assert set(flags) >= {'data.memory', 'data.download', 'objective.hard', 'optimizer.decay_all'}
+    assert 'data.root' not in flags and 'ema_decay' not in flags
+    assert spell_out(['--data.train-images', '5', '--data.memory', '--batch-size=2', '--data.download', 'false', 'a-b',
+                      '--objective.hard', 'word', '-o'], flags) == [
+        '--data.train_images', '5', '--data.memory=true', '--batch_size=2', '--data.download', 'false', 'a-b',
+        '--objective.hard=true', 'word', '-o']
+
+
+def test_weights_that_a_recipe_asks_for():
+    recipe = read_settings(recipes()['imagenet-14-384'])
+    with pytest.raises(UsageError, match='goes on from trained weights: say which with --weights FILE, or --weights n'):
+        resolve(Config, recipe)
+    assert resolve(Config, [*recipe, ('', 'weights', 'null')]).weights is None
 
 
 def test_values_stay_as_they_were():
@@ -140,6 +169,7 @@ def test_a_problem_in_a_file_names_the_file(tmp_path):
 @pytest.mark.parametrize('name', recipes())
 def test_a_resolved_recipe_is_its_own_file(name, tmp_path):
     more = [('', 'objective.teacher', 'resnet18')] if name.startswith(('distill', 'token')) else []
+    more += [('', 'weights', None)]
     config = resolve(Config, read_settings(recipes()[name]) + more)
     (tmp_path / 'a.yaml').write_text(config.to_yaml())
     assert resolve(Config, read_settings(tmp_path / 'a.yaml')) == config

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torchvision
 from conftest import CLASSES, crops, write_parquet
@@ -81,10 +83,22 @@ def test_parquet_labels_that_are_none(tmp_path, labels, names, message):
         Parquet([tmp_path / 'a.parquet'])
 
 
-def test_parquet_of_something_else(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def test_large_parquet_files_are_read_by_row_group(parquet, tmp_path, monkeypatch):
+    """Labels before; small ones as a whole when the first image is."""
+    table = pq.read_table(next(parquet.glob('train*')))
+    pq.write_table(table.slice(0, 10), tmp_path / 'train-0.parquet', row_group_size=4)
+    pq.write_table(table.slice(10), tmp_path / 'train-1.parquet', row_group_size=4)
+    small = open_source(str(tmp_path), 'train')
+    monkeypatch.setattr(module, 'AT_ONCE', 0)
+    large = open_source(str(tmp_path), 'train')
+    assert list(small.labels) == list(large.labels) == table.column('label').to_pylist()
+    for index in (23, 0, 9, 10):
+        assert np.array_equal(np.asarray(small.open(index)), np.asarray(large.open(index)))
+    assert small.name(10) == f'{tmp_path}/train-1.parquet[0]'
+    assert [[len(rows.held[1]) for rows in source.parts] for source in (small, large)] == [[10, 14], [2, 4]]
 
+
+def test_parquet_of_something_else(tmp_path):
     pq.write_table(pa.table({'text': ['a']}), tmp_path / 'a.parquet')
     with pytest.raises(DataError, match=r"has the columns \['text'\]; expected one of images"):
         Parquet([tmp_path / 'a.parquet'])

@@ -40,7 +40,8 @@ SEVERAL = {  # options that take several words
                   'runs': 'folders of runs whose curves to compare'},
     'explore': {'compare': 'more models, to be seen beside it: as visualize --models takes them'},
 }
-SPECIAL = ('recipe', 'config', 'resume', 'print_config', 'dry_run')  # of train, beside its configuration
+FLAGS = ('print_config', 'dry_run')
+SPECIAL = ('recipe', 'config', 'resume', *FLAGS)  # of train, beside its configuration
 SHORT = {'convert': {'output': '-o'}, 'export': {'output': '-o'}}
 
 
@@ -72,10 +73,11 @@ def call(command: str, argv: List[str]) -> int:
     """Run a command whose options are the arguments of its function."""
     from jsonargparse import ArgumentParser
 
-    from .settings import UsageError, nearest
+    from .settings import UsageError, booleans, nearest, spell_out
 
     module, name = COMMANDS[command][1].split(':')
     function = getattr(import_module(f'.{module}', __package__), name)
+    argv = spell_out(argv, booleans(function))
     parser = ArgumentParser(prog=f't2t-vit {command}', exit_on_error=False)
     for argument, how in POSITIONAL.get(command, {}).items():
         parser.add_argument(argument, type=str, **how)
@@ -101,7 +103,7 @@ def train(argv: List[str]) -> int:
     """`t2t-vit train`: a recipe, then a configuration file, then options, each over the ones before."""
     from jsonargparse import ArgumentParser
 
-    from .settings import UsageError, nearest, options, read_settings, recipes, resolve
+    from .settings import UsageError, booleans, nearest, options, read_settings, recipes, resolve, spell_out
     from .train.config import Config
 
     if {'-h', '--help'} & set(argv):
@@ -110,13 +112,14 @@ def train(argv: List[str]) -> int:
         parser.add_argument('--config', help='a YAML file of the options below, as every run folder has one')
         parser.add_argument('--resume', help='the folder of a run, or a state file of one, to go on with, with its own '
                             'configuration; auto: what stands in --output where it holds a run, else a new one')
+        parser.add_argument('--data', help='short for --data.root')
         parser.add_argument('--dry_run', action='store_true', help='say what would be done, and stop')
         parser.add_argument('--print_config', action='store_true', help='print the resolved configuration, and stop')
         parser.add_class_arguments(Config)
         parser.print_help()
         return 0
-    found, problems = options(argv, flags=('print_config', 'dry_run'))
-    special = {key: value for key, value in found if key in SPECIAL}
+    found, problems = options(spell_out(argv, [*FLAGS, *booleans(Config)]))
+    special = {key: value for key, value in found if key in SPECIAL and value != 'false'}
     settings = []
     if special.get('resume', 'auto') != 'auto':
         settings += saved_settings(Path(special['resume']))
@@ -127,7 +130,8 @@ def train(argv: List[str]) -> int:
         settings += read_settings(recipes()[special['recipe']])
     if 'config' in special:
         settings += read_settings(Path(special['config']))
-    settings += [(f'--{key}', key, value) for key, value in found if key not in special]
+    settings += [(f'--{key}', 'data.root' if key == 'data' else key, value)
+                 for key, value in found if key not in SPECIAL]
     config = resolve(Config, settings, problems)
     if 'print_config' in special:
         print(config.to_yaml(), end='')

@@ -4,9 +4,10 @@ import argparse
 import difflib
 import os
 from copy import deepcopy
+from dataclasses import is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Sequence, Tuple, Type, TypeVar
+from typing import Any, Dict, Iterable, List, Sequence, Tuple, Type, TypeVar, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -38,8 +39,32 @@ def recipes() -> Dict[str, Path]:
     return {file.stem: file for file in sorted(files, key=lambda file: file.stem)}
 
 
-def options(argv: Sequence[str], flags: Sequence[str] = ()) -> Tuple[List[Tuple[str, Any]], List[str]]:
-    """`--key value`, `--key=value` and, for `flags`, `--key` alone, in their order; and what is wrong with them."""
+def booleans(kind: Any, prefix: str = '') -> List[str]:
+    """The dotted names of a dataclass's fields, or a function's arguments, that are true or false."""
+    names: List[str] = []
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            names += booleans(hint, f'{prefix}{name}.')
+        elif bool in (hint, *get_args(hint)):
+            names.append(f'{prefix}{name}')
+    return names
+
+
+def spell_out(argv: Sequence[str], flags: Sequence[str]) -> List[str]:
+    """The words of a command with `_` for `-` in the options' names, and `true` for flags that stand alone."""
+    spelled: List[str] = []
+    for word, following in zip(argv, [*argv[1:], '']):
+        key, equals, value = word.partition('=')
+        if word.startswith('--'):
+            key = f'--{key[2:].replace("-", "_")}'
+            if key[2:] in flags and not equals and following.lower() not in ('true', 'false', 'null'):
+                equals, value = '=', 'true'
+        spelled.append(f'{key}{equals}{value}')
+    return spelled
+
+
+def options(argv: Sequence[str]) -> Tuple[List[Tuple[str, Any]], List[str]]:
+    """`--key value` and `--key=value` in their order; and what is wrong with them."""
     found: List[Tuple[str, Any]] = []
     problems, words = [], list(argv)
     while words:
@@ -47,8 +72,6 @@ def options(argv: Sequence[str], flags: Sequence[str] = ()) -> Tuple[List[Tuple[
         key, equals, value = word[2:].partition('=')
         if not word.startswith('--'):
             problems.append(f'what is {word!r} for? options are --name value')
-        elif key in flags and not equals:
-            found.append((key, True))
         elif equals:
             found.append((key, value))
         elif words and not words[0].startswith('--'):

@@ -229,7 +229,7 @@ def listed(file: Path) -> Iterator[str]:
     Raises:
         DataError: if it is no text, or has several columns and none of the usual names.
     """
-    with file.open(newline='', encoding='utf-8') as stream:
+    with file.open(newline='', encoding='utf-8-sig') as stream:
         try:
             paths = ((line.rstrip('\r\n') for line in stream) if file.suffix.lower() == '.txt' else
                      column_of_paths(csv.reader(stream), file))
@@ -247,7 +247,8 @@ def column_of_paths(rows: Iterator[List[str]], file: Path) -> Iterator[str]:
     header = next(rows, [])
     names = [name.strip().lower() for name in header]
     known = next((name for name in PATH_COLUMNS if name in names), None)
-    if known is None and len(header) > 1:
+    first = header[0] if len(header) == 1 else ''
+    if known is None and header and not (first.lower().endswith(SUFFIXES) or os.sep in first or '/' in first):
         raise DataError(f'{file} has the columns {header}; expected one of paths, {", ".join(PATH_COLUMNS)}')
     if known is None:
         yield from header

@@ -9,14 +9,15 @@ import json
 import math
 import os
 import tarfile
+from bisect import bisect_right
 from collections import Counter
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 from timm.data import create_dataset
@@ -31,6 +32,7 @@ MAX_ASPECT = 500  # of an image's sides
 TORCH_SETS = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist')
 IMAGE_COLUMNS = ('image', 'img', 'jpg', 'png')
 LABEL_COLUMNS = ('label', 'labels', 'fine_label', 'cls', 'target')
+AT_ONCE = 1 << 28  # bytes of Parquet files
 CACHE = '~/.cache/t2t-vit'
 
 
@@ -93,20 +95,74 @@ class Folder:
         return str(self.files[index])
 
 
+class Rows:
+    """The column of images of a Parquet file, as bytes or the Hub's {bytes, path}; one row group at a time is held.
+
+    With `whole`, all row groups are read as one, for reading at random what fits into memory.
+
+    Raises:
+        DataError: if it cannot be read, or has no such column.
+    """
+
+    def __init__(self, path: str, whole: bool = False) -> None:
+        self.path = path
+        try:
+            with pq.ParquetFile(path) as file:
+                schema, metadata = file.schema_arrow, file.metadata
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f'cannot read {path} as Parquet: {error}') from error
+        column = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
+        if column is None:
+            raise DataError(
+                f'{path} has the columns {schema.names}; expected one of images, {", ".join(IMAGE_COLUMNS)}')
+        kind = schema.field(column).type
+        if pa.types.is_struct(kind) and kind.get_field_index('bytes') < 0:
+            raise DataError(f'{path} has images of {kind}; expected bytes, or {{bytes, path}}')
+        self.column, self.leaf = column, f'{column}.bytes' if pa.types.is_struct(kind) else column
+        groups = list(range(metadata.num_row_groups))
+        self.groups = [groups] if whole else [[group] for group in groups]
+        self.ends = list(accumulate(sum(metadata.row_group(i).num_rows for i in some) for some in self.groups))
+        self.held: Tuple[int, Any] = (-1, None)
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def name(self, index: int) -> str:
+        """The file's path and the row's number."""
+        return f'{self.path}[{index}]'
+
+    def open(self, index: int) -> Image.Image:
+        """The decoded image."""
+        group = bisect_right(self.ends, index)
+        if self.held[0] != group:
+            self.held = (-1, None)  # the one before goes first
+            with pq.ParquetFile(self.path) as file:  # opened anew in every process that reads
+                table = file.read_row_groups(self.groups[group], columns=[self.leaf], use_threads=False)
+            self.held = (group, table.column(self.column))
+        value = self.held[1][index - (self.ends[group - 1] if group else 0)].as_py()
+        content = value['bytes'] if isinstance(value, dict) else value
+        if content is None:
+            raise DataError('the row holds no image')
+        return decode(io.BytesIO(content))
+
+
 class Parquet:
-    """Files in the Hub's Parquet layout: a column of images {bytes, path} and one of integer or text labels."""
+    """Files in the Hub's Parquet layout: a column of images {bytes, path} and one of integer or text labels.
+
+    Files of at most `AT_ONCE` bytes together are held as they are, by every process that opens images; of larger ones,
+    which are read by row group, the last row group of each.
+    """
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = [str(file) for file in files]
         try:
-            table = pa.concat_tables([pq.read_table(file) for file in self.files])
+            _, label = find_columns(pq.read_schema(self.files[0]).names, self.files[0])
+            table = pa.concat_tables([pq.read_table(file, columns=[label]) for file in self.files])
         except (pa.ArrowException, OSError) as error:
             raise DataError(f'cannot read {", ".join(self.files)} as Parquet: {error}') from error
-        image, label = find_columns(table.column_names, self.files[0])
-        column = table.column(image)
-        if pa.types.is_struct(column.type) and column.type.get_field_index('bytes') < 0:
-            raise DataError(f'{self.files[0]} has images of {column.type}; expected bytes, or {{bytes, path}}')
-        self.images = pc.struct_field(column, 'bytes') if pa.types.is_struct(column.type) else column
+        whole = sum(file.stat().st_size for file in files) <= AT_ONCE
+        self.parts = [Rows(file, whole) for file in self.files]
+        self.ends = list(accumulate(map(len, self.parts)))
         names = self.class_names(table.schema.metadata or {}, label)
         self.classes, self.labels = number_labels(table.column(label).to_pylist(), names, self.files[0], label)
 
@@ -119,11 +175,18 @@ class Parquet:
             return []
         return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 
+    def locate(self, index: int) -> Tuple[Rows, int]:
+        """The file that holds the image, and the image's row in it."""
+        part = bisect_right(self.ends, index)
+        return self.parts[part], index - (self.ends[part - 1] if part else 0)
+
     def open(self, index: int) -> Image.Image:
-        return decode(io.BytesIO(self.images[index].as_py()))
+        rows, row = self.locate(index)
+        return rows.open(row)
 
     def name(self, index: int) -> str:
-        return f'{self.files[0]}[{index}]'
+        rows, row = self.locate(index)
+        return rows.name(row)
 
 
 class TorchSet:
@@ -211,9 +274,7 @@ class Shards:
 
     def open(self, index: int) -> Image.Image:
         shard, offset, size = (self.index.column(name)[index].as_py() for name in ('shard', 'offset', 'size'))
-        with self.files[shard].open('rb') as file:  # opened anew: a file that workers share has one position for all
-            file.seek(offset)
-            return decode(io.BytesIO(file.read(size)))
+        return decode_slice(self.files[shard], offset, size)
 
     def name(self, index: int) -> str:
         return f'{self.files[self.index.column("shard")[index].as_py()]}/{self.index.column("name")[index].as_py()}'
@@ -401,6 +462,13 @@ def decode(file: Any) -> Image.Image:
         raise DataError(f'an image of {width}x{height} pixels; at most {Image.MAX_IMAGE_PIXELS:,} are decoded')
     image.load()
     return image
+
+
+def decode_slice(path: 'Path | str', offset: int, size: int) -> Image.Image:
+    """`decode` of a part of a file, as of a tar."""
+    with open(path, 'rb') as file:  # opened anew: a file that workers share has one position for all
+        file.seek(offset)
+        return decode(io.BytesIO(file.read(size)))
 
 
 def open_source(root: str, split: str, cache: Optional[str] = None, download: bool = False) -> Source:

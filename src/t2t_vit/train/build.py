@@ -67,7 +67,7 @@ def freeze(model: nn.Module, patterns: List[str]) -> None:
 
 
 def parameter_groups(config: Config, task: Task) -> List[Dict[str, Any]]:
-    """Every trainable parameter in exactly one group: norms, biases and the class token without decay."""
+    """Every trainable parameter in exactly one group: norms, biases and the class token by default without decay."""
     tuning, bare = config.optimizer, task.no_weight_decay()
     if tuning.layer_decay is not None:
         groups = param_groups_layer_decay(task, tuning.weight_decay, bare, layer_decay=tuning.layer_decay)
@@ -79,6 +79,11 @@ def parameter_groups(config: Config, task: Task) -> List[Dict[str, Any]]:
         groups = [{**group, 'params': chosen, 'lr_scale': scale} for group in groups
                   for scale, inside in ((1.0, False), (tuning.body_lr, True))
                   if (chosen := [p for p in group['params'] if (id(p) in body) == inside])]
+    for group in groups:
+        if tuning.decay_all:
+            group['weight_decay'] = tuning.weight_decay
+        if tuning.min_lr_alike:  # timm's schedules scale all they do, the end too, by lr_scale
+            group['lr'] = config.lr * group.pop('lr_scale', 1.0)
     check_groups(task, groups)
     return groups
 

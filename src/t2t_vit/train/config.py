@@ -18,6 +18,7 @@ from ..data import Augment
 from ..models.t2t_vit import VARIANTS, T2TViT
 from ..settings import flatten, nearest
 
+REQUIRED = 'required'
 TRACKERS = sorted(kind.value for kind in LoggerType if kind.value != 'all')
 
 
@@ -118,7 +119,8 @@ class Optimizer:
         name: Any optimizer of timm's.
         lr: Peak learning rate.
         lr_batch: The batch size that lr is for: the rate used is lr * batch_size / lr_batch; by default just lr.
-        weight_decay: On matrices; norms, biases and the class token have none.
+        weight_decay: On matrices; norms, biases and the class token have none, but where decay_all says so.
+        decay_all: Weight decay on every parameter.
         momentum: Where the optimizer has one.
         layer_decay: Factor on the learning rate from each layer to the one before; none by default.
         body_lr: Factor on the learning rate of all but the head, for transfer; none by default.
@@ -127,6 +129,8 @@ class Optimizer:
         warmup_epochs: Epochs from warmup_lr up to lr.
         warmup_lr: Where the warm-up begins.
         min_lr: Where the cosine ends.
+        min_lr_alike: End at min_lr itself also where layer_decay or body_lr make the rate smaller; by default they make
+            the end smaller too.
         cooldown_epochs: Epochs at min_lr, after the others.
     """
 
@@ -134,6 +138,7 @@ class Optimizer:
     lr: float = 1e-3
     lr_batch: Optional[int] = None
     weight_decay: float = 0.05
+    decay_all: bool = False
     momentum: float = 0.9
     layer_decay: Optional[float] = None
     body_lr: Optional[float] = None
@@ -142,6 +147,7 @@ class Optimizer:
     warmup_epochs: int = 10
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
+    min_lr_alike: bool = False
     cooldown_epochs: int = 10
 
 
@@ -152,7 +158,8 @@ class Config:
     Args:
         model: Any model of `t2t-vit models`.
         model_args: More arguments of T2TViT, as drop_path_rate.
-        weights: A file to start from, in any published layout, or a run folder; from scratch by default.
+        weights: A file to start from, in any published layout, or a run folder; from scratch by default. `required`
+            is for recipes that make no sense from scratch: it asks for one.
         data: Where images come from.
         augment: What is done to them.
         objective: What a step minimises.
@@ -242,6 +249,8 @@ class Config:
             (o.lr_batch is None or o.lr_batch >= 1, f'optimizer.lr_batch is at least 1, got {o.lr_batch}'),
             (o.min_lr <= self.lr, f'optimizer.min_lr {o.min_lr:g} is above the learning rate {self.lr:g}'),
             (o.body_lr is None or o.body_lr > 0, f'optimizer.body_lr is above 0, got {o.body_lr}'),
+            (not o.min_lr_alike or o.min_lr <= self.lr * (o.body_lr or 1),
+             f'optimizer.min_lr {o.min_lr:g} is above the learning rate of the body, {self.lr * (o.body_lr or 1):g}'),
             (o.body_lr is None or o.layer_decay is None, 'optimizer.body_lr and layer_decay exclude each other'),
             (o.weight_decay >= 0, f'optimizer.weight_decay is at least 0, got {o.weight_decay}'),
             (o.warmup_epochs >= 0, f'optimizer.warmup_epochs is at least 0, got {o.warmup_epochs}'),
@@ -265,7 +274,9 @@ class Config:
                                                          f'got {a.erase_mode}'),
             (a.interpolation in ('bilinear', 'bicubic', 'random'),
              f'augment.interpolation is bilinear, bicubic or random, got {a.interpolation}'),
-            (self.weights is None or Path(self.weights).exists(), f'no weights at {self.weights}'),
+            (self.weights != REQUIRED, 'this recipe goes on from trained weights: say which with --weights FILE, '
+                                       'or --weights null to begin from scratch all the same'),
+            (self.weights in (None, REQUIRED) or Path(str(self.weights)).exists(), f'no weights at {self.weights}'),
             (self.weights is None or self.family, f'weights are for models of `t2t-vit models`, not {self.model!r}'),
         ]
         return [sentence for holds, sentence in rules if not holds] + self.objective.problems(a) + self.refusals()

@@ -1,6 +1,6 @@
 """What a run is about to do, before it does it."""
 
-from typing import Any, List
+from typing import Any, Dict, Iterable, List, Tuple
 
 import torch
 
@@ -41,23 +41,32 @@ def plan(run: Any) -> List[str]:
                      f'{FIRST} steps and every epoch')
     held, per_image = memory(run)
     lines += [
-        f'memory    about {(held + share * per_image) / 2 ** 20:,.0f} MB a process: {held / 2 ** 20:,.0f} for weights, '
-        f'gradients, optimizer and average, {per_image / 2 ** 20:,.1f} for each image of a part',
+        f'memory    about {(sum(held.values()) + share * per_image) / 2 ** 20:,.0f} MB a process: '
+        f'{", ".join(f"{size / 2 ** 20:,.0f} for {what}" for what, size in held.items() if size)}, '
+        f'{per_image / 2 ** 20:,.1f} for each image of a part',
         f'run       {run.folder}']
     return lines
 
 
-def memory(run: Any) -> List[float]:
-    """Estimated bytes: what is held all the time, and what a step keeps of one image for its backward pass.
+def size_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def memory(run: Any) -> Tuple[Dict[str, int], float]:
+    """Estimated bytes: what is held all the time, and for what; and what a step keeps of an image to go backward.
 
     The second is measured: the sum of what autograd saves in a forward pass of two images, which leaves the running
     statistics of the model as they are. It is an upper bound where models/recompute.py would keep less; what an
     operator needs within itself, and what the allocator wastes, is not in it.
     """
-    learned = sum(p.numel() * p.element_size() for p in run.parameters)
-    whole = sum(t.numel() * t.element_size() for t in run.task.state_dict().values())
+    learned, whole = size_of(run.parameters), size_of(run.task.state_dict().values())
     slots = 1 if run.config.optimizer.name in ('sgd', 'momentum') else 2  # of the optimizer, for each weight
-    held = whole + (1 + slots) * learned + (whole if run.config.ema_decay else 0)
+    sets = [part for part in (run.train_set, run.val_set) if isinstance(part, MemoryBatches)]
+    held = {'weights, gradients, optimizer and average':
+            whole + (1 + slots) * learned + (whole if run.config.ema_decay else 0),
+            'the teacher': size_of(run.task.teacher.model.state_dict().values()) if run.task.teacher else 0,
+            'the images in memory': size_of(part.images for part in sets)}
     known = {t.untyped_storage().data_ptr() for t in run.task.state_dict().values()}
     saved = {}
 
@@ -74,4 +83,4 @@ def memory(run: Any) -> List[float]:
     batch = Batch(images, labels, labels, torch.tensor([[0., 0., 1., 1., 0.]] * pair, device=device))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), run.accelerator.autocast():
         torch.func.functional_call(run.task, buffers, (batch,))
-    return [float(held), sum(saved.values()) / pair]
+    return held, sum(saved.values()) / pair

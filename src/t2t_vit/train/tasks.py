@@ -4,7 +4,7 @@ A task holds all that is trained. Its random numbers are those of NumPy's and to
 """
 
 from pathlib import Path
-from typing import Any, Callable, Dict, Set
+from typing import Any, Callable, Dict, Optional, Set
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ class Task(nn.Module):
     """
 
     net: Any  # a module with the attributes of timm's
+    teacher: Optional[Teacher] = None
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -89,7 +90,8 @@ class Distill(Classify):
             hard: bool = False,
     ) -> None:
         super().__init__(net, augment)
-        self.teacher, self.weight, self.temperature, self.hard = teacher, weight, temperature, hard
+        self.teacher: Teacher = teacher
+        self.weight, self.temperature, self.hard = weight, temperature, hard
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The loss; mixing is in place."""
@@ -164,5 +166,7 @@ def make_task(config: Config, net: nn.Module, name: Callable[[int], str]) -> Tas
     dense = goal.kind == 'token_labels'
     teacher = load_teacher(str(goal.teacher), cfg, goal.teacher_size, dense)
     if dense:
-        return TokenLabels(net, teacher.label_tokens, goal.weight, goal.mixtoken, augment.smoothing)
+        task = TokenLabels(net, teacher.label_tokens, goal.weight, goal.mixtoken, augment.smoothing)
+        task.teacher = teacher
+        return task
     return Distill(net, augment, teacher, goal.weight, goal.temperature, goal.hard)
