@@ -170,8 +170,12 @@ def test_to_the_hub_and_back(trained, served, tmp_path, monkeypatch, capsys):
     assert Hub.files['model.safetensors'] == (trained[0] / 'model.safetensors').read_bytes()
     card = ModelCard(Hub.files['README.md'].decode())
     assert card.data.license == 'apache-2.0' and 'apache-2.0.' in card.text and hub.UNSTATED not in card.text
-    assert "'hf-hub:me/digits'" in card.text and 'By hand.' in card.text
+    assert "'hf-hub:me/digits'" in card.text and 'By hand.' in card.text and '## Use' in card.text
     assert json.loads(Hub.files['config.json'])['pretrained_cfg']['license'] == 'apache-2.0'
+    assert cli.main(['push', str(trained[1]), 'me/digits', '--license', 'mit']) == 0
+    said = 'mit. The weights that they started from, first, have a licence that holds on: cc-by-4.0.'
+    assert said in capsys.readouterr().out and said in ModelCard(Hub.files['README.md'].decode()).text
+    assert hub.relicense('By hand.', 'mit', None) == 'By hand.\n\n## Licence of the weights\n\nmit.\n'
 
 
 def test_what_cannot_be_pushed(trained, tmp_path, monkeypatch, capsys):

@@ -57,9 +57,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
                    row_group_size=3)
     pq.write_table(pa.table({'png': pictures, 'label': range(8)}), root / 'bytes.parquet')
     paths = [f'folder/{"deep/" if i > 5 else ""}{i}.png' for i in range(8)]
-    (root / 'list.txt').write_text('\n'.join(paths) + '\n\n')
+    (root / 'list.txt').write_text('\ufeff' + '\n'.join(paths) + '\n\n')  # as some editors begin a file
     (root / 'bare.csv').write_text('\n'.join(paths))
-    (root / 'table.csv').write_text('label,File\n' + ''.join(f'"a, b",{path}\n' for path in paths))
+    (root / 'table.csv').write_text('\ufeffFile,label\n' + ''.join(f'{path},"a, b"\n' for path in paths))
     return root
 
 
@@ -93,6 +93,12 @@ def test_a_list_from_the_working_directory(place, tmp_path, monkeypatch):
     assert images.name(0) == 'folder/0.png' and len(images) == 2 and images.open(0)
 
 
+def test_a_folder_goes_before_what_is_embedded(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'samples').symlink_to(place / 'folder')
+    assert find_images(['samples']).name(0) == 'samples/0.png'
+
+
 def test_one_row_group_is_held(place):
     rows = find_images([str(place / 'hub.parquet')]).parts[0]
     rows.open(7)
@@ -110,7 +116,8 @@ def test_names_that_are_no_text(place, tmp_path):
     (['nowhere', 'else*.png'], 'not there: nowhere, else\\*.png'), (['empty'], 'no images in empty'),
     (['torn.tar'], 'torn.tar is torn'), (['torn.parquet'], 'cannot read torn.parquet as Parquet'),
     (['other.parquet'], "has the columns \\['x'\\]; expected one of images"),
-    (['other.csv'], "has the columns \\['a', 'b'\\]; expected one of paths"), (['bytes.csv'], 'is no list of paths')])
+    (['other.csv'], "has the columns \\['a', 'b'\\]; expected one of paths"), (['bytes.csv'], 'is no list of paths'),
+    (['column.csv'], "has the columns \\['photo'\\]; expected one of paths")])
 def test_what_holds_no_images(place, tmp_path, monkeypatch, inputs, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'empty').mkdir()
@@ -118,6 +125,7 @@ def test_what_holds_no_images(place, tmp_path, monkeypatch, inputs, message):
     (tmp_path / 'torn.parquet').write_bytes((place / 'hub.parquet').read_bytes()[:2000])
     pq.write_table(pa.table({'x': [1]}), tmp_path / 'other.parquet')
     (tmp_path / 'other.csv').write_text('a,b\n1,2\n')
+    (tmp_path / 'column.csv').write_text('photo\n1.png\n')
     (tmp_path / 'bytes.csv').write_bytes(b'\xff\xfe\0')
     with pytest.raises(DataError, match=message):
         find_images(inputs)

@@ -146,16 +146,32 @@ def test_killed_again_and_again(whole, many, model, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['a.parquet', 'a.parquet.json']
 
 
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='starts its processes by fork')
 def test_several_processes_share_the_work(whole, many, model, tmp_path, monkeypatch, capsys):
-    """Each its parts, as torchrun numbers them, in any order and on any machine that sees the folder."""
-    monkeypatch.setenv('WORLD_SIZE', '3')
-    for rank, said in ((2, 'process 3 of 3'), (0, 'process 1 of 3'), (1, 'all 100 are in'), (1, 'nothing left to do')):
-        monkeypatch.setenv('RANK', str(rank))
-        assert run('predict', many, '--checkpoint', model, '--output', tmp_path / 'a.parquet', '--shard_size', 12) == 0
-        assert said in capsys.readouterr().out
-        there = sorted(int(path.name[5:10]) for path in (tmp_path / 'a.parquet.parts').glob('part-*'))
-        assert there == {2: [2, 5, 8], 0: [0, 2, 3, 5, 6, 8]}.get(rank, [])
+    """Each its parts, as torchrun numbers them, at once or one by one, on any machine that sees the folder."""
+    words = ['predict', many, '--checkpoint', model, '--output', tmp_path / 'a.parquet', '--shard_size', 12]
+
+    def share(rank: int) -> None:
+        torch.set_num_threads(1)
+        os.environ.update(RANK=str(rank), WORLD_SIZE='3')
+        os._exit(run(*words))
+
+    children = [multiprocessing.get_context('fork').Process(target=share, args=(rank,)) for rank in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0, 0, 0]
     assert parquet(tmp_path / 'a.parquet') == parquet(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['a.parquet', 'a.parquet.json']
+    monkeypatch.setenv('WORLD_SIZE', '3')
+    words[5] = tmp_path / 'b.parquet'
+    for rank, there in ((2, [2, 5, 8]), (0, [0, 2, 3, 5, 6, 8]), (1, [])):
+        monkeypatch.setenv('RANK', str(rank))
+        assert run(*words) == 0
+        assert sorted(int(path.name[5:10]) for path in (tmp_path / 'b.parquet.parts').glob('part-*')) == there
+    assert 'process 3 of 3' in (said := capsys.readouterr().out) and 'all 100 are in' in said
+    assert run(*words) == 0 and 'nothing left to do' in capsys.readouterr().out
     assert run('predict', many, '--checkpoint', model) == 2
     assert '3 processes need an --output' in capsys.readouterr().err
     monkeypatch.setenv('RANK', 'x')
@@ -181,10 +197,15 @@ def test_what_is_there_already_is_not_overwritten(many, model, tmp_path, capsys)
     (tmp_path / 'a.csv').write_text('mine')
     (tmp_path / 'b').mkdir()
     (tmp_path / 'b' / 'mine').touch()
-    for name in ('a.csv', 'b'):
-        assert run('predict', many, '--checkpoint', model, '--output', tmp_path / name) == 2
+    (tmp_path / 'c.npy.csv').write_text('mine')
+    for words, name in ((['predict'], 'a.csv'), (['predict'], 'b'), (['embed'], 'c.npy')):
+        assert run(*words, many, '--checkpoint', model, '--output', tmp_path / name) == 2
         assert f'{tmp_path / name}' in (error := capsys.readouterr().err) and 'is there already' in error
-    assert (tmp_path / 'a.csv').read_text() == 'mine' and len(list(tmp_path.rglob('*'))) == 3
+    for record in ('{"settings": 3}', '[]', '{', '{"other": {}}'):
+        (tmp_path / 'd.csv.json').write_text(record)
+        assert run('predict', many, '--checkpoint', model, '--output', tmp_path / 'd.csv') == 2
+        assert f'{tmp_path / "d.csv.json"} is no record' in capsys.readouterr().err
+    assert (tmp_path / 'a.csv').read_text() == 'mine' and len(list(tmp_path.rglob('*'))) == 5
 
 
 def test_a_torn_part_is_named(tmp_path):
@@ -211,6 +232,18 @@ def test_stopped_by_hand(many, model, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == 't2t-vit: stopped; the same command goes on from what is done\n'
     assert run('predict', many, '--checkpoint', model) == 130
     assert capsys.readouterr().err == 't2t-vit: stopped, nothing to save\n'
+
+
+def test_without_an_output_rows_go_to_the_screen_batch_by_batch(many, model, monkeypatch, capsys):
+    def look(self: Live, done: int, text: str) -> None:
+        seen.append((done, capsys.readouterr().out.count('│')))
+
+    seen: List[Any] = []
+    monkeypatch.setattr(Live, 'show', look)
+    assert run('predict', many, '--checkpoint', model, '--top_k', 1) == 0
+    assert seen[0] == (4, 0) and [done for done, _ in seen] == [*range(4, 101, 4)]
+    assert all(said == seen[1][1] > 0 for _, said in seen[1:])  # the batch before, and no other
+    assert capsys.readouterr().out.splitlines()[-1].startswith('2 of 100 images cannot be read:')
 
 
 @pytest.mark.parametrize('words, message', [
@@ -247,7 +280,7 @@ def test_vectors_are_the_models(many, model, tmp_path, kind):
     assert np.allclose(vectors[:2], expected.detach(), atol=1e-5)
     assert np.flatnonzero(np.isnan(vectors).all(1)).tolist() == [17, 98]
     assert np.isnan(vectors).sum() == 2 * vectors.shape[1]
-    with (tmp_path / 'a.csv').open() as file:
+    with (tmp_path / 'a.npy.csv').open() as file:
         assert [bool(row['error']) for row in csv.DictReader(file)] == [i in (17, 98) for i in range(100)]
 
 
@@ -265,6 +298,11 @@ def test_models_of_timm(many, tmp_path, capsys):
     few.write_text('\n'.join(many.read_text().split('\n')[:3]))
     place = save_pretrained(timm.create_model('test_resnet', num_classes=3), tmp_path / 'resnet')
     levels = [i['num_chs'] for i in timm.create_model('test_resnet').feature_info]
+    swin = timm.create_model(  # its maps have their channels last
+        'swin_tiny_patch4_window7_224', img_size=56, embed_dim=8, depths=(1, 1), num_heads=(1, 1), num_classes=3).eval()
+    image = torch.randn(1, 3, 56, 56)
+    vectors = predict.Embedding(swin, 'pooled', image).parts(image)[0]
+    assert torch.equal(vectors, swin.forward_features(image).mean((1, 2)))
     for kind, width in (('pooled', levels[-1]), ('pyramid', sum(levels))):
         assert run('embed', few, '--checkpoint', place, '--output', tmp_path / f'{kind}.npy', '--kind', kind) == 0
         assert np.load(tmp_path / f'{kind}.npy').shape == (3, width)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -20,6 +21,8 @@ __all__ = ['Card', 'from_pretrained', 'licence_of', 'push', 'save_pretrained']
 
 RELEASE_LICENCE = 'bsd-3-clause-clear'
 UNSTATED = 'Not stated by whoever made them: ask before you use them for anything but a look.'
+HEADING = '## Licence of the weights'
+INHERITED = re.compile(r' The weights that they started from, .*? holds on')  # what `Card` says of a licence
 PLACE = 'USER/NAME'  # until it is pushed
 PRIVATE = ('output', 'device', 'threads', 'trackers', 'save_minutes', 'keep', 'data.cache', 'data.download')
 
@@ -76,7 +79,7 @@ class Card:
         if self.weights:
             licence += f' The weights that they started from, {self.weights}, have a licence that holds on.'
         lines += [
-            '## Licence of the weights', '', licence, '', '## Use', '', '```python', 'import timm',
+            HEADING, '', licence, '', '## Use', '', '```python', 'import timm',
             'import t2t_vit  # registers the models', '',
             f"model = timm.create_model('hf-hub:{PLACE}', pretrained=True).eval()", '```', '',
             f'or `t2t-vit predict IMAGES --checkpoint hf-hub:{PLACE}`.']
@@ -91,6 +94,18 @@ def licence_of(weights: Optional[str]) -> Optional[str]:
     if path.is_dir() and (path / CONFIG).exists():
         return json.loads((path / CONFIG).read_text())['pretrained_cfg'].get('license')
     return RELEASE_LICENCE if path.name in {published.file for published in PUBLISHED.values()} else None
+
+
+def relicense(text: str, license: str, before: Optional[str]) -> str:
+    """A card that states this licence; that of the weights which it started from stays, and is said on the screen."""
+    head, heading, rest = text.partition(f'{HEADING}\n\n')
+    old, gap, tail = rest.partition('\n\n## ')
+    inherited = INHERITED.search(old)
+    said = f'{license}.'
+    if inherited:
+        said += inherited[0] + (f': {before}.' if before else '.')
+        console().print(f'the card says of the licence: {said}', soft_wrap=True)
+    return f'{head}{heading}{said}{gap}{tail}' if heading else f'{text.rstrip()}\n\n{HEADING}\n\n{said}\n'
 
 
 def public(settings: List[Any]) -> Dict[str, Any]:
@@ -143,7 +158,8 @@ def push(
     Args:
         run: A run's folder.
         repo: USER/NAME; it is made where it is not there.
-        license: Of the weights, in the Hub's short form, as apache-2.0; by default as the card says.
+        license: Of the weights, in the Hub's short form, as apache-2.0; by default as the card says. The licence of
+            weights that they started from holds on beside it, and the card goes on saying so.
         private: Make a new repository that only you see.
         revision: The branch; main by default.
         message: What to say of the change.
@@ -154,8 +170,8 @@ def push(
         (folder / CARD).write_text(Card().text(from_pretrained(run)))
     card, config = ModelCard.load(folder / CARD), json.loads((folder / CONFIG).read_text())
     if license:
+        card.text = relicense(card.text, license, config['pretrained_cfg'].get('license'))
         card.data.license = config['pretrained_cfg']['license'] = license
-        card.text = card.text.replace(UNSTATED, f'{license}.')
     text = str(card).replace(PLACE, repo)
     api = HfApi(library_name='t2t-vit', library_version=__version__)
     try:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Literal, Optional, Protocol, Tuple
 
@@ -24,7 +25,7 @@ from .trained import hash_weights, load_model, pick_device, spoken_names
 Kind = Literal['features', 'class_token', 'pooled', 'pyramid']
 Precision = Literal['no', 'bf16', 'fp16']
 Row = Dict[str, Any]
-SHOWN = 24  # images in a picture
+SHOWN, NAMED = 24, 5  # images in a picture, and damaged ones in a message
 
 
 class Head(Protocol):
@@ -91,8 +92,8 @@ class Embedding:
         tokens = tokens.float()
         if self.kind == 'class_token':
             return [tokens[:, 0]]
-        if tokens.ndim == 4:
-            return [tokens.mean((2, 3))]
+        if tokens.ndim == 4:  # Swin's maps and their kin's have their channels last
+            return [tokens.mean((1, 2) if getattr(self.net, 'output_fmt', 'NCHW') == 'NHWC' else (2, 3))]
         return [tokens[:, getattr(self.net, 'num_prefix_tokens', 0):].mean(1)]
 
     def __call__(self, images: torch.Tensor) -> Dict[str, pa.Array]:
@@ -261,8 +262,8 @@ def predict(
         shard_size: int = 1024,
         max_pixels: int = MAX_PIXELS,
         picture: Optional[str] = None,
-) -> List[Row]:
-    """Name what is in images: the most probable classes of each. With no output, gives the rows, and prints them.
+) -> None:
+    """Name what is in images: the most probable classes of each.
 
     Args:
         inputs: Image files, folders and patterns of them, tars, Parquet files, lists of paths (.csv, .txt), or digits
@@ -270,8 +271,8 @@ def predict(
         checkpoint: A run's folder, hf-hub:USER/NAME, an exported .onnx, .xml or .pt2, or a file in any published layout
             (then with --model).
         model: The registered name of the model in a file.
-        output: A .csv, .jsonl or .parquet file, or a folder for parts that read as one data set; the screen by default.
-            The same command goes on where it was interrupted.
+        output: A .csv, .jsonl or .parquet file, or a folder for parts that read as one data set; the screen by default,
+            batch by batch. The same command goes on where it was interrupted.
         top_k: Classes to name.
         batch_size: Images at once.
         workers: Processes that open images.
@@ -285,40 +286,35 @@ def predict(
     job.check(('.csv', '.jsonl', '.parquet'), ((top_k >= 1, f'top_k is at least 1, got {top_k}'),))
     net, names = job.load()
     head = TopK(net, names, top_k)
-    rows: List[Row] = []
+    screen, total, good = console(), len(job.images), 0
     shown: List[Row] = []
+    damaged: List[str] = []
     for table in follow(job, head, dict(top_k=head.k)):
-        rows += table.to_pylist() if not output else []
-        if picture and len(shown) < SHOWN:
-            shown += [row for row in table.to_pylist() if row['error'] is None]
-    if not output:
-        show(rows, head.k)
+        good += table.column('error').null_count
+        rows = table.to_pylist() if not output or picture and len(shown) < SHOWN else []
+        shown += [row for row in rows if picture and row['error'] is None][:SHOWN - len(shown)]
+        if not output:
+            errors = (f'{row["image"]} ({row["error"]})' for row in rows if row['error'] is not None)
+            damaged += islice(errors, NAMED - len(damaged))
+            screen.print(as_table(rows, head.k))
+    if damaged and not good:
+        raise DataError(f'not one image can be read: {", ".join(damaged)}')
+    if damaged:
+        screen.print(f'{total - good} of {total} images cannot be read: {", ".join(damaged)}', soft_wrap=True)
     if picture and shown:
         Path(picture).parent.mkdir(parents=True, exist_ok=True)
         plot_predictions([(job.opener.show(row['index']), row['classes'][0], row['probabilities'][0],
-                           job.images.truth(row['index'])) for row in shown[:SHOWN]], Path(picture))
-        console().print(f'the picture is {picture}', soft_wrap=True)
-    return rows
+                           job.images.truth(row['index'])) for row in shown], Path(picture))
+        screen.print(f'the picture is {picture}', soft_wrap=True)
 
 
-def show(rows: List[Row], k: int) -> None:
-    """Rows as a table on the screen.
-
-    Raises:
-        DataError: if all are errors.
-    """
-    damaged = [row for row in rows if row['error'] is not None]
-    named = ', '.join(f'{row["image"]} ({row["error"]})' for row in damaged[:5])
-    if len(damaged) == len(rows):
-        raise DataError(f'not one image can be read: {named}')
+def as_table(rows: List[Row], k: int) -> Table:
+    """Rows for the screen."""
     table = Table('image', *(f'{i + 1}.' for i in range(k)))
     for row in rows:
         table.add_row(row['image'], *('–' if row['error'] is not None else f'{row["classes"][i]} '
                                       f'{100 * row["probabilities"][i]:.1f} %' for i in range(k)))
-    screen = console()
-    screen.print(table)
-    if damaged:
-        screen.print(f'{len(damaged)} of {len(rows)} images cannot be read: {named}', soft_wrap=True)
+    return table
 
 
 def embed(

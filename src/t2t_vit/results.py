@@ -47,6 +47,7 @@ class Results:
         self.place, self.count, self.shard_size, self.settings = place, count, shard_size, settings
         self.one_file = place.suffix in WRITERS
         self.folder = place.with_name(f'{place.name}.parts') if self.one_file else place
+        self.files = ([place] if self.one_file else []) + ([names_of(place)] if place.suffix == '.npy' else [])
         self.record = place.with_name(f'{place.name}.json') if self.one_file else place / '_conditions.json'
         total = -(-count // shard_size)
         self.parts = [self.folder / f'part-{i:05d}-of-{total:05d}.parquet' for i in range(total)]
@@ -58,14 +59,18 @@ class Results:
             UsageError: if the place holds something else, or rows of other settings; all differences in one message.
         """
         if not self.record.exists():
-            held = (list(self.folder.glob('[!.]*')) if self.folder.exists() else []) + [self.place] * self.one_file
+            held = [*(self.folder.glob('[!.]*') if self.folder.exists() else []), *self.files]
             if found := [str(path) for path in held if path.exists()]:
                 raise UsageError(f'{found[0]} is there already, and {self.record} is not: choose another output')
             self.folder.mkdir(parents=True, exist_ok=True)
             with appearing(self.record) as draft:
                 draft.write_text(json.dumps(dict(settings=self.settings, environment=environment), indent=2) + '\n')
-        saved, asked = (dict(flatten(tree)) for tree in (
-            json.loads(self.record.read_text())['settings'], json.loads(json.dumps(self.settings))))
+        try:
+            before = dict(flatten(json.loads(self.record.read_text())['settings']))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise UsageError(f'{self.record} is no record of `t2t-vit predict` or `embed`, or it is damaged: choose '
+                             'another output') from None
+        saved, asked = before, dict(flatten(json.loads(json.dumps(self.settings))))
         if changed := [key for key in {**saved, **asked} if saved.get(key) != asked.get(key)]:
             raise UsageError('\n'.join(f'{key} is {brief(saved.get(key))} in {self.record}, and cannot become '
                                        f'{brief(asked.get(key))} there: choose another output' for key in changed))
@@ -176,9 +181,14 @@ def write_jsonl(tables: Tables, count: int, place: Path) -> None:
             file.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in table.to_pylist())
 
 
+def names_of(place: Path) -> Path:
+    """What stands beside vectors."""
+    return place.with_name(f'{place.name}.csv')
+
+
 def write_npy(tables: Tables, count: int, place: Path) -> None:
-    """Vectors, (count, D) in float32, nan for what cannot be read; and their images and errors in a .csv beside."""
-    with appearing(place.with_suffix('.csv')) as names:
+    """Vectors, (count, D) in float32, nan for what cannot be read; and their images and errors in FILE.npy.csv."""
+    with appearing(names_of(place)) as names:
         stream((table.select(NAMES) for table in tables()), lambda schema: csv.CSVWriter(names, schema))
     with appearing(place) as draft:
         start, vectors = 0, None
