@@ -25,7 +25,8 @@ class Printed(NamedTuple):
     params: float
     gmacs: float
     img_size: int = 224
-    note: str = ''  # why ours differs by more than the printed digits can say
+    note: str = ''  # what is known of a difference that neither digits nor counting explain
+    counted: str = ''  # why the printed parameters are of another count, where that is known
 
 
 class Structure(NamedTuple):
@@ -38,52 +39,53 @@ class Structure(NamedTuple):
     gmacs_weights: float
 
     def explanations(self) -> List[str]:
-        """Why parameters or multiply-adds are not within 1 % of the printed ones; empty where they are."""
+        """Why parameters or multiply-adds are not within 1 % of the printed ones, as far as it is known."""
         row, found = self.printed, []
         if abs(self.params / row.params - 1) > TOLERANCE:
             if abs(self.params - row.params) <= STEP:
                 found.append('parameters: rounding')
             elif abs(self.params_all - row.params) <= STEP:
                 found.append(f'parameters: {self.params_all:.2f} M with the fixed tables, as printed')
+            else:
+                found.append(f'parameters: {row.counted or UNEXPLAINED}, {abs(self.params - row.params):.2f} M apart')
         if abs(self.gmacs / row.gmacs - 1) > TOLERANCE:
             if abs(self.gmacs - row.gmacs) <= STEP:
                 found.append('MACs: rounding')
             elif abs(self.gmacs_weights - row.gmacs) <= STEP:
                 found.append('MACs: printed without the products of attention')
-        return found + ([row.note] if row.note else [])
+            else:
+                found.append(f'MACs: {UNEXPLAINED}, {abs(self.gmacs - row.gmacs):.2f} G apart'
+                             + (f' ({row.note})' if row.note else ''))
+        return found
 
 
-VIT_S = ('MACs: no count found that gives the printed figures of ViT-S and its designs; ViT-B and DeiT-S, of the same '
-         'parts, agree')
-RESNET = 'MACs: convolutions and head alone; what else the printed figure counts is not said'
+UNEXPLAINED = 'unexplained'
+VIT_S = 'ViT-B and DeiT-S, of the same parts, agree'
 
 ROWS = [
     Printed('Table 1', 't2t_vit_7', 71.7, 4.3, 1.1),
     Printed('Table 1', 't2t_vit_10', 75.2, 5.9, 1.5),
     Printed('Table 1', 't2t_vit_12', 76.5, 6.9, 1.8),
     Printed('Table 1', 't2t_vit_14', 81.5, 21.5, 4.8),
-    Printed('Table 1', 't2t_vit_14', 83.3, 21.5, 17.1, 384,
-            'MACs: no count found that gives the printed figure; the same counter agrees at 224²'),
+    Printed('Table 1', 't2t_vit_14', 83.3, 21.5, 17.1, 384, 'the same count agrees at 224²'),
     Printed('Table 1', 't2t_vit_19', 81.9, 39.2, 8.5),
-    Printed('Table 1', 't2t_vit_24', 82.3, 64.1, 13.8,
-            note='MACs: no count found that gives the printed figure; 1.0 % apart'),
+    Printed('Table 1', 't2t_vit_24', 82.3, 64.1, 13.8),
     Printed('Table 1', 't2t_vit_t_14', 81.7, 21.5, 6.1),
     Printed('Table 1', 't2t_vit_t_19', 82.2, 39.2, 9.8),
     Printed('Table 1', 't2t_vit_t_24', 82.6, 64.1, 15.0),
     Printed('ViT', 'vit_s_16', 78.1, 48.6, 10.1, note=VIT_S),
     Printed('ViT', 'deit_small_patch16_224', 79.9, 22.1, 4.6),
     Printed('ViT', 'vit_base_patch16_224', 79.8, 86.4, 17.6),
-    Printed('ViT', 'vit_large_patch16_224', 81.1, 304.3, 63.6,
-            note='MACs: 61.6 is the count that gives ViT-B its printed 17.6'),
-    Printed('ResNet', 'resnet50', 79.1, 25.5, 4.3, note=RESNET),
-    Printed('ResNet', 'resnet101', 79.9, 44.6, 7.9, note=RESNET),
+    Printed('ViT', 'vit_large_patch16_224', 81.1, 304.3, 63.6, note='the same count gives ViT-B its printed 17.6'),
+    Printed('ResNet', 'resnet50', 79.1, 25.5, 4.3),
+    Printed('ResNet', 'resnet101', 79.9, 44.6, 7.9),
     Printed('ResNet', 'resnet152', 80.8, 60.2, 11.6),
     Printed('MobileNet', 'mobilenetv1_100', 70.8, 4.2, 0.6),
     Printed('MobileNet', 'mobilenetv2_100', 72.8, 3.5, 0.3),
     Printed('MobileNet', 'mobilenetv2_140', 75.6, 6.9, 0.6,
-            note="parameters: printed as in MobileNetV2's own paper; timm's network of that width has 6.1 M"),
+            counted="printed as in MobileNetV2's own paper; ours is timm's network of that width"),
     Printed('MobileNet', 'mobilenetv3_large_100', 75.2, 5.4, 0.2,
-            note="parameters: printed as in MobileNetV3's own paper; timm's network has 5.5 M"),
+            counted="printed as in MobileNetV3's own paper; ours is timm's network"),
     Printed('Designs on ViT-S/16', 'vit_s_16_deep_narrow', 79.0, 24.5, 5.5, note=VIT_S),
     Printed('Designs on ViT-S/16', 'vit_s_16_shallow_wide', 69.9, 47.9, 9.9, note=VIT_S),
     Printed('Designs on ViT-S/16', 'vit_s_16_dense', 76.8, 46.7, 9.7),
@@ -91,21 +93,20 @@ ROWS = [
     Printed('Designs on ViT-S/16', 'vit_s_16_resnext', 78.0, 48.6, 10.1, note=VIT_S),
     Printed('Designs on ViT-S/16', 'vit_s_16_ghost', 73.7, 32.1, 6.9, note=VIT_S),
     Printed('Designs on T2T-ViT-14', 't2t_vit_14_wide', 77.9, 25.1, 5.0),
-    Printed('Designs on T2T-ViT-14', 't2t_vit_dense', 80.6, 23.7, 5.5,
-            note='MACs: no count found that gives the printed figure; the parameters agree'),
+    Printed('Designs on T2T-ViT-14', 't2t_vit_dense', 80.6, 23.7, 5.5, note='the parameters agree'),
     Printed('Designs on T2T-ViT-14', 't2t_vit_14_se', 81.6, 21.9, 4.9,
-            note='MACs: the gates work on one vector an image and cost 0.0003 G, not the 0.1 that is printed for them'),
+            note='0.1 more is printed than without the gates, which work on one vector an image and cost 0.0003'),
     Printed('Designs on T2T-ViT-14', 't2t_vit_14_resnext', 81.5, 21.5, 4.8),
     Printed('Designs on T2T-ViT-14', 't2t_vit_16_ghost', 79.5, 16.3, 3.7,
-            note='MACs: between our counts with and without the products of attention'),
+            note='between our counts with and without the products of attention'),
     Printed('T2T module', 't2t_vit_14_no_t2t', 79.5, 21.1, 4.2,
-            note='parameters: 21.1 is the backbone alone, without the embedding of patches (0.3 M); MACs: the row '
-                 'below, of the same backbone, is printed with the products of attention, this one nearly without'),
+            note='near our count without the products of attention; the row below, of the same backbone, has them',
+            counted='printed is the backbone alone, without the embedding of patches'),
     Printed('T2T module', 't2t_vit_c_14', 80.8, 21.3, 4.6),
     Printed('T2T module', 't2t_vit_14', 81.5, 21.5, 4.8),
     Printed('T2T module', 't2t_vit_t_14', 81.7, 21.5, 6.1),
     Printed('T2T module', 't2t_vit_14_wide', 78.8, 25.0, 5.4,
-            note='MACs: the same model as among the designs, where 5.0 is printed'),
+            note='5.0 is printed for the same model among the designs'),
 ]
 PRINTED: Dict[str, Printed] = {row.name: row for row in reversed(ROWS)}  # the first that a model is printed in
 
@@ -152,7 +153,7 @@ def save_structures(rows: Sequence[Structure], folder: Path) -> None:
         for row in rows:
             printed = row.printed
             writer.writerow([printed.table, printed.name, printed.img_size, printed.top1, f'{row.params:.6f}',
-                             f'{row.params_all:.6f}', printed.params, f'{row.gmacs:.4f}', f'{row.gmacs_weights:.4f}',
+                             f'{row.params_all:.6f}', printed.params, f'{row.gmacs:.6f}', f'{row.gmacs_weights:.6f}',
                              printed.gmacs, '; '.join(row.explanations())])
     lines = ['# Structures: the paper\'s figures and ours', '',
              'Parameters are the learned ones, in millions. Multiply-adds of one image, in billions, with the products '
