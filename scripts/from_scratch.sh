@@ -1,14 +1,22 @@
 #!/usr/bin/env bash
 # From scratch on small photos: T2T-ViT and a ViT (hard split, no token layers) of the same budget, on CIFAR-10 at its
 # 32 pixels and Imagenette at 128, by one recipe each. A stopped run goes on where it was, a finished one is left alone.
-#   scripts/from_scratch.sh cpu|gpu FOLDER CIFAR10 IMAGENETTE [RUN…]
+#   scripts/from_scratch.sh [--minutes N] cpu|gpu FOLDER CIFAR10 IMAGENETTE [RUN…]
+# With --minutes it works so long, saves, and ends with 75 where runs are left; the next call goes on.
 # CIFAR10 and IMAGENETTE are what --data.root takes. RUNs: cifar10-t2t cifar10-vit imagenette-t2t imagenette-vit (all).
 # cpu: models of 0.6 to 0.8 million parameters, Imagenette at 64 pixels, few epochs: about two hours on a core by
 # the speed of its steps.
 # gpu: t2t_vit_7, 80 epochs of CIFAR-10 and 60 of Imagenette.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ $# -ge 4 ] && [[ $1 = cpu || $1 = gpu ]] || { sed -n '4,6s/^# *//p' "$0" >&2; exit 2; }
+usage() { sed -n '4,7s/^# *//p' "$0" >&2; exit 2; }
+deadline=
+if [ "${1:-}" = --minutes ]; then
+    [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || usage
+    deadline=$((SECONDS + 60 * $2))
+    shift 2
+fi
+[ $# -ge 4 ] && [[ $1 = cpu || $1 = gpu ]] || usage
 kind=$1 out=$2 cifar10=$3 imagenette=$4
 shift 4
 [ $# -gt 0 ] || set -- imagenette-t2t imagenette-vit cifar10-t2t cifar10-vit
@@ -31,8 +39,13 @@ fi
 run() {  # run NAME RECIPE ROOT OPTIONS
     local name=$1 recipe=$2 root=$3
     shift 3
-    "${PYTHON:-.venv/bin/python}" -m t2t_vit.cli train --recipe "$recipe" --data.root "$root" --data.memory true \
-        --output "$out/$name" --resume auto "${common[@]}" "$@"
+    local limit=()
+    if [ -n "$deadline" ]; then
+        [ "$SECONDS" -lt "$deadline" ] || exit 75
+        limit=(timeout --preserve-status --foreground --signal USR1 $((deadline - SECONDS)))
+    fi
+    "${limit[@]}" "${PYTHON:-.venv/bin/python}" -m t2t_vit.cli train --recipe "$recipe" --data.root "$root" \
+        --data.memory true --output "$out/$name" --resume auto "${common[@]}" "$@"
 }
 for name in "$@"; do
     case $name in

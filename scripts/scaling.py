@@ -1,26 +1,34 @@
-"""How long the 310 epochs of the ImageNet recipe take on 1 to 512 GPUs: a model of compute and communication.
+"""How long the recipes for images of 224 pixels take on 1 to 512 GPUs: a model of compute and communication.
 
-    python scripts/scaling.py                          # from an assumed share of the chip's peak
-    python scripts/scaling.py --speed t2t_vit_14=2900  # from images/s of a training step measured on one GPU
+    python scripts/scaling.py                              # from an assumed share of the chip's peak
+    python scripts/scaling.py --speed t2t_vit_14=2900@256  # from images/s of a training step measured at that batch
 
 Prints the tables of docs/scaling.md. What goes in, and where it ends to hold, is said there.
 """
 
 import argparse
+import csv
 import sys
+from functools import lru_cache
 from pathlib import Path
-from typing import Dict, List, NamedTuple
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'src'))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / 'src'))
 
 from t2t_vit.benchmark import count_macs  # noqa: E402
 from t2t_vit.models.listing import build, count_parameters  # noqa: E402
+from t2t_vit.settings import read_settings, recipes  # noqa: E402
 
-IMAGES, EPOCHS, BATCH = 1_281_167, 310, 512
-MODELS = ('t2t_vit_7', 't2t_vit_14', 't2t_vit_19', 't2t_vit_24', 't2t_vit_t_14', 't2t_vit_t_24')
+IMAGES = {'torch/cifar10': 50_000, 'torch/cifar100': 50_000}  # to train on; ImageNet's where it is none of these
+IMAGENET = 1_281_167
+MODELS = ('t2t_vit_7', 't2t_vit_10', 't2t_vit_12', 't2t_vit_14', 't2t_vit_19', 't2t_vit_24', 't2t_vit_t_14',
+          't2t_vit_t_19', 't2t_vit_t_24')
+RECIPES = [name for name in recipes() if name.startswith(('imagenet-', 'distill-', 'token-', 'cifar10-', 'cifar100-'))]
 GPUS = (1, 8, 64, 512)
+MEASURED = ROOT / 'results' / 'cpu-family' / 'bench.csv'
 
 
 class Machine(NamedTuple):
@@ -59,40 +67,99 @@ def all_reduce(size: float, gpus: int, machine: Machine) -> float:
     return 2 * (gpus - 1) / gpus * size / wire + 2 * (gpus - 1) * machine.latency
 
 
-def estimate(speed: float, size: float, gpus: int, machine: Machine = H100) -> Estimate:
-    """For a model of `speed` images/s on one GPU at full batches, and `size` bytes of gradients."""
-    local = BATCH // gpus
+class Run(NamedTuple):
+    """What a recipe asks for."""
+
+    model: str
+    images: int
+    epochs: int
+    batch: int
+    macs: float  # of one image, forward
+    size: float  # bytes of gradients
+    teacher: float = 0.0  # multiply-adds of one image, forward only
+
+    def speed(self, machine: Machine) -> float:
+        """Images/s at full batches by the chip's peak: two operations a multiply-add, backward twice the forward."""
+        return machine.peak * machine.reached / (6 * self.macs + 2 * self.teacher)
+
+
+def estimate(run: Run, speed: float, gpus: int, machine: Machine = H100) -> Estimate:
+    """For `speed` images/s on one GPU at full batches."""
+    local = run.batch // gpus
     compute = (local + machine.half) / speed
-    reduce = all_reduce(size, gpus, machine)
+    reduce = all_reduce(run.size, gpus, machine)
     exposed = max(0.0, reduce - machine.hidden * compute)
     step = compute + exposed
-    hours = EPOCHS * (IMAGES // BATCH) * step / 3600
+    hours = run.epochs * (run.images // run.batch) * step / 3600
     return Estimate(local, compute, reduce, exposed, hours, min(gpus, machine.node) * local / step)
 
 
-def tables(speeds: Dict[str, float], machine: Machine = H100) -> List[str]:
-    """Markdown lines: the models, then times."""
-    lines = ['| model | learned | all-reduce MB | GMAC forward | images/s on one GPU |', '|---|---|---|---|---|']
-    rows = []
-    for name in MODELS:
-        with torch.device('meta'):
-            model = build(name, 224)
-        learned, macs = count_parameters(model)[1], count_macs(model, 224)[0]
-        speed = speeds.get(name) or machine.peak * machine.reached / (6 * macs)  # 2 FLOP a MAC, backward is twice
-        lines.append(f'| {name} | {learned:,} | {4 * learned / 1e6:.0f} | {macs / 1e9:.2f} | {speed:,.0f}'
-                     f'{"" if name in speeds else " (assumed)"} |')
-        rows += [(name, gpus, estimate(speed, 4 * learned, gpus, machine)) for gpus in GPUS]
+def full_speed(measured: float, batch: float, machine: Machine = H100) -> float:
+    """Images/s at full batches, from a measurement at one batch."""
+    return measured * (batch + machine.half) / batch
+
+
+@lru_cache(maxsize=None)
+def count(name: str, img_size: int) -> Tuple[int, float]:
+    """A model's learned parameters, and multiply-adds of an image."""
+    with torch.device('meta'):
+        model = build(name, img_size)
+    return count_parameters(model)[1], count_macs(model, img_size)[0]
+
+
+def run_of(recipe: str) -> Run:
+    """A recipe's run."""
+    settings: Dict[str, Any] = {key: value for _, key, value in read_settings(recipes()[recipe])}
+    learned, macs = count(settings['model'], settings.get('data.img_size', 224))
+    teacher = str(settings.get('objective.teacher', '')).partition('.')[0]
+    return Run(
+        settings['model'], IMAGES.get(settings.get('data.root', ''), IMAGENET),
+        settings['epochs'] + settings['optimizer.cooldown_epochs'], settings['batch_size'], macs, 4 * learned,
+        count(teacher, 224)[1] if teacher else 0.0)
+
+
+def tables(speeds: Dict[str, float], names: Sequence[str] = RECIPES, machine: Machine = H100) -> List[str]:
+    """Markdown lines: the recipes with their hours, then the parts of a step of the nine models.
+
+    `speeds` are images/s at full batches, by model; of distillation and 384 pixels they are none.
+    """
+    runs = {recipe: run_of(recipe) for recipe in names}
+    cores = {row['model']: float(row['images_per_second']) for row in csv.DictReader(MEASURED.read_text().splitlines())}
+    lines = ['| recipe | model | all-reduce MB | GMAC forward | images/s, one CPU core (measured) | images/s, one GPU '
+             f'| hours on {" | ".join(f"{gpus} GPUs" for gpus in GPUS).replace("1 GPUs", "1 GPU", 1)} |',
+             f'|{"---|" * (6 + len(GPUS))}']
+    parts = []
+    for recipe, run in runs.items():
+        plain = not run.teacher and recipe != 'imagenet-14-384'
+        speed = speeds[run.model] if plain and run.model in speeds else run.speed(machine)
+        found = {gpus: estimate(run, speed, gpus, machine) for gpus in GPUS if gpus <= run.batch}
+        core = f'{cores[run.model]:.1f}' if plain and run.model in cores else '–'
+        lines.append(
+            f'| {recipe} | {run.model} | {run.size / 1e6:.0f} | {run.macs / 1e9:.2f} | {core} | {speed:,.0f}'
+            f'{"" if plain and run.model in speeds else " (assumed)"} | '
+            f'{" | ".join(f"{found[gpus].hours:.1f}" if gpus in found else "–" for gpus in GPUS)} |')
+        if recipe.startswith('imagenet-') and run.model in MODELS and plain:
+            parts += [(run.model, gpus, e) for gpus, e in found.items()]
     lines += ['', '| model | GPUs | images each | compute ms | all-reduce ms | of it exposed | hours | GPU-hours '
               '| input, images/s a node |', '|---|---|---|---|---|---|---|---|---|']
-    for name, gpus, e in rows:
-        lines.append(
-            f'| {name} | {gpus} | {e.local} | {1e3 * e.compute:.1f} | {1e3 * e.reduce:.1f} | {1e3 * e.exposed:.1f} '
-            f'| {e.hours:.1f} | {e.hours * gpus:,.0f} | {e.input:,.0f} |')
+    lines += [
+        f'| {name} | {gpus} | {e.local} | {1e3 * e.compute:.1f} | {1e3 * e.reduce:.1f} | {1e3 * e.exposed:.1f} '
+        f'| {e.hours:.1f} | {e.hours * gpus:,.0f} | {e.input:,.0f} |'
+        for name, gpus, e in sorted(parts, key=lambda part: MODELS.index(part[0]))]
     return lines
+
+
+def read_speed(word: str) -> Tuple[str, float]:
+    """MODEL=IMAGES_PER_SECOND@BATCH as the model and its speed at full batches."""
+    name, _, value = word.partition('=')
+    measured, _, batch = value.partition('@')
+    try:
+        return name, full_speed(float(measured), int(batch))
+    except ValueError:
+        raise SystemExit(f'--speed is MODEL=IMAGES_PER_SECOND@BATCH, as t2t_vit_14=2900@256; got {word}') from None
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--speed', action='append', default=[], metavar='MODEL=IMAGES_PER_SECOND')
-    given = dict(word.split('=') for word in parser.parse_args().speed)
-    print('\n'.join(tables({name: float(value) for name, value in given.items()})))
+    parser.add_argument('--speed', action='append', default=[], metavar='MODEL=IMAGES_PER_SECOND@BATCH')
+    print('\n'.join(tables(dict(map(read_speed, parser.parse_args().speed)))))

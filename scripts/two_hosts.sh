@@ -3,7 +3,7 @@
 # In the middle the second host is cut off and its processes die; it comes back, and the run goes on from the last state
 # saved and ends with the weights of an unbroken one, bit for bit.
 #   sudo scripts/two_hosts.sh [FOLDER]
-# Linux, root and iproute2; PYTHON names the interpreter.
+# Linux, root and iproute2; PYTHON names the interpreter, MINUTES (10) how long each part of it may take.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:-runs/two-hosts}")
@@ -30,19 +30,36 @@ for host in a b; do
 done
 
 host() {  # host NAME RANK FOLDER
-    OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME="t2t_v$1" ip netns exec "t2t_$1" "$python" -m torch.distributed.run \
+    OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME="t2t_v$1" timeout $((${MINUTES:-10} * 60)) ip netns exec "t2t_$1" "$python" -m torch.distributed.run \
         --nnodes 2 --node_rank "$2" --nproc_per_node 1 --master_addr 10.77.0.1 --master_port 29511 \
         -m t2t_vit.cli train --recipe digits --epochs 3 --optimizer.warmup_epochs 1 --batch_size 256 --device cpu \
         --model_args.depth 1 --save_minutes 0 --output "$3" --resume auto
 }
 
+both() {  # both FOLDER LOGS: a run of two hosts to its end, both of which must end well
+    host a 0 "$1" > "$2a.log" 2>&1 & local first=$!
+    host b 1 "$1" > "$2b.log" 2>&1 & local second=$!
+    wait "$first" && wait "$second" && return
+    echo "a host failed; the end of its log:" >&2
+    tail -n 20 "$2a.log" "$2b.log" >&2
+    exit 1
+}
+
 echo 'unbroken: two hosts'
-host a 0 "$out/whole" > "$out/whole-a.log" 2>&1 & host b 1 "$out/whole" > "$out/whole-b.log" 2>&1 & wait
+both "$out/whole" "$out/whole-"
 
 echo 'broken: the second host is cut off after step 6'
 host a 0 "$out/parts" > "$out/parts-a1.log" 2>&1 & first=$!
 host b 1 "$out/parts" > "$out/parts-b1.log" 2>&1 & second=$!
-until compgen -G "$out/parts/checkpoints/step-0000000[6-9].pt" > /dev/null; do sleep 0.05; done
+deadline=$((SECONDS + ${MINUTES:-10} * 60))
+until compgen -G "$out/parts/checkpoints/step-0000000[6-9].pt" > /dev/null; do
+    if [ "$SECONDS" -ge "$deadline" ] || ! kill -0 "$first" "$second" 2> /dev/null; then
+        echo 'the run ended, or took too long, before its sixth step' >&2
+        tail -n 20 "$out/parts-a1.log" "$out/parts-b1.log" >&2
+        exit 1
+    fi
+    sleep 0.05
+done
 ip -n t2t_b link set t2t_vb down
 ip netns pids t2t_b | xargs -r kill -9
 wait "$second" || true
@@ -54,8 +71,8 @@ wait "$first" || true
 echo 'the second host is back: both start again'
 ip -n t2t_b link set t2t_vb up
 ip -n t2t_b address replace 10.77.0.2/24 dev t2t_vb
-host a 0 "$out/parts" > "$out/parts-a2.log" 2>&1 & host b 1 "$out/parts" > "$out/parts-b2.log" 2>&1 & wait
-grep -h 'from epoch' "$out/parts-a2.log"
+both "$out/parts" "$out/parts-again-"
+grep -h 'from epoch' "$out/parts-again-a.log"
 
 "$python" - "$out" <<'PYTHON'
 import sys

@@ -1,7 +1,10 @@
 """Every shipped recipe says what it is, resolves, and trains."""
 
+import re
+
 import pytest
 import timm
+import torch
 from conftest import CLASSES
 
 from t2t_vit.settings import UsageError, read_settings, recipes, resolve
@@ -23,8 +26,8 @@ def config(name, **changes):
 def test_its_head_says_what_it_is(name):
     head = [line for line in recipes()[name].read_text().splitlines() if line.startswith('#')]
     text = '\n'.join(head)
-    assert f'--recipe {name}' in text and 'core' in text.lower()  # its command; its score
-    assert any(word in text for word in ('GPU', 'core', 'CPU'))  # on what
+    assert f'--recipe {name}' in text and re.search(r'\bscore\b', text, re.IGNORECASE)  # its command; its score
+    assert re.search(r'\b(GPUs?|cores?)\b', text) and re.search(r'\b(hours|minutes)\b', text)  # on what, how long
 
 
 @pytest.fixture(scope='module')
@@ -37,13 +40,30 @@ def teacher(tmp_path_factory, photos):
 
 @pytest.mark.parametrize('name', [name for name in recipes() if name != 'digits'])
 def test_it_trains(name, photos, tmp_path, teacher):
-    whole = config(name, **({'objective.teacher': 'resnet18'} if name.startswith(('distill', 'token')) else {}))
+    whole = config(name, weights=None, **(
+        {'objective.teacher': 'resnet18'} if name.startswith(('distill', 'token')) else {}))
     small = {'data.root': str(photos), 'data.img_size': 32, 'model_args.depth': DENSE_GROUPS.get(whole.model, 1)}
     if whole.objective.kind != 'labels':
         small['objective.teacher'] = str(teacher)
+    if weights := [value for _, key, value in read_settings(recipes()[name]) if key == 'weights']:
+        assert weights == ['required']
+        small['weights'] = None
     record = train(config(name, output=str(tmp_path), **SMOKE, **small))
     assert record['train_loss'] < 10 and (tmp_path / 'model.safetensors').exists()
     assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).pretrained_cfg['label_names'] == CLASSES
+
+
+def test_token_labeling_with_label_files(photos, tmp_path):
+    """As it is shipped: the public layout, a file an image."""
+    for file in (photos / 'train').rglob('*.*'):
+        label = tmp_path / 'labels' / file.parent.name / f'{file.stem}.pt'
+        label.parent.mkdir(parents=True, exist_ok=True)
+        classes = torch.arange(2).view(2, 1, 1).expand(2, 18, 18)
+        torch.save(torch.stack([9. - 5 * classes, classes.float()]).half(), label)
+    record = train(config('token-labeling-24', output=str(tmp_path / 'run'), **SMOKE, **{
+        'data.root': str(photos), 'data.img_size': 32, 'model_args.depth': 1,
+        'objective.labels': str(tmp_path / 'labels')}))
+    assert 0 < record['train_loss'] < 10
 
 
 def test_the_papers_rates():

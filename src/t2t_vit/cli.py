@@ -107,12 +107,12 @@ def train(argv: List[str]) -> int:
     from .train.config import Config
 
     if {'-h', '--help'} & set(argv):
-        parser = ArgumentParser(prog='t2t-vit train', description='Options go over the file, the file over the recipe.')
+        parser = ArgumentParser(prog='t2t-vit train', description='Options go over the file, the file over the recipe. '
+                                'A name may have - for _, --data is short for --data.root, and a flag needs no value.')
         parser.add_argument('--recipe', help=f'a shipped configuration to begin with: {", ".join(recipes())}')
         parser.add_argument('--config', help='a YAML file of the options below, as every run folder has one')
         parser.add_argument('--resume', help='the folder of a run, or a state file of one, to go on with, with its own '
                             'configuration; auto: what stands in --output where it holds a run, else a new one')
-        parser.add_argument('--data', help='short for --data.root')
         parser.add_argument('--dry_run', action='store_true', help='say what would be done, and stop')
         parser.add_argument('--print_config', action='store_true', help='print the resolved configuration, and stop')
         parser.add_class_arguments(Config)
