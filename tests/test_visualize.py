@@ -10,6 +10,7 @@ from typing import Dict, List, Tuple
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
@@ -21,7 +22,7 @@ from t2t_vit.look.opened import folder_name
 from t2t_vit.look.report import Section, write_report
 from t2t_vit.look.trace import Trace
 from t2t_vit.look.visualize import query_heat, unique
-from t2t_vit.plots import GREEN, RED, style
+from t2t_vit.plots import GREEN, RED, label_points, style
 
 PNG = b'\x89PNG'
 
@@ -97,6 +98,15 @@ def test_names_never_meet():
     assert [folder_name(text) for text in ('runs/x', 'cmp/runs/t2t_vit_14/seed-0')] == ['x', 't2t_vit_14/seed-0']
     places = [style(i) for i in range(12)]
     assert len(set(places)) == 12
+
+
+def test_names_beside_points_cover_nothing():
+    figure = Figure(figsize=(7, 4), layout='constrained')
+    axes = figure.subplots()
+    points = {f'a_long_name_{i}': (1 + .05 * (i % 3), 2 + .01 * i) for i in range(6)}
+    axes.plot(*zip(*points.values()), 'o')
+    boxes = [label.get_window_extent() for label in label_points(figure, axes, points)]
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
 
 
 def test_what_a_model_has_not_is_left_out(tmp_path):

@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 BLUE, ORANGE, GREEN, RED = '#0072B2', '#E69F00', '#009E73', '#D55E00'
@@ -107,14 +111,40 @@ def plot_speed(points: Dict[str, Tuple[float, float]], family: Sequence[str], co
     for name, (x, y) in points.items():
         mine = name in family
         axes.plot(x, y, marker='o' if mine else 's', color=BLUE if mine else ORANGE, linestyle='none')
-        axes.annotate(name, (x, y), xytext=(5, 4), textcoords='offset points', fontsize=8)
     axes.set(xlabel='images/s', ylabel='published top-1 on ImageNet (%)', xscale='log')
     axes.xaxis.set_major_formatter('{x:g}')
     axes.xaxis.set_minor_formatter('{x:g}')
     axes.margins(x=.15)
     axes.grid(alpha=.3, which='both')
     axes.set_title('\n'.join(textwrap.wrap(conditions, 80)), fontsize=9)
+    label_points(figure, axes, points)
     figure.savefig(file, dpi=150)
+
+
+def label_points(figure: Figure, axes: Axes, points: Dict[str, Tuple[float, float]]) -> List[Annotation]:
+    """Write names beside points, each at the first of a few places where it covers no other name and no point."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()  # the layout is known from here on
+    spots = axes.transData.transform(list(points.values()))
+    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in spots]
+    near = [(away * x, away * y, side) for away in (1, 2, 3) for x, y, side in (
+        (6, 3, 'left'), (6, -9, 'left'), (-6, 3, 'right'), (-6, -9, 'right'), (0, 8, 'center'), (0, -14, 'center'))]
+    made = []
+    for i, (name, place) in enumerate(points.items()):
+        label = axes.annotate(name, place, xytext=(0, 0), textcoords='offset points', fontsize=8)
+        others, best = taken[:i] + taken[i + 1:], None
+        for x, y, side in near:
+            label.set(position=(x, y), horizontalalignment=side)
+            box = label.get_window_extent(renderer).padded(3)
+            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+            covered = sum(box.overlaps(other) for other in others) + 9 * (not inside)
+            if best is None or covered < best[0]:
+                best = covered, (x, y), side
+        assert best is not None
+        label.set(position=best[1], horizontalalignment=best[2])
+        taken.append(label.get_window_extent(renderer))
+        made.append(label)
+    return made
 
 
 def plot_arms(
@@ -126,8 +156,8 @@ def plot_arms(
     for i, (name, parameters, top1, half, own) in enumerate(arms):
         family = 'T2T-ViT' if name.startswith('t2t') else 'ViT' if name.startswith('vit') else 'CNN'
         kind = 'your design' if own else family
-        left.errorbar(sum(top1) / len(top1), i, xerr=half, fmt='o', color=kinds[kind], capsize=3)
-        left.plot(top1, [i] * len(top1), marker='|', color='black', linestyle='none', markersize=7)
+        left.errorbar(sum(top1) / len(top1), i, xerr=half, fmt='o', color=kinds[kind], markersize=4, capsize=3)
+        left.plot(top1, [i] * len(top1), marker='|', color='black', linestyle='none', markersize=11, zorder=3)
         right.barh(i, parameters / 1e6, color=kinds[kind], label=kind, height=.6)
     left.set_yticks(range(len(arms)), [name for name, *_ in arms], fontsize=8)
     left.set_ylim(len(arms) - .4, -.6)
