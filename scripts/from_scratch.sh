@@ -9,7 +9,7 @@
 # gpu: t2t_vit_7, 80 epochs of CIFAR-10 and 60 of Imagenette.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-usage() { sed -n '4,7s/^# *//p' "$0" >&2; exit 2; }
+usage() { sed -n '4,6s/^# *//p' "$0" >&2; exit 2; }
 deadline=
 if [ "${1:-}" = --minutes ]; then
     [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || usage

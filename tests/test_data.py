@@ -79,9 +79,12 @@ def test_batches_do_not_depend_on_where_an_epoch_is_entered(photos, make):
 
 @pytest.mark.parametrize('make', [batches_of, lambda photos: memory_of_digits()], ids=['disk', 'memory'])
 def test_every_epoch_is_another(photos, make):
+    """In its order, and in what is done to each image."""
     batches = make(photos)
-    first, second = (torch.cat([images for images, *_ in batches.epoch(epoch)]) for epoch in range(2))
-    assert first.shape == second.shape and not torch.equal(first, second)
+    first, second = ({index: image for batch in batches.epoch(epoch)
+                      for index, image in zip(batch.indices.tolist(), batch.images)} for epoch in range(2))
+    assert list(first) != list(second) and len({*first} & {*second}) > len(first) / 2
+    assert not [index for index in {*first} & {*second} if torch.equal(first[index], second[index])]
 
 
 def test_training_leaves_out_the_incomplete_last_batch(photos):
@@ -297,6 +300,10 @@ def test_damaged_images_are_named_once(damaged):
 
 def test_input_is_measured(photos):
     assert measure_input(batches_of(photos), 0.05) > 0
+    few = batches_of(photos, workers=1).smaller(3)
+    assert measure_input(few, 9, [0]) > 0 and len(few) == 8  # until its one epoch is over
+    few.close()
+    assert few.loader._iterator is None and measure_input(batches_of(photos).smaller(24), 9, [0]) == 0
     with pytest.raises(DataError, match='make no batch of 99'):
         measure_input(DiskBatches(open_source(str(photos), 'train'), SMALL, 99, Augment(), 0), 0.05)
 

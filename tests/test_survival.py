@@ -25,7 +25,10 @@ OPTIONS = ['train', '--recipe', 'digits', '--batch_size', '256', '--epochs', '3'
            '--save_minutes', '0', '--model_args.drop_path_rate', '0.1',
            *(word for key, value in SMALLER.items() for word in (f'--model_args.{key}', str(value)))]
 
-QUIET = ['--model_args.token_layer', 'transformer', '--model_args.drop_path_rate', '0']
+LOUD = ['--augment.mixup', '0.8', '--augment.cutmix', '1.0']  # each process draws for itself
+DISK = [*LOUD, '--data.memory', 'false', '--data.workers', '2', '--augment.rotate', '0', '--augment.erase', '0.25']
+QUIET = ['--epochs', '1', '--optimizer.warmup_epochs', '0', '--model_args.token_layer', 'transformer',
+         '--model_args.drop_path_rate', '0']
 FORKS = multiprocessing.get_context('forkserver')  # a process that has imported torch, and forks: seconds a start
 FORKS.set_forkserver_preload(['pytest', 't2t_vit.train.loop'])
 
@@ -119,31 +122,33 @@ def workers(run: 'subprocess.Popen[str]') -> List[int]:
 
 @pytest.fixture(scope='module')
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two processes. Dropout, which each draws for itself, is off."""
+    """A run of two processes, with mixup and dropout."""
     folder = tmp_path_factory.mktemp('pair') / 'run'
-    finish(start(folder, *QUIET, processes=2))
+    finish(start(folder, *LOUD, processes=2))
     return folder
 
 
 @pytest.mark.timeout(900)  # eight starts of torch, on a machine that may be busy
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='finds processes as Linux lists them')
 def test_one_of_two_workers_lost(pair, tmp_path):
-    """The launcher starts both again, and they go on from the last step saved."""
-    run = start(tmp_path / 'parts', *QUIET, processes=2)
-    wait_for_step(tmp_path / 'parts', 4, run)
-    os.kill(workers(run)[-1], signal.SIGKILL)
+    """The launcher starts both again, and they go on from the last step saved; in the first epoch and the third."""
+    run = start(tmp_path / 'parts', *LOUD, processes=2)
+    for which, step in ((-1, 4), (0, 12)):
+        wait_for_step(tmp_path / 'parts', step, run)
+        os.kill(workers(run)[which], signal.SIGKILL)
     output = finish(run)
-    assert output.count('model     t2t_vit_4_16') == 2  # begun twice, said by one of two
+    assert output.count('model     t2t_vit_4_16') == 3  # begun three times, said by one of two
     assert same_run(tmp_path / 'parts', pair)
 
 
-def test_two_processes_train_as_one(pair, tmp_path):
-    """The same images a step, gradients averaged: the same run but for rounding."""
-    finish(start(tmp_path / 'one', *QUIET))
-    for a, b in zip(records(tmp_path / 'one'), records(pair)):
+def test_two_processes_train_as_one(tmp_path):
+    """The same images a step, gradients averaged: the same run but for rounding, where nothing is drawn in a step."""
+    for processes, name in ((1, 'one'), (2, 'pair')):
+        finish(start(tmp_path / name, *QUIET, processes=processes))
+    for a, b in zip(records(tmp_path / 'one'), records(tmp_path / 'pair')):
         assert a.keys() == b.keys()
         assert a['train_loss'] == pytest.approx(b['train_loss'], rel=1e-3)
-        assert a['val_top1'] == pytest.approx(b['val_top1'], abs=0.02)
+        assert a['val_top1'] == pytest.approx(b['val_top1'], abs=0.02) and b['train_loss'] < 3
         assert a['val_loss'] == pytest.approx(b['val_loss'], rel=1e-3)
 
 
