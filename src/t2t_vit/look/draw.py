@@ -71,7 +71,7 @@ def sheet(lines: int, columns: int, ratio: float, titles: int, margin: float = 0
     width = min((WIDTH - margin) / columns, widest)
     height = lines * (width * ratio + .17 * titles + .2)
     figure = Figure(figsize=(width * columns + margin, height + 2 * EDGE),
-                    layout=ConstrainedLayoutEngine(w_pad=EDGE, h_pad=EDGE))
+                    layout=ConstrainedLayoutEngine(w_pad=EDGE, h_pad=EDGE, compress=True))
     axes = figure.subplots(lines, columns, squeeze=False)
     for ax in axes.flat:
         ax.set_xticks([])
@@ -283,7 +283,8 @@ def token_colours(image: torch.Tensor, grids: Dict[str, torch.Tensor]) -> Figure
 def heat_maps(image: torch.Tensor, heats: Sequence[Heat], columns: int = 5) -> Figure:
     """Maps and the image, (H, W, 3), each map from 0 to its own largest value; a cross marks the token it belongs to.
 
-    Colours are those of the bar: nothing shines through. White lines follow the image's brightness.
+    Colours are those of the bar: nothing shines through. White lines follow the image's brightness; grey is where the
+    map has no cell.
     """
     height, width = image.shape[:2]
     columns = min(columns, 1 + len(heats))
@@ -301,7 +302,7 @@ def heat_maps(image: torch.Tensor, heats: Sequence[Heat], columns: int = 5) -> F
         drawn = ax.imshow(values.numpy(), cmap=HEAT, vmin=0, vmax=max(float(values.max()), 1e-12),
                           extent=lattice.extent(grid), interpolation='nearest')
         ax.add_collection(LineCollection(lines, colors='white', linewidths=.6, alpha=.7))
-        ax.set(xlim=(0, width), ylim=(height, 0))
+        ax.set(xlim=(0, width), ylim=(height, 0), facecolor='#CCCCCC')  # which shows where no cell lies
         if heat.cross is not None:
             y, x = heat.cross
             for ours in (ax, first) if heat is heats[0] else (ax,):
