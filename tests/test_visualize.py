@@ -247,4 +247,4 @@ def test_pictures_of_the_guide_are_there_and_small():
     guide = (folder / 'visualize.md').read_text()
     named = {folder / name for name in re.findall(r'\((pictures/[^)]+)\)', guide)}
     pages = {file for file in (folder / 'pictures').iterdir() if not file.name.startswith('explore-')}
-    assert named == pages and sum(file.stat().st_size for file in named) < 600_000
+    assert named == pages and max(file.stat().st_size for file in named) < 250_000

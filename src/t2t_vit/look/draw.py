@@ -229,7 +229,8 @@ def split_windows(image: torch.Tensor, splits: Sequence[Windows]) -> Figure:
     """
     height, width = image.shape[:2]
     columns = 1 + len(splits)
-    figure = Figure(figsize=(WIDTH, WIDTH / max(columns, 3) * max(height / width, .7) + .75), layout='constrained')
+    figure = Figure(figsize=(WIDTH, WIDTH / max(columns, 3) * max(height / width, .7) + .75),
+                    layout=ConstrainedLayoutEngine(w_pad=EDGE, h_pad=EDGE))
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for ax in axes:
         ax.imshow(image.numpy(), interpolation='nearest', extent=(0, width, height, 0))

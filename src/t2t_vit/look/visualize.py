@@ -177,7 +177,7 @@ def of_model(one: OpenModel, looked: Looked, seen: torch.Tensor, shown: torch.Te
         if cam is not None:
             best = int(cam.targets[i])
             named = one.classes[best] if best < len(one.classes) else str(best)
-            title = f'Grad-CAM, {textwrap.shorten(named, 18, placeholder="…")}\nat {draw.short(cam.layer)}'
+            title = f'Grad-CAM for {textwrap.shorten(named, 18, placeholder="…")}\nat {draw.short(cam.layer)}'
             heats.append(Heat(title, cam.maps[i], cam.lattice))
         if heats:
             add(f'{at}-class', f'{photo.name}: what the scores are made from. Grad-CAM is for the class it names.',
