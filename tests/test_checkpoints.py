@@ -28,7 +28,7 @@ from t2t_vit.models.checkpoints import (
     save_weights,
     verify_file,
 )
-from t2t_vit.models.t2t_vit import T2TViT
+from t2t_vit.models.t2t_vit import PUBLISHED, T2TViT
 
 GOLDEN = Path(__file__).parent / 'golden'
 TOKEN_LAYERS = ('performer', 'transformer', 'convolution', 'none')
@@ -323,6 +323,16 @@ def test_position_table_follows_the_size(img_size):
         assert distance(model(image), source(image)) <= 1e-5
 
 
+@torch.no_grad()
+def test_a_published_position_table_is_of_a_square():
+    """Also where it has as many tokens as the model: 4×4 in the file, 2×8 in the model."""
+    source, model = perturbed(tiny()), tiny(img_size=(32, 128))
+    source.pos_embed += torch.randn(1, 17, 32)
+    model.load_state_dict(convert_state_dict({'state_dict': source.state_dict()}, model))
+    image = torch.randn(1, 3, 32, 128)
+    assert distance(model(image), source(image)) <= 1e-5
+
+
 def test_a_position_table_of_no_square():
     weights = tiny(img_size=(64, 96)).state_dict()
     convert_state_dict(weights, tiny(img_size=(64, 96)))
@@ -463,6 +473,21 @@ def test_timm_refuses_a_file_of_another_model(release, tmp_path, custom_load):
     overlay = dict(file=str(tmp_path / 'resnet.safetensors'), custom_load=custom_load)
     with pytest.raises(CheckpointError, match='122 unexpected'):
         pretrained(overlay, tmp_path, num_classes=10)
+
+
+@pytest.mark.parametrize('known, sentence', [
+    (dict(size=1), 'expected 1$'), (dict(sha256='00' * 32), 'expected 00')])
+def test_a_download_that_is_not_the_recorded_file(release, tmp_path, monkeypatch, known, sentence):
+    address = release[1]
+    row = PUBLISHED['t2t_vit_7.in1k']._replace(file='T2T_ViT_7.pth.tar', **known)
+    monkeypatch.setitem(PUBLISHED, 't2t_vit_7.in1k', row)
+    with pytest.raises(CheckpointError, match=sentence):
+        pretrained(dict(url=f'{address}/T2T_ViT_7.pth.tar', custom_load=True), tmp_path)
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path):
+    with pytest.raises(OSError, match='cannot write .*model.safetensors'):
+        save_weights({'a': torch.zeros(1)}, tmp_path / 'missing' / 'model.safetensors')
 
 
 def test_download_of_nothing(release, tmp_path):

@@ -182,9 +182,31 @@ def test_unknown_name_suggests_the_nearest(argument, name, meant):
         tiny(**{argument: name})
 
 
-def test_no_splits():
-    with pytest.raises(ValueError, match='splits must hold at least one'):
-        tiny(splits=())
+@pytest.mark.parametrize('wrong, sentence', [
+    (dict(splits=()), 'splits are .kernel, stride, padding., at least one'),
+    (dict(splits=((3, 2),)), 'splits are .kernel, stride, padding.'),
+    (dict(depth=0), 'depth is at least 1'),
+    (dict(depth=()), 'depth is at least 1'),
+    (dict(num_heads=0), 'num_heads is a whole number from 1, got 0'),
+    (dict(num_heads=-2), 'num_heads is a whole number from 1'),
+    (dict(token_dim=1), 'token_dim is at least 2 with Performer tokens'),
+    (dict(token_dim=0), 'token_dim is a whole number from 1'),
+    (dict(embed_dim=0), 'embed_dim is a whole number from 1'),
+    (dict(mlp_ratio=0), 'mlp_ratio is above 0'),
+    (dict(img_size='64'), "img_size is one whole number or two, .H, W., got '64'"),
+    (dict(img_size=(64, 64, 3)), 'img_size is one whole number or two'),
+    (dict(block='dense', depth=(1, 1), growth_rate=7), 'a block of width .* cannot be split into num_heads'),
+])
+def test_each_wrong_argument_has_its_sentence(wrong, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        tiny(**wrong)
+
+
+def test_a_size_that_is_too_small_changes_nothing():
+    model = tiny()
+    with pytest.raises(ValueError, match='too small'):
+        model.set_input_size(1)
+    assert model.img_size == (64, 64) and model.grid_size == (4, 4)
 
 
 def test_ghost_takes_one_ratio():
@@ -436,3 +458,15 @@ def test_fx(args):
     traced = create_feature_extractor(
         model, train_return_nodes=[train], eval_return_nodes=[evaluate], tracer_kwargs=tracer)
     torch.testing.assert_close(traced.eval()(images)[evaluate], model(images))
+
+
+def test_an_adapter_in_the_place_of_qkv_is_used_by_every_block():
+    """As LoRA puts one there; the last block, of which the class token alone is read, is no exception."""
+    class Adapter(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + x.sum(-1, keepdim=True)
+
+    model, images = tiny().eval(), torch.randn(1, 3, 64, 64)
+    attn = model.blocks[-1].attn
+    attn.qkv = Adapter(32, 96, bias=False)
+    torch.testing.assert_close(model(images), model.forward_head(model.forward_features(images)))

@@ -5,11 +5,13 @@ times every model once, and what is reported is the median of the rounds with it
 """
 
 import csv
+import ctypes
 import gc
 import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -17,6 +19,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Literal, Optional, Sequence, Tuple
 
+import timm
 import torch
 from rich.table import Table
 from torch import nn
@@ -25,8 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from .console import console
 from .models.listing import build, count_parameters
 from .models.t2t_vit import VARIANTS
-from .models.tokens import TokenPerformer
 from .plots import plot_sizes, plot_speed
+from .settings import require
 from .trained import pick_device
 
 Mode = Literal['infer', 'train']
@@ -59,6 +62,8 @@ class Row:
     threads: int
     rounds: int
     torch: str
+    timm: str
+    command: str
 
 
 class AllTokens(nn.Module):
@@ -93,9 +98,10 @@ def count_macs(model: nn.Module, img_size: int, in_chans: int = 3) -> Tuple[floa
     total = of('Global', '')
     attention = of('Global', 'bmm', 'attention')
     for name, module in whole.named_modules():
-        if isinstance(module, TokenPerformer):  # its features are a product with a fixed table
+        if hasattr(module, 'kqv'):  # a Performer: its features are a product with a fixed table
             place = f'{AllTokens.__name__}.{name}'
-            attention += of(place, 'mm') - of(place, 'bmm') - of(f'{place}.proj', 'mm') - of(f'{place}.mlp', 'mm')
+            parts = sum(of(f'{place}.{part}', 'mm') for part in ('kqv', 'proj', 'mlp'))
+            attention += of(place, 'mm') - of(place, 'bmm') - parts
     return total, total - attention
 
 
@@ -109,7 +115,7 @@ def work(
     """What is timed: a forward pass, or a whole training step with AdamW."""
     device = images.device
     model = model.to(device).train(mode == 'train')
-    call = torch.compile(model, fullgraph=True) if compiled else model
+    call = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     if mode == 'infer':
         def infer() -> None:
             with torch.inference_mode(not compiled), torch.no_grad(), _autocast(device, precision):
@@ -165,9 +171,11 @@ def _peak_memory_cpu(
     def kilobytes(field: str) -> int:
         return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
 
+    call = work(model, mode, False, images, precision)
+    call()  # what stays is made in the first one: the optimizer's state
     before = kilobytes('VmRSS')
     reset.write_text('5')  # the peak begins anew
-    work(model, mode, False, images, precision)()
+    call()
     return (kilobytes('VmHWM') - before) / 1024
 
 
@@ -185,15 +193,21 @@ def measure(
         memory: bool = True,
 ) -> List[Row]:
     """Time all models in turn, `rounds` times; each turn takes about `seconds`."""
+    torch.compiler.reset()  # every model is compiled anew, or torch takes all for one that changes
     images = torch.randn(batch_size, 3, img_size, img_size, device=device)
     works: Dict[str, Callable[[], None]] = {}
     sizes: Dict[str, Tuple[int, float, float]] = {}
     peaks: Dict[str, Optional[float]] = {}
     for name in names:
         sizes[name] = count_parameters(build(name, img_size))[1], *count_macs(build(name, img_size), img_size)
-        works[name] = work(build(name, img_size), mode, compiled, images, precision)
-        works[name]()
-        _synchronize(device)
+        call = work(build(name, img_size), mode, compiled, images, precision)
+        try:
+            call()
+            _synchronize(device)
+        except torch.OutOfMemoryError:
+            console().print(f'{name}: {mode} at batch {batch_size} does not fit into the device: left out')
+            continue
+        works[name] = call
         peaks[name] = None
         if memory and device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats()
@@ -203,17 +217,19 @@ def measure(
         elif memory and device.type == 'cpu' and not compiled:
             peaks[name] = peak_memory_cpu(name, mode, batch_size, img_size, precision)
 
+    require([(baseline in works, f'the baseline {baseline} does not fit into the device at batch {batch_size}')])
     speeds = interleave(works, batch_size, rounds, seconds, device)
 
     rows = []
-    for name in names:
+    for name in works:
         ratios = [a / b for a, b in zip(speeds[name], speeds[baseline])]
         peak, base_peak = peaks[name], peaks[baseline]
         parameters, macs, macs_weights = sizes[name]
         rows.append(Row(
             name, mode, compiled, *spread(speeds[name]), *spread(ratios), peak,
             peak / base_peak if peak and base_peak else None, parameters, macs / 1e9, macs_weights / 1e9, batch_size,
-            img_size, precision, device_name(device), torch.get_num_threads(), rounds, torch.__version__))
+            img_size, precision, device_name(device), torch.get_num_threads(), rounds, torch.__version__,
+            timm.__version__, ' '.join(['t2t-vit', *sys.argv[1:]])))
     return rows
 
 
@@ -240,6 +256,17 @@ def interleave(
             _synchronize(device)
             speeds[name].append(repeats[name] * batch_size / (time.perf_counter() - begun))
     return speeds
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed, as other allocators do, instead of giving it back to the system at once.
+
+    Which model's memory it gives back in every pass and which one's not is a matter of the order of allocations; the
+    pages that have to be had again cost up to a twentieth of the time. Nothing where there is no glibc.
+    """
+    if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2 ** 30)  # M_MMAP_THRESHOLD
 
 
 def spread(values: List[float]) -> Tuple[float, float, float]:
@@ -305,10 +332,17 @@ def bench(
         memory: Measure peak memory too; on a CPU in a process of its own for each model.
         output: Folder for bench.csv and README.md; none by default.
     """
+    names = [baseline, *(name for name in models or PEERS if name != baseline)]
+    numbers = dict(batch_size=batch_size, rounds=rounds, threads=1 if threads is None else threads)
+    require([(value >= 1, f'{name} is at least 1, got {value}') for name, value in numbers.items()]
+            + [(size >= 1, f'img_sizes are at least 1, got {size}') for size in img_sizes]
+            + [(seconds > 0, f'seconds is above 0, got {seconds}')])
+    for name in names:
+        build(name, img_sizes[0])  # says what is no model, before any is timed
     if threads:
         torch.set_num_threads(threads)
+    keep_freed_memory()
     target, rows = pick_device(device), []
-    names = [baseline, *(name for name in models or PEERS if name != baseline)]
     screen = console()
     for img_size in img_sizes:
         for mode in modes:

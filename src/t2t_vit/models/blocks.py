@@ -55,7 +55,7 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, class_only: bool = False) -> torch.Tensor:
         """(B, N, C) -> (B, N, C), or (B, 1, C)."""
-        if class_only and not self.all_tokens:
+        if class_only and not self.all_tokens and type(self.qkv) is nn.Linear:  # else an adapter, as LoRA's
             weight_q, weight_kv = self.qkv.weight.tensor_split([self.qkv.in_features])
             q = F.linear(x[:, :1], weight_q)
             k, v = F.linear(x, weight_kv).chunk(2, dim=-1)
@@ -147,6 +147,8 @@ class Block(nn.Module):
             mlp_layer: Callable[..., nn.Module] = Mlp,
     ) -> None:
         super().__init__()
+        if dim % num_heads:  # the widths of dense blocks follow from one another
+            raise ValueError(f'a block of width {dim} cannot be split into num_heads {num_heads}')
         self.out_dim = dim
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attn_layer(dim, num_heads, attn_drop=attn_drop, proj_drop=proj_drop)
@@ -160,11 +162,11 @@ class Block(nn.Module):
         if torch.jit.is_scripting():
             x = (x[:, :1] if class_only else x) + self.drop_path(self.attn(y, class_only))
             return x + self.drop_path(self.mlp(self.norm2(x)))
-        with recomputed(y, self.norm1, x):
+        with recomputed(y, self.norm1.forward, x):
             y = self.attn(y, class_only)
         x = (x[:, :1] if class_only else x) + self.drop_path(y)
         y = self.norm2(x)
-        with recomputed(y, self.norm2, x):
+        with recomputed(y, self.norm2.forward, x):
             y = self.mlp(y)
         return x + self.drop_path(y)
 

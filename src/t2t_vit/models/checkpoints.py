@@ -175,6 +175,8 @@ def save_weights(
     try:
         save_file(tensors, beside, {'format': 'pt', **(metadata or {})})
         os.replace(beside, path)
+    except SafetensorError as error:  # of the file system
+        raise OSError(f'cannot write {os.fspath(path)}: {error}') from error
     finally:
         if os.path.exists(beside):
             os.remove(beside)
@@ -217,12 +219,15 @@ def rename(weights: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     return renamed
 
 
-def resize_pos_embed(pos_embed: torch.Tensor, grid: Tuple[int, int]) -> torch.Tensor:
-    """A position table for h×w tokens, (1, 1 + M, D) -> (1, 1 + N, D): as it is where M = N, else from a square."""
+def resize_pos_embed(pos_embed: torch.Tensor, grid: Tuple[int, int], square: bool = False) -> torch.Tensor:
+    """A position table for h×w tokens, (1, 1 + M, D) -> (1, 1 + N, D), from a square one where M is not N.
+
+    Where M = N it is taken to be of this grid, unless it is known to be of a `square` one.
+    """
     count = pos_embed.shape[1] - 1
-    if count == grid[0] * grid[1]:
-        return pos_embed
     side = math.isqrt(max(count, 0))
+    if count == grid[0] * grid[1] and not (square and side ** 2 == count and side != grid[0]):
+        return pos_embed
     if count < 1 or side ** 2 != count:
         raise CheckpointError(
             f'found a position table for {count} tokens, which are no square grid; '
@@ -343,7 +348,8 @@ def convert_state_dict(
     """
     expected = model.state_dict()
     tokens = cast(TokensToToken, model.tokens_to_token)
-    state_dict = rename(select_weights(checkpoint, ema))
+    weights = select_weights(checkpoint, ema)
+    state_dict = rename(weights)
 
     if mmpretrain_1x if mmpretrain_1x is not None else saved_by_mmpretrain_1x(checkpoint):
         state_dict.update(fold_inverted_scale(state_dict, model))
@@ -351,7 +357,8 @@ def convert_state_dict(
 
     pos_embed = state_dict.get('pos_embed')
     if pos_embed is not None and pos_embed.shape[::2] == expected['pos_embed'].shape[::2]:  # of the same width
-        state_dict['pos_embed'] = resize_pos_embed(pos_embed, cast(Tuple[int, int], model.grid_size))
+        state_dict['pos_embed'] = resize_pos_embed(
+            pos_embed, cast(Tuple[int, int], model.grid_size), square=weights is not checkpoint)  # the release's are
 
     classes = expected['head.weight'].shape[:1] if 'head.weight' in expected else None
     if 'head.weight' in state_dict and state_dict['head.weight'].shape[:1] != classes:

@@ -5,10 +5,10 @@ from typing import Any, Dict, List, Sequence, Union
 import torch
 import torch.nn.functional as F
 from timm.models import FeatureInfo
-from timm.models._features import FeatureGetterNet
+from torch import nn
 
 
-class Pyramid(FeatureGetterNet):
+class Pyramid(nn.Module):
     """What `timm.create_model(…, features_only=True)` gives: images (B, C, H, W) -> a list of maps (B, D, h, w).
 
     `out_indices` counts levels, as decoders do: the map behind each token layer, then that behind the last block, so
@@ -37,13 +37,17 @@ class Pyramid(FeatureGetterNet):
         last = {**layers[-1], 'reduction': 2 * layers[-1]['reduction'], 'module': 'pool'}
         info = [{**entry, 'index': i} for i, entry in enumerate([*(layers[i] for i in own), last])]
 
-        super().__init__(model, out_indices=sorted({own[min(i, len(own) - 1)] for i in levels}), norm=norm)
+        super().__init__()
+        wanted_layers = sorted({own[min(i, len(own) - 1)] for i in levels})
+        self.layers: List[int] = model.prune_intermediate_layers(wanted_layers, prune_norm=not norm)
+        self.model, self.norm = model, norm
         self.feature_info = FeatureInfo(info, tuple(levels))
         self.pooled, self.unpooled = len(own) in levels, len(own) - 1 in levels
 
     def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
         """The maps of the levels asked for, the largest first."""
-        maps: List[torch.Tensor] = super().forward(x)
+        maps: List[torch.Tensor] = self.model.forward_intermediates(
+            x, indices=self.layers, norm=self.norm, intermediates_only=True)
         if self.pooled:
             maps.append(F.max_pool2d(maps[-1], 2, ceil_mode=True))
         return maps if self.unpooled or not self.pooled else [*maps[:-2], maps[-1]]

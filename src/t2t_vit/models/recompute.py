@@ -59,6 +59,7 @@ def recomputed(
 
     For a cheap function of a tensor that is kept anyway, as GELU or LayerNorm before a Linear: of the 5,376 values that
     a block of T2T-ViT-14 keeps for each token, 1,920 need not be. The gradients are the same to the last bit.
+    `function` is a module's `forward`, not the module, whose hooks would be called a second time.
     """
     if not may_recompute(value):
         return nullcontext()
@@ -98,5 +99,5 @@ class Mlp(timm.layers.Mlp):
         x = self.act(hidden)
         if torch.jit.is_scripting():
             return self.drop2(self.fc2(self.drop1(x)))
-        with recomputed(x, self.act, hidden):
+        with recomputed(x, self.act.forward, hidden):
             return self.drop2(self.fc2(self.drop1(x)))

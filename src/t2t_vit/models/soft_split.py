@@ -43,6 +43,17 @@ def as_kernel(weight: torch.Tensor, kernel: int) -> torch.Tensor:
     return weight.view(weight.shape[0], -1, kernel, kernel).contiguous(memory_format=torch.channels_last)
 
 
+def as_tf32(weight: torch.Tensor) -> torch.Tensor:
+    """float32 rounded to TF32's ten bits of mantissa, as an accelerator's convolution does; the gradient passes."""
+    bits = weight.detach().contiguous().view(torch.int32)
+    return weight + (((bits + 0x1000) & ~0x1FFF).view(torch.float32) - weight).detach()
+
+
+def rounds(x: torch.Tensor) -> bool:
+    """Whether convolutions of `x` may run with TF32's mantissa."""
+    return x.device.type != 'cpu' and x.dtype == torch.float32
+
+
 def split_linear(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, kernel: int, stride: int, padding: int,
 ) -> torch.Tensor:
@@ -97,8 +108,10 @@ def _split_norm_linear(
     scaled = scaled - scaled.mean(1, keepdim=True)
     x = F.pad(x, [padding, padding, padding, padding]) - x.detach().mean((1, 2, 3), keepdim=True)
     mean, var = window_mean_var(x, kernel, stride)
+    if rounds(x):
+        scaled = as_tf32(scaled)
     out = F.conv2d(x, as_kernel(scaled, kernel), stride=stride)
-    if x.device.type != 'cpu':
+    if rounds(x):
         out = out - (mean * scaled.sum(1).view(1, -1, 1, 1)).detach()
     shift = F.linear(norm_bias.to(x.dtype), weight, None if bias is None else bias.to(x.dtype)).view(1, -1, 1, 1)
     return scale_shift(out, (var + eps).rsqrt(), shift)
@@ -125,7 +138,8 @@ def split_norm_linear(
 
     Where a window is flat r is large (up to eps^-1/2) and shows what rounding leaves of (W'·p). Two terms that are
     zero in exact arithmetic keep it small: the image's own mean is taken off first (LayerNorm does not see it), and
-    m·(W'·1) at the end, on accelerators, whose convolutions may run with a short mantissa (TF32).
+    m·(W'·1) at the end, on accelerators, whose convolutions may round W' to a short mantissa (TF32): it is rounded
+    beforehand, so that what rounding adds to its row sums is known.
     """
     if torch.jit.is_scripting():  # TorchScript has no autocast to leave
         return _split_norm_linear(x, norm_weight, norm_bias, eps, weight, bias, kernel, stride, padding)

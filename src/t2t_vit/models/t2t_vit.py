@@ -67,6 +67,18 @@ def choose(kind: str, value: Any, table: Dict[str, Any]) -> Any:
         + f' (choices: {", ".join(map(repr, table))}, a callable, or FILE.py:CLASS)')
 
 
+def as_size(img_size: Union[int, Sequence[int]]) -> Tuple[int, int]:
+    """(H, W) of one number or two.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        raise ValueError(f'img_size is one whole number or two, (H, W), got {img_size!r}')
+    return sides
+
+
 class T2TViT(nn.Module):
     """A tokens-to-token module and a deep, narrow ViT backbone (Sec. 3, Fig. 3 and 4).
 
@@ -129,20 +141,29 @@ class T2TViT(nn.Module):
             dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
-        cuts = [Split(*split) for split in splits]
+        self.img_size = as_size(img_size)
+        odd = [split for split in splits if len(split) != 3]
+        cuts = [Split(*split) for split in splits if len(split) == 3]
+        depths = [depth] if isinstance(depth, int) else [*depth]
+        widths = dict(embed_dim=embed_dim, token_dim=token_dim, num_heads=num_heads, in_chans=in_chans)
         token_cls = choose('token_layer', token_layer, {**TOKEN_LAYERS, 'none': None})
         block_cls = choose('block', block, BLOCKS)
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         problems = [text for wrong, text in (
+            *((not isinstance(value, int) or value < 1, f'{name} is a whole number from 1, got {value!r}')
+              for name, value in widths.items()),
             (global_pool not in POOLS, f'global_pool is one of {POOLS}, got {global_pool!r}'),
-            (not cuts, 'splits must hold at least one (kernel, stride, padding)'),
+            (bool(odd) or not splits, f'splits are (kernel, stride, padding), at least one, got {list(splits)}'),
             (any(s.kernel < 1 or s.stride < 1 or s.padding < 0 for s in cuts),
              f'kernel and stride are at least 1, padding at least 0, got splits={list(splits)}'),
             (token_cls is None and len(cuts) > 1,
              f"token_layer='none' takes a single split, as ((16, 16, 0),), got {len(cuts)}"),
-            (embed_dim % num_heads != 0, f'embed_dim {embed_dim} is not a multiple of num_heads {num_heads}'),
+            (num_heads >= 1 and embed_dim % num_heads != 0,
+             f'embed_dim {embed_dim} is not a multiple of num_heads {num_heads}'),
             (embed_dim % 2 != 0, f'embed_dim must be even, got {embed_dim}'),
-            (sum((depth,) if isinstance(depth, int) else depth) > 1000, f'depth is at most 1000, got {depth}'),
+            (token_layer == 'performer' and token_dim == 1, 'token_dim is at least 2 with Performer tokens, got 1'),
+            (min(depths, default=0) < 1 or sum(depths) > 1000,
+             f'depth is at least 1 and at most 1000, got {depth}'),
+            (mlp_ratio <= 0, f'mlp_ratio is above 0, got {mlp_ratio}'),
             (not all(1 <= side <= 32768 for side in self.img_size),
              f'img_size is at least 1 and at most 32768, got {img_size}'),
             (num_classes < 0, f'num_classes is at least 0, got {num_classes}'),
@@ -234,8 +255,9 @@ class T2TViT(nn.Module):
 
     def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
         """Resample the position table for another image size, once, instead of at every forward."""
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        old, self.grid_size = self.grid_size, self.tokens_to_token.grids(*self.img_size)[-1]
+        size = as_size(img_size)
+        old, self.grid_size = self.grid_size, self.tokens_to_token.grids(*size)[-1]
+        self.img_size = size
         self.pos_embed = resample(self.pos_embed, self.grid_size, old)
         for record in ('_traits', '_model_args'):  # where timm's builder notes what it saves beside the weights
             if record in self.__dict__:

@@ -43,7 +43,7 @@ class TokenLayer(nn.Module):
         y = self.norm2(x)
         if torch.jit.is_scripting():
             return to_map(x + self.mlp(y), height, width)
-        with recomputed(y, self.norm2, x):
+        with recomputed(y, self.norm2.forward, x):
             return to_map(x + self.mlp(y), height, width)
 
 
@@ -121,7 +121,7 @@ class PerformerMlp(nn.Sequential):
         if torch.jit.is_scripting():
             x = self[2](x)
         else:
-            with recomputed(x, self[1], hidden):
+            with recomputed(x, self[1].forward, hidden):
                 x = self[2](x)
         return self[3](x)
 
@@ -160,8 +160,8 @@ class TokenPerformer(TokenLayer):
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """φ, (B, N, D) -> (B, N, m); the factor 1/√m stands in the exponent."""
-        half_norm = 0.5 * x.square().sum(-1, keepdim=True) + 0.5 * math.log(self.num_features)
-        return torch.exp(F.linear(x, self.w.to(x.dtype)) - half_norm)
+        half_norm = 0.5 * torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+        return F.linear(x, self.w.to(x.dtype)).sub_(half_norm + 0.5 * math.log(self.num_features)).exp_()
 
     def kernel_attention(self, kqv: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """float32 or float64 (B, N, 3·D) -> attention's output and v, (B, N, D) each."""
@@ -182,8 +182,8 @@ class TokenPerformer(TokenLayer):
             with full_precision(x):
                 y, v = self.kernel_attention(to_tokens(kqv))
         x = v.to(x.dtype) + self.proj_drop(self.proj(y.to(x.dtype)))
+        del kqv, v, y
         return self.mlp_map(x, height, width)
-
 
 
 class TokenConvolution(TokenLayer):
