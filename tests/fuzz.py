@@ -35,7 +35,8 @@ from t2t_vit.settings import UsageError
 PACKAGE = str(Path(t2t_vit.__file__).parent)
 OURS = (UsageError, DataError, CheckpointError)
 CAUGHT = (ValueError, OSError, FloatingPointError)  # what the command line turns into a line for people
-SHARES = {'checkpoints': 8, 'images': 6, 'sources': 3, 'configs': 3}  # a configuration takes half a second
+# a configuration takes half a second
+SHARES = {'checkpoints': 8, 'images': 6, 'sources': 3, 'configs': 3, 'exported': 3}
 SECONDS = 10.0  # of the processor, for one input
 PATIENCE = 120.0  # seconds after which an input that does not end is given up
 MEMORY = 1 << 30  # bytes that an input may add to the process

@@ -8,6 +8,7 @@ from typing import Any, Dict, List, Sequence
 import yaml
 from fuzz import Case, Maker
 from fuzz_damage import NASTY, mangle, mangle_tree
+from fuzz_exported import Exported
 from fuzz_images import Images, Sources
 from fuzz_weights import Checkpoints
 
@@ -144,7 +145,8 @@ trackers: []
 """
 
 
-KINDS: Dict[str, Any] = {'checkpoints': Checkpoints, 'images': Images, 'sources': Sources, 'configs': Configs}
+KINDS: Dict[str, Any] = {
+    'checkpoints': Checkpoints, 'images': Images, 'sources': Sources, 'configs': Configs, 'exported': Exported}
 
 
 def makers(seeds: Path, chosen: Sequence[str] = tuple(KINDS)) -> Dict[str, Maker]:

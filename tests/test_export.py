@@ -183,7 +183,8 @@ def test_what_is_outside_tolerance():
     report.__dict__.update(limits, tolerance=TOLERANCES['float32'])
     assert len(report.problems) == 3
     report.__dict__.update(relative_difference=float('nan'), top1_agreement=1., top1_exported=.95, not_finite=2)
-    assert report.problems == ['2 images have logits that are not finite', 'relative difference nan, at most 0.001 allowed']
+    assert report.problems == [
+        '2 images have logits that are not finite', 'relative difference nan, at most 0.001 allowed']
 
 
 def test_what_is_no_number_counts_wherever_it_stands():

@@ -7,22 +7,20 @@ import time
 from pathlib import Path
 
 import fuzz
-import pytest
 from fuzz import Case, run_kind
-from fuzz_inputs import KINDS
 
 from t2t_vit.models.checkpoints import CheckpointError
 
-SLICE = {'checkpoints': 40, 'images': 40, 'sources': 40, 'configs': 3}
+SLICE = 2 * sum(fuzz.SHARES.values())
 
 
-@pytest.mark.parametrize('kind', KINDS)
-def test_a_slice(kind):
-    """In a process of its own: it forks, which a test worker with threads and pipes must not."""
-    words = ['--kinds', kind, '--count', str(SLICE[kind])]
+def test_a_slice():
+    """In a process of its own, as all here: it forks, which a test worker with threads and pipes must not."""
+    words = ['--count', str(SLICE)]
     done = subprocess.run([sys.executable, fuzz.__file__, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f'{SLICE[kind]} inputs, 0 findings' in done.stdout
+    assert f'{SLICE} inputs, 0 findings' in done.stdout
+    assert [line.partition(':')[0] for line in done.stdout.splitlines()[:-1]] == [*fuzz.SHARES]
 
 
 def fine():
@@ -67,9 +65,14 @@ ENDINGS = [
 ]
 
 
-def test_what_it_finds(monkeypatch):
+def test_the_run_itself():
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def what_it_finds():
     """Each ending is told from the others."""
-    monkeypatch.setattr(fuzz, 'MEMORY', 32 << 20)
+    fuzz.MEMORY = 32 << 20
     ended = []
     for use, _ in ENDINGS:
         ended += [
@@ -81,10 +84,15 @@ def test_what_it_finds(monkeypatch):
     assert ended == [status for _, status in ENDINGS]
 
 
-def test_the_rest_is_run_behind_one_that_dies():
+def the_rest_is_run_behind_one_that_dies():
     def maker(rng, folder):
         return Case('made', (lambda: os._exit(3)) if rng.random() < 0.5 else refuse)
 
     ended = [(index, outcome.status) for index, outcome in run_kind(maker, 'made', 1, range(8))]
     assert [index for index, _ in ended] == [*range(8)]
     assert {status for _, status in ended} == {'died', 'refused'}
+
+
+if __name__ == '__main__':
+    what_it_finds()
+    the_rest_is_run_behind_one_that_dies()

@@ -71,11 +71,11 @@ class ExportedModel:
         """
         self.check(images)
         batch = self.metadata.batch
-        parts = [self.metadata.pixels_of(part) for part in images.split(batch or max(len(images), 1))]
-        if batch and len(parts[-1]) < batch:
-            fill = np.zeros((batch - len(parts[-1]), *parts[-1].shape[1:]), parts[-1].dtype)
-            parts[-1] = np.concatenate([parts[-1], fill])
         try:
+            parts = [self.metadata.pixels_of(part) for part in images.split(batch or max(len(images), 1))]
+            if batch and len(parts[-1]) < batch:
+                fill = np.zeros((batch - len(parts[-1]), *parts[-1].shape[1:]), parts[-1].dtype)
+                parts[-1] = np.concatenate([parts[-1], fill])
             found = [[torch.as_tensor(array) for array in self.run(part)] for part in parts]
             logits, features = (torch.cat(tensors)[:len(images)] for tensors in zip(*found))
         except Exception as error:  # every runtime has its own kinds
