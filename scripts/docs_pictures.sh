@@ -24,6 +24,15 @@ def efficientnet_lite0_in1k(img_size=None):
     return efficientnet_lite0(img_size, tuple(range(1000)))
 PYTHON
 t2t-vit visualize "$photos/china.jpg" --output "$work/paper" --query '[0.35,0.3]'
+python - "$photos/china.jpg" "$work/small" <<'PYTHON'
+import sys
+
+from t2t_vit.look import draw
+from t2t_vit.look.visualize import visualize
+
+draw.DPI = 80  # many small maps make a large file
+visualize([sys.argv[1]], output=sys.argv[2])
+PYTHON
 t2t-vit visualize "$photos/china.jpg" --output "$work/cnn" --models "$work/lite.py:efficientnet_lite0_in1k"
 t2t-vit visualize digits --output "$work/trained" --models "$work/digits"
 t2t-vit visualize --output "$work/curves" --runs "$work/epochs-12" "$work/epochs-40"
@@ -36,14 +45,11 @@ from PIL import Image
 
 work, docs = Path(sys.argv[1]), Path('docs/pictures')
 docs.mkdir(exist_ok=True)
-for source, name, width in (
-        ('paper/china-features', 'features', 700), ('paper/structure', 'structure', 1080),
-        ('paper/china-t2t_vit_14-windows', 'windows', 1080), ('paper/china-t2t_vit_14-tokens', 'tokens', 1080),
-        ('paper/china-t2t_vit_14-query', 'query', 1080), ('cnn/china-efficientnet_lite0_in1k-class', 'grad-cam', 800),
-        ('trained/985-digits-class', 'class', 1080), ('trained/985-digits-heads', 'heads', 1080),
-        ('curves/runs', 'runs', 1080)):
+for source, name in (
+        ('small/china-features', 'features'), ('paper/structure', 'structure'),
+        ('paper/china-t2t_vit_14-windows', 'windows'), ('paper/china-t2t_vit_14-tokens', 'tokens'),
+        ('paper/china-t2t_vit_14-query', 'query'), ('cnn/china-efficientnet_lite0_in1k-class', 'grad-cam'),
+        ('trained/985-digits-class', 'class'), ('trained/985-digits-heads', 'heads'), ('curves/runs', 'runs')):
     with Image.open(work / f'{source}.png') as picture:
-        shown = picture.convert('RGB')
-        shown.thumbnail((width, 10 * width), Image.Resampling.LANCZOS)  # where it is wider: all colours stay
-        shown.save(docs / f'{name}.png', optimize=True)
+        picture.convert('RGB').save(docs / f'{name}.png', optimize=True)  # without loss
 PYTHON
