@@ -10,7 +10,7 @@ from test_readme import ROOT, blocks
 from t2t_vit import Pyramid
 
 EXAMPLES = {name: block for block in blocks('python', (ROOT / 'docs' / 'backbone.md').read_text())
-            for name in ('smp.Unet', 'FCOS(') if name in block}
+            for name in ('smp.Unet', 'FCOS(', 'memory') if name in block}
 
 
 def run(example):
@@ -26,6 +26,26 @@ def test_segmentation_learns():
 def test_detection_learns():
     names = run('FCOS(')
     assert sum(names['overlaps']) / 32 > 0.5 and sum(names['right']) > 28
+
+
+def test_anomalies_are_found_where_they_are():
+    names = run('memory')
+    assert names['blotted'].amax((1, 2)).min() > names['normal'].max()
+    inside = (names['rows'] - 30).abs().le(7) & (names['columns'] - 46).abs().le(7)
+    assert inside.sum() >= 7
+
+
+def test_the_encoder_of_transformers():
+    transformers = pytest.importorskip('transformers')
+    config = transformers.TimmWrapperConfig(architecture='t2t_vit_4_16', num_labels=3)
+    net = transformers.TimmWrapperForImageClassification(config).eval()
+    assert net(torch.zeros(1, 3, 16, 16)).logits.shape == (1, 3)
+
+
+def test_the_encoder_of_fastai():
+    learners = pytest.importorskip('fastai.vision.learner')
+    net = learners.create_timm_model('t2t_vit_4_16', 3, pretrained=False)
+    assert (net[0] if isinstance(net, tuple) else net)(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
 
 
 @torch.no_grad()

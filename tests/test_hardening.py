@@ -2,8 +2,10 @@
 
 import io
 import json
+import re
 import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 import timm
@@ -127,3 +129,21 @@ def test_labels_of_any_kind():
 def test_values_of_another_kind(key, value, message):
     with pytest.raises(UsageError, match=message):
         resolve(Config, [(key, key, value), ('epochs', 'epochs', 30)][:1 if key == 'epochs' else 2])
+
+
+DOCKER = Path(__file__).parents[1] / 'docker'
+
+
+@pytest.mark.parametrize('file', sorted(DOCKER.glob('*Dockerfile')), ids=lambda file: file.name)
+def test_dockerfiles(file):
+    """What a linter asks of them."""
+    lines = re.sub(r'\\\n', ' ', re.sub(r'^#.*\n', '', file.read_text(), flags=re.MULTILINE)).splitlines()
+    steps = [(line.split()[0], line.partition(' ')[2].strip()) for line in lines if line]
+    of = {kind: [value for name, value in steps if name == kind] for kind, _ in steps}
+    assert all(re.fullmatch(r'[\w./-]+:[\d.]+-slim', image) for image in of['FROM'])  # a version, and a small one
+    assert 'ADD' not in of and all(':' not in source for source in of['COPY'])  # nothing from elsewhere
+    assert all('sudo' not in run and ('apt-get' not in run or 'rm -rf /var/lib/apt/lists' in run) for run in of['RUN'])
+    assert 'PIP_NO_CACHE_DIR=1' in of['ENV'][0] and not any('curl' in run or 'wget' in run for run in of['RUN'])
+    assert of['USER'][-1] not in ('0', 'root') and [name for name, _ in steps][-3:] == ['USER', 'ENTRYPOINT', 'CMD']
+    assert json.loads(of['ENTRYPOINT'][0])[0] == 't2t-vit' and json.loads(of['CMD'][0]) == ['--help']  # exec form
+    assert not re.search(r'(?i)token|password|secret', ' '.join(lines))
