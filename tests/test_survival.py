@@ -50,7 +50,7 @@ class Forked:
         return self.returncode
 
     def kill(self) -> None:
-        self.process.kill()
+        os.killpg(self.pid, signal.SIGKILL)  # with the workers that open images, which would end some time later
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
@@ -62,6 +62,8 @@ class Forked:
 
 
 def run_forked(words: List[str], log: Path) -> None:
+    os.setsid()
+    multiprocessing.set_start_method('fork', force=True)  # for what opens images, as it is for the command
     with log.open('w') as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -42,8 +42,9 @@ def main(kills='100', processes='1', source='memory'):
             if run.poll() is not None:
                 finish(run)
                 break
-            for pid in [*(workers(run) if processes > 1 else []), run.pid]:
-                os.kill(pid, signal.SIGKILL)
+            for pid in workers(run) if processes > 1 else []:
+                os.killpg(pid, signal.SIGKILL)  # with those that open images
+            run.kill()
             run.communicate()
             done, tries = done + 1, tries + 1
         runs += 1
