@@ -251,6 +251,21 @@ def test_an_upload_is_looked_at_and_not_kept(server):
     assert answer.count('<section') == 2
 
 
+def test_two_people_upload_the_same(server):
+    """To the same place, as Gradio names places by content; the first to be answered deletes it."""
+    path, other = (server.upload('twice.jpg', encoded(FLOWER)) for _ in range(2))
+    assert path == other
+    assert all('class=\\"bars\\"' in server.look(path) for _ in range(2)) and not Path(path).exists()
+
+
+def test_an_emptied_box_of_a_slider_is_what_it_was(server):
+    path = server.upload('flower.jpg', encoded(FLOWER))
+    file = {'path': path, 'meta': {'_type': 'gradio.FileData'}}
+    answer = server.call('look', [file, 'digits', 'no other', 'Answer', *[
+        None if isinstance(value, (int, float)) and not isinstance(value, bool) else value for value in CONTROLS]])
+    assert 'class=\\"bars\\"' in answer
+
+
 def test_bad_uploads_are_answered_and_deleted(server):
     for name, content in bad_files().items():
         if name == 'heavy.bmp':
@@ -267,6 +282,8 @@ def test_no_file_outside_its_own_is_served(server, tmp_path):
         assert server.get(f'gradio_api/file={path}') in ('403', '404')
         assert 'bars' not in server.look(path)
     assert (tmp_path / 'secret.png').exists()
+    own = [file for file in server.temp.rglob('*.webp') if 't2t-vit-explore' in str(file)]  # thumbnails of examples
+    assert own and all('bars' not in server.look(str(file)) and file.exists() for file in own[:2])
     assert server.get('gradio_api/deep_link?session_hash=x') == '404'
     assert server.get('gradio_api/proxy=https://example.org') == '404'
 

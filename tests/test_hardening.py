@@ -16,7 +16,7 @@ from test_checkpoints import tiny
 
 from t2t_vit import CheckpointError, load_weights
 from t2t_vit.data import DataError, decode
-from t2t_vit.data.sources import number_labels, read_label
+from t2t_vit.data.sources import number_labels, read_label, read_lines
 from t2t_vit.settings import UsageError, parse_settings, resolve
 from t2t_vit.train.config import Config
 from t2t_vit.train.state import read_state
@@ -89,10 +89,16 @@ def test_aliases_that_unfold_without_measure():
 
 
 @pytest.mark.parametrize('text', [
-    '&a {b: *a}', '[' * 20000, 'a: 1_' + '0' * 5000, 'a: 2001-99-99', '!!python/name:os.system', '3'])
+    '&a {b: *a}', '[' * 20000, 'a: 1_' + '0' * 5000, 'a: 0x' + 'f' * 5000, 'a: 2001-99-99', '!!python/name:os.system', '3'])
 def test_texts_that_are_no_settings(text):
     with pytest.raises(UsageError, match='file'):
         parse_settings(text, 'file')
+
+
+def test_names_of_classes_that_are_no_text(tmp_path):
+    (tmp_path / 'classes.txt').write_bytes(b'\xff\xfe\x00cat')
+    with pytest.raises(DataError, match='classes.txt is no text'):
+        read_lines(tmp_path / 'classes.txt')
 
 
 @pytest.mark.parametrize('bomb', ['png of 30000²', 'png of 1×3000000', 'png of 60000000×1', 'ppm', 'eps', 'xpm', 'tga'])

@@ -92,7 +92,7 @@ def read_settings(file: Path, above: Sequence[Path] = ()) -> List[Setting]:
     try:
         text = file.read_text()
     except (OSError, ValueError) as error:  # ValueError: bytes that are no text, names that are no path
-        raise UsageError(f'cannot read {file}: {error}') from None
+        raise UsageError(f'cannot read {str(file)[:200]}: {str(error)[:200]}') from None
     tree = parse_settings(text, str(file))
     base = tree.pop('base', None)
     settings: List[Setting] = []
@@ -130,8 +130,10 @@ def count_values(node: Any, known: Dict[int, int]) -> int:
     """Values of nested dicts and lists, those behind YAML's aliases counted as often as they appear.
 
     Raises:
-        ValueError: if something holds itself.
+        ValueError: if something holds itself, or a number is longer than Python will print.
     """
+    if isinstance(node, int) and node.bit_length() > 64:
+        raise ValueError(f'a number of {node.bit_length():,} bits')
     if not isinstance(node, (dict, list)):
         return 1
     if known.get(id(node)) == 0:

@@ -248,6 +248,14 @@ class HubSet:
         return f'{self.place}[{index}]'
 
 
+def read_lines(file: Path) -> List[str]:
+    """Lines of a text file; DataError where it is none."""
+    try:
+        return file.read_text(encoding='utf-8').splitlines()
+    except ValueError:
+        raise DataError(f'{file} is no text in UTF-8') from None
+
+
 class Shards:
     """Tar files, read at random by the offsets in an index that is made once.
 
@@ -270,7 +278,7 @@ class Shards:
         self.classes, self.labels = number_labels(
             [int(label) if number else label
              for label, number in zip(self.index.column('label').to_pylist(), numbered)],
-            names.read_text().splitlines() if names.exists() and all(numbered) else [], str(self.files[0]), 'label')
+            read_lines(names) if names.exists() and all(numbered) else [], str(self.files[0]), 'label')
 
     def open(self, index: int) -> Image.Image:
         shard, offset, size = (self.index.column(name)[index].as_py() for name in ('shard', 'offset', 'size'))

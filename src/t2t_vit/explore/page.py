@@ -1,13 +1,16 @@
 """The page: an image, models, views of what they make of it, and a report to take along."""
 
+import math
 import shutil
 import tempfile
 import time
 import traceback
 import uuid
+from collections import OrderedDict
+from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Set, Tuple
 
 import gradio as gr
 import torch
@@ -24,6 +27,7 @@ NONE = 'no other'
 ANSWER = -1  # the class of Grad-CAM
 OLD = 600  # seconds after which an upload or report that was left behind is deleted
 WAITING = 32  # requests; more are told to come back
+AGAIN = 8  # uploads that are kept for others who upload the same
 MOVING = 'Move over the image'
 CSS = '''
 .gradio-container { max-width: 1200px !important; margin: auto }
@@ -48,15 +52,20 @@ CSS = '''
 .preview svg { max-width: 100% }
 #wrong:not(:has(.wrong)) { display: none }
 #examples .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)); grid-template-rows: none !important;
-  grid-auto-rows: auto !important; height: auto; padding: .3rem }
+  grid-auto-rows: auto !important; height: auto; padding: .3rem; align-content: start }
 #examples .gallery-item { height: auto }
 #examples .grid-wrap { min-height: 0 }
 #examples .thumbnail-item { height: auto; aspect-ratio: 1 }
 #examples .caption-label { display: none }
-input[type=radio]:checked { background-color: var(--checkbox-background-color-selected) !important }
+input[type=radio]:checked { background: var(--radio-circle) center/100% var(--checkbox-background-color-selected)
+  !important }
 button:focus-visible, input:focus-visible, [role=button]:focus-visible, a:focus-visible {
   outline: 3px solid #56B4E9 !important; outline-offset: 2px }
-@media (max-width: 640px) { .preview svg { max-width: 11rem } .models.n2 { gap: .8rem }
+@media (max-width: 640px) { .side { display: contents !important }
+  .sides { flex-direction: column !important; flex-wrap: nowrap !important; align-items: stretch }
+  .of-view { order: 1 } .late { order: 2 }
+  #examples .grid-container { grid-template-columns: repeat(12, minmax(0, 1fr)) }
+  #second input { text-overflow: ellipsis } .preview svg { max-width: 11rem } .models.n2 { gap: .8rem }
   .small { grid-template-columns: repeat(3, 1fr) }
   .models.n2 .pair { grid-template-columns: minmax(0, 1fr) } .gradio-container { padding: .6rem !important } }
 '''
@@ -84,6 +93,7 @@ class Page:
 
     def __init__(self, explorer: Explorer, photos: Sequence[Photo], folder: Path) -> None:
         self.explorer, self.photos, self.folder = explorer, photos, folder
+        self.taken: 'OrderedDict[str, Photo]' = OrderedDict()  # by the place they were uploaded to, for a moment
 
     def seen(self, photo: Photo, first: str, second: str) -> List[Seen]:
         """Passes of the one or two models that are chosen."""
@@ -112,14 +122,21 @@ class Page:
                       depth(stage, len(seen.measures)), max(int(page), 1))
 
     def take(self, upload: Optional[str], *rest: Any) -> Tuple[Any, ...]:
-        """An uploaded image, which is read and deleted: the image, an empty place for the next, and what is drawn."""
+        """An uploaded image, which is read and deleted: the image, and what is drawn.
+
+        Two people who upload the same file upload it to the same place: the second finds what the first one's was.
+        """
         if upload is None:
             raise DataError('The upload did not arrive. Please try again.')
         file = Path(upload)
-        try:
-            photo = read_photo(file, self.explorer.limits)
-        finally:
-            file.unlink(missing_ok=True)
+        if file.exists() or upload not in self.taken:
+            try:
+                self.taken[upload] = read_photo(file, self.explorer.limits)
+            finally:
+                file.unlink(missing_ok=True)
+            while len(self.taken) > AGAIN:
+                self.taken.popitem(last=False)
+        photo = self.taken[upload]
         return (photo, *self.draw(photo, *rest))
 
     def example(self, index: int, *rest: Any) -> Tuple[Any, ...]:
@@ -169,44 +186,49 @@ def build(explorer: Explorer, photos: Sequence[Photo], start: int, folder: Path)
         photo = gr.State(photos[start], time_to_live=3600)
         gr.Markdown('# What models see\nChoose an image and a view. An image of yours is read, deleted, and forgotten '
                     'with this page.')
-        with gr.Row():
-            with gr.Column(scale=2, min_width=290):
+        with gr.Row(elem_classes='sides'):
+            with gr.Column(scale=2, min_width=290, elem_classes='side'):
                 drop = gr.Image(label='Your image', type='filepath', sources=['upload', 'clipboard'], height=170,
                                 elem_id='drop', buttons=[])
                 gallery = gr.Gallery([(one.image, one.name) for one in photos], label='Examples', columns=6,
                                      height='auto', allow_preview=False, elem_id='examples', buttons=[],
                                      object_fit='cover', show_label=False)
-                shown = gr.HTML(elem_classes='preview', elem_id='preview')
-                across = gr.Slider(0, 1, .5, step=.01, label='Cross: left to right', elem_id='across', buttons=[])
-                down = gr.Slider(0, 1, .5, step=.01, label='Cross: top to bottom', elem_id='down', buttons=[])
-            with gr.Column(scale=5, min_width=320):
+                shown = gr.HTML(elem_classes=['preview', 'late'], elem_id='preview')
+                across = gr.Slider(0, 1, .5, step=.01, label='Cross: left to right', elem_id='across', buttons=[],
+                                   elem_classes='late')
+                down = gr.Slider(0, 1, .5, step=.01, label='Cross: top to bottom', elem_id='down', buttons=[],
+                                 elem_classes='late')
+            with gr.Column(scale=5, min_width=320, elem_classes='side'):
                 with gr.Row():
                     first = gr.Dropdown(names, value=names[0], label='Model', elem_id='first', min_width=140)
                     second = gr.Dropdown([NONE, *names], value=NONE, label='Beside it', elem_id='second',
                                          min_width=140)
                 wrong = gr.HTML(elem_id='wrong')
                 view = gr.Radio(list(VIEWS), value='Answer', label='View', elem_id='view')
-                with gr.Row(visible=True) as of_answer:
+                with gr.Row(visible=True, elem_classes='of-view') as of_answer:
                     top_k = gr.Slider(1, value=5, step=1, label='Classes', elem_id='top_k', buttons=[], **k)
-                with gr.Row(visible=False) as of_windows:
+                with gr.Row(visible=False, elem_classes='of-view') as of_windows:
                     moving = gr.Checkbox(label=MOVING, elem_id='moving')
-                with gr.Row(visible=False) as of_attention:
+                with gr.Row(visible=False, elem_classes='of-view') as of_attention:
                     layer = gr.Slider(1, step=1, label='Layer', elem_id='layer', buttons=[], **depth)
                     head = gr.Slider(0, step=1, label='Head (0: mean of all)', elem_id='head', buttons=[], **heads)
                     reader = gr.Radio([CLASS_TOKEN, PLACE], value=CLASS_TOKEN, label='Whose attention',
                                       elem_id='reader')
-                with gr.Row(visible=False) as of_evidence:
+                with gr.Row(visible=False, elem_classes='of-view') as of_evidence:
                     residual = gr.Slider(0, 1, .5, step=.05, label='Share that skips keep', elem_id='residual',
                                          buttons=[])
                     target = gr.Dropdown(label='Class of Grad-CAM', elem_id='target', **classes)
-                with gr.Row(visible=False) as of_features:
+                with gr.Row(visible=False, elem_classes='of-view') as of_features:
                     stage = gr.Slider(1, step=1, label='Layer', elem_id='stage', buttons=[], **stages)
                     sheet = gr.Slider(1, step=1, label='Page of channels', elem_id='sheet', buttons=[], **pages)
                 picture = gr.HTML(elem_id='picture')
-                make = gr.Button('Make a report of all views', elem_id='make')
-                download = gr.DownloadButton('Download the report', visible=False, elem_id='download')
+                make = gr.Button('Make a report of all views', elem_id='make', elem_classes='late')
+                download = gr.DownloadButton('Download the report', visible=False, elem_id='download',
+                                             elem_classes='late')
         groups = {'Answer': of_answer, 'Windows': of_windows, 'Attention': of_attention, 'Evidence': of_evidence,
                   'Feature maps': of_features}
+        for slider in (top_k, across, down, layer, head, residual, stage, sheet):
+            slider.preprocess = partial(number, slider.value)  # `choice` holds it within bounds
         controls = [top_k, across, down, moving, layer, head, reader, residual, target, stage, sheet]
         chosen = [first, second, view, *controls]
         drawn = [shown, picture, wrong]
@@ -216,7 +238,7 @@ def build(explorer: Explorer, photos: Sequence[Photo], start: int, folder: Path)
 
         # the browser's own file stays where it was uploaded to, for `take` to read within limits and to delete
         drop.preprocess = lambda payload: payload.path if payload else None
-        drop.async_move_resource_to_block_cache = only_uploads
+        drop.async_move_resource_to_block_cache = partial(only_uploads, blocks.upload_file_set)
         drop.upload(guarded(page.take, explorer, 3), [drop, *chosen], [photo, *drawn], api_name='look',
                     concurrency_id='models', concurrency_limit=1, show_progress_on=[picture],
                     ).then(lambda: None, None, drop, api_visibility='private', show_progress='hidden')
@@ -243,8 +265,13 @@ def build(explorer: Explorer, photos: Sequence[Photo], start: int, folder: Path)
     return blocks
 
 
-async def only_uploads(place: str) -> str:
+def number(otherwise: float, payload: Any) -> float:
+    """What stands on a slider, or what it began with where its box was left empty."""
+    return payload if isinstance(payload, (int, float)) and math.isfinite(payload) else otherwise
+
+
+async def only_uploads(uploads: Set[str], place: str) -> str:
     """In the place of a component's own: gives the path of an upload, and fetches nothing from anywhere."""
-    if not Path(place).is_file():
+    if place not in uploads:
         raise gr.Error('Only uploaded files can be opened.', print_exception=False)
     return place

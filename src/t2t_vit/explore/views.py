@@ -15,7 +15,7 @@ import torch
 from matplotlib import colormaps
 from PIL import Image
 
-from ..look.attention import Attention, class_maps, query_maps, rollout_map
+from ..look.attention import Attention, Lattice, class_maps, query_maps, rollout_map
 from ..look.draw import HEAT, mosaic, peak, short
 from ..look.features import Windows, principal_colours, splits_of, token_grids, windows
 from ..look.gradients import grad_cam
@@ -53,10 +53,10 @@ def data_uri(pixels: np.ndarray) -> str:
     return f'data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}'
 
 
-def raster(pixels: np.ndarray, height: float, width: float) -> str:
-    """Pixels stretched over a drawing of height × width, with hard edges."""
-    return (f'<image href="{data_uri(pixels)}" width="{width:g}" height="{height:g}" preserveAspectRatio="none" '
-            'style="image-rendering:pixelated"/>')
+def raster(pixels: np.ndarray, height: float, width: float, left: float = 0, top: float = 0) -> str:
+    """Pixels stretched over height × width of a drawing, with hard edges."""
+    return (f'<image href="{data_uri(pixels)}" x="{left:g}" y="{top:g}" width="{width:g}" height="{height:g}" '
+            'preserveAspectRatio="none" style="image-rendering:pixelated"/>')
 
 
 def drawing(height: float, width: float, inside: str, label: str, caption: str = '', box: str = '') -> str:
@@ -162,16 +162,19 @@ def tokens(seen: Seen, choice: Choice) -> str:
         for name, maps in token_grids(seen.trace).items()) + '</div>'
 
 
-def over_image(seen: Seen, values: torch.Tensor, label: str, extra: str = '') -> str:
-    """A map, (h, w), over the image in grey: from 0 to its own largest value."""
+def over_image(seen: Seen, values: torch.Tensor, lattice: Optional[Lattice], label: str, extra: str = '') -> str:
+    """A map, (h, w), over the image in grey where its cells lie: from 0 to its own largest value."""
     height, width = seen.shown.shape[:2]
+    grid = (values.shape[0], values.shape[1])
+    left, right, bottom, top = (lattice or Lattice.over(grid, (height, width))).extent(grid)
     values = values.float().cpu()
     shares = (values / values.max().clamp(min=1e-12)).clamp(0, 1).numpy()
     heat = colormaps[HEAT](shares)
     heat[..., 3] = .72
     grey = np.clip(seen.shown.mean(-1).numpy() / 1.4, 0, 1)
     text = f'{label}; most: {peak(values)} of the mean'
-    return drawing(height, width, raster(grey, height, width) + raster(heat, height, width) + extra, text)
+    cells = raster(heat, bottom - top, right - left, left, top)
+    return drawing(height, width, raster(grey, height, width) + cells + extra, text)
 
 
 def layers_of(seen: Seen) -> List[Attention]:
@@ -194,9 +197,11 @@ def attention(seen: Seen, choice: Choice) -> str:
     assert layer.grid is not None
     height, width = seen.shown.shape[:2]
     mark = ''
-    if choice.reader == PLACE:
-        row, col = token_at(layer.grid, choice)
-        maps, mark = query_maps(layer, layer.prefix + row * layer.grid[1] + col)[0], cross(height, width, choice)
+    if choice.reader == PLACE and layer.query_grid is not None:
+        lattice = layer.query_lattice or Lattice.over(layer.query_grid, (height, width))
+        row, col = lattice.nearest(choice.down * height, choice.across * width, layer.query_grid)
+        maps = query_maps(layer, layer.query_prefix + row * layer.query_grid[1] + col)[0]
+        mark = cross(height, width, choice)
         who = f'where the token at row {row + 1}, column {col + 1} looks'
     else:
         maps = class_maps(layer)[0]
@@ -205,10 +210,11 @@ def attention(seen: Seen, choice: Choice) -> str:
     head = min(choice.head, heads)
     which = 'its one head' if heads == 1 else f'head {head} of {heads}' if head else f'mean of {heads} heads'
     kind = 'kernel' if layer.eps is not None else 'softmax'
-    main = over_image(seen, maps[head - 1] if head else maps.mean(0),
+    main = over_image(seen, maps[head - 1] if head else maps.mean(0), layer.lattice,
                       f'Layer {place + 1} of {len(layers)}, {short(layer.name)}, {kind}, '
                       f'{"×".join(map(str, layer.grid))}: {who}, {which}', mark)
-    rest = ''.join(over_image(seen, maps[i], f'head {i + 1}') for i in range(heads)) if 1 < heads <= 16 else ''
+    rest = ''.join(over_image(seen, maps[i], layer.lattice, f'head {i + 1}')
+                   for i in range(heads)) if 1 < heads <= 16 else ''
     return main + (f'<div class="many small">{rest}</div>' if rest else '')
 
 
@@ -218,15 +224,18 @@ def evidence(seen: Seen, choice: Choice) -> str:
     shown = []
     if backbone:
         reader = 'class token' if backbone[-1].class_token else 'all tokens'
-        shown += [over_image(seen, rollout_map(backbone, choice.residual)[0],
+        lattice = backbone[-1].lattice
+        shown += [over_image(seen, rollout_map(backbone, choice.residual)[0], lattice,
                              f'Rollout through {len(backbone)} layers, skips keep {100 * choice.residual:.0f} %'),
-                  over_image(seen, class_maps(backbone[-1])[0].mean(0), f'Last layer alone, {reader}, mean of heads')]
+                  over_image(seen, class_maps(backbone[-1])[0].mean(0), lattice,
+                             f'Last layer alone, {reader}, mean of heads')]
     classes = seen.trace.logits.shape[-1]
     target = None if choice.target is None else [min(choice.target, classes - 1)]
     cam = grad_cam(seen.one.model, seen.images, target)
     best = int(cam.targets[0])
     name = seen.one.classes[best] if best < len(seen.one.classes) else str(best)
-    shown.append(over_image(seen, cam.maps[0], f'Grad-CAM at {short(cam.layer)}: what raises the score of “{name}”'))
+    shown.append(over_image(
+        seen, cam.maps[0], cam.lattice, f'Grad-CAM at {short(cam.layer)}: what raises the score of “{name}”'))
     return f'<div class="many">{"".join(shown)}</div>'
 
 
