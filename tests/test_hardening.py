@@ -89,7 +89,8 @@ def test_aliases_that_unfold_without_measure():
 
 
 @pytest.mark.parametrize('text', [
-    '&a {b: *a}', '[' * 20000, 'a: 1_' + '0' * 5000, 'a: 0x' + 'f' * 5000, 'a: 2001-99-99', '!!python/name:os.system', '3'])
+    '&a {b: *a}', '[' * 20000, 'a: 1_' + '0' * 5000, 'a: 0x' + 'f' * 5000, 'a: 2001-99-99', '!!python/name:os.system',
+    '3'])
 def test_texts_that_are_no_settings(text):
     with pytest.raises(UsageError, match='file'):
         parse_settings(text, 'file')
