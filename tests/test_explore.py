@@ -1,5 +1,6 @@
 """The page that looks inside models: what it reads, what it shows, what it refuses. In a browser: browser.py."""
 
+import html
 import importlib.util
 import io
 import json
@@ -96,10 +97,10 @@ def seen(explorer: Explorer) -> List[Seen]:
 
 @pytest.mark.parametrize('view', VIEWS)
 def test_every_view_shows_two_models_side_by_side(view, seen):
-    html = show(view, seen, Choice())
-    assert html.count('<section') == 2 and 'models n2' in html
-    assert '<b>four' not in html  # class names are no markup
-    for drawing in re.findall(r'<svg[^>]*>', html):
+    shown = show(view, seen, Choice())
+    assert shown.count('<section') == 2 and 'models n2' in shown
+    assert '<b>four' not in shown  # class names are no markup
+    for drawing in re.findall(r'<svg[^>]*>', shown):
         assert 'role="img" aria-label="' in drawing
 
 
@@ -252,18 +253,33 @@ def test_an_upload_is_looked_at_and_not_kept(server):
 
 
 def test_two_people_upload_the_same(server):
-    """To the same place, as Gradio names places by content; the first to be answered deletes it."""
-    path, other = (server.upload('twice.jpg', encoded(FLOWER)) for _ in range(2))
-    assert path == other
-    assert all('class=\\"bars\\"' in server.look(path) for _ in range(2)) and not Path(path).exists()
+    """Each has a file of his own, so that no answer takes the other's away."""
+    paths = [server.upload('../twice.jpg', encoded(FLOWER)) for _ in range(2)]
+    assert all('class=\\"bars\\"' in server.look(path) for path in paths)
+    assert 'did not arrive' in server.look(paths[0]) and not list(server.temp.rglob('twice.jpg'))
 
 
-def test_an_emptied_box_of_a_slider_is_what_it_was(server):
-    path = server.upload('flower.jpg', encoded(FLOWER))
-    file = {'path': path, 'meta': {'_type': 'gradio.FileData'}}
-    answer = server.call('look', [file, 'digits', 'no other', 'Answer', *[
-        None if isinstance(value, (int, float)) and not isinstance(value, bool) else value for value in CONTROLS]])
-    assert 'class=\\"bars\\"' in answer
+def test_what_is_no_value_is_said_in_a_sentence(server):
+    """An emptied box of a slider, after another model was chosen too; a view or a model that is not there."""
+    for place, value, says in ((2, 'Sense', 'There is no view \'Sense\''), (0, ['digits'], 'There is no model'),
+                               (3, None, 'A number is missing: Classes, Cross: left to right.')):
+        values = ['digits', 'no other', 'Answer', *CONTROLS]
+        values[place] = value
+        if value is None:
+            values[4] = 'much'
+        path = server.upload('flower.jpg', encoded(FLOWER))
+        answer = server.call('look', [{'path': path, 'meta': {'_type': 'gradio.FileData'}}, *values])
+        assert says in html.unescape(answer) and 'role=\\"alert\\"' in answer
+
+
+def test_what_is_left_behind_is_deleted(tmp_path):
+    pytest.importorskip('gradio')
+    from t2t_vit.explore.uploads import OLD, Uploads
+    for age in (OLD - 60, OLD + 60):
+        (tmp_path / str(age)).mkdir()
+        os.utime(tmp_path / str(age), (time.time() - age,) * 2)
+    Uploads(tmp_path).sweep()
+    assert [place.name for place in tmp_path.iterdir()] == [str(OLD - 60)]
 
 
 def test_bad_uploads_are_answered_and_deleted(server):
@@ -282,6 +298,8 @@ def test_no_file_outside_its_own_is_served(server, tmp_path):
         assert server.get(f'gradio_api/file={path}') in ('403', '404')
         assert 'bars' not in server.look(path)
     assert (tmp_path / 'secret.png').exists()
+    image = {'path': 'https://example.org/a.png', 'meta': {'_type': 'gradio.FileData'}}
+    assert 'Only uploaded files' in server.call('report', ['digits', 'no other', image, *CONTROLS[1:]])
     own = [file for file in server.temp.rglob('*.webp') if 't2t-vit-explore' in str(file)]  # thumbnails of examples
     assert own and all('bars' not in server.look(str(file)) and file.exists() for file in own[:2])
     assert server.get('gradio_api/deep_link?session_hash=x') == '404'

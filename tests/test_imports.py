@@ -38,7 +38,7 @@ LAYERS = [  # a module imports from those above it only
     ['reproduce.runs', 'reproduce.verdicts'],
     ['reproduce.report'],
     ['reproduce.command', 'explore.seen'],
-    ['explore.views'],
+    ['explore.views', 'explore.uploads'],
     ['explore.page'],
     ['explore.command'],
     ['cli'],

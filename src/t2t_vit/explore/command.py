@@ -1,7 +1,9 @@
 """`t2t-vit explore`: the page that looks inside models, on this machine."""
 
+import ctypes
 import os
 import signal
+import sys
 import tempfile
 import threading
 from contextlib import contextmanager
@@ -24,7 +26,8 @@ from .seen import Explorer, Limits, untrained
 LOOPBACK = ('127.0.0.1', 'localhost', '::1')
 SESSIONS = 64  # whose images are held; the oldest makes room
 TRAINED = 'digits-explore'  # the run that is made where there is none
-CLOSED = ('deep_link', 'proxy=', 'run-history', 'runs')  # routes of Gradio's that keep or fetch something
+CLOSED = ('component_server', 'deep_link', 'proxy=', 'run-history', 'runs', 'upload_progress')  # routes of Gradio's
+# that keep or fetch something, or wait for what never comes
 
 
 def explore(
@@ -122,29 +125,49 @@ def serving(explorer: Explorer, host: str = '127.0.0.1', port: Optional[int] = N
     """
     with tempfile.TemporaryDirectory(prefix='t2t-vit-explore-', ignore_cleanup_errors=True) as folder:
         os.environ.update(GRADIO_TEMP_DIR=f'{folder}/files', GRADIO_ANALYTICS_ENABLED='False')
-        for place in ('files', 'reports'):
-            Path(folder, place).mkdir()
+        for place in ('files/uploads', 'reports'):  # what Gradio opens has to lie in its own folder
+            Path(folder, place).mkdir(parents=True)
         import gradio
         from starlette.middleware import Middleware
+        from starlette.routing import Route
 
-        from .page import CSS, build
+        from .page import CSS, build, fetch_nothing
+        from .uploads import Uploads
 
+        gradio.processing_utils.async_ssrf_protected_download = fetch_nothing
+        uploads = Uploads(Path(folder, 'files', 'uploads'))
         photos = examples()
         first = explorer.open(next(iter(explorer.openers)))
         grey = first.preprocessing.channels == 1
-        blocks = build(explorer, photos, len(photos) - 1 if grey else 1, Path(folder, 'reports'))
+        blocks = build(explorer, photos, len(photos) - 1 if grey else 1, Path(folder, 'reports'), uploads)
         size = int(explorer.limits.megabytes * 1e6)
         plain = gradio.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])
+        ended = threading.Event()
         try:
             _, address, _ = blocks.launch(
                 server_name=host, server_port=port, inbrowser=browser, quiet=True, prevent_thread_lock=True,
                 share=False, show_error=True, ssr_mode=False, run_history=False, footer_links=[], max_file_size=size,
                 state_session_capacity=SESSIONS, allowed_paths=[], css=CSS, theme=plain,
                 enable_monitoring=False, pwa=False, mcp_server=False,
-                app_kwargs=dict(middleware=[Middleware(Bounds, size=size)], docs_url=None, redoc_url=None))
+                app_kwargs=dict(
+                    middleware=[Middleware(Bounds, size=size)], docs_url=None, redoc_url=None,
+                    routes=[Route('/gradio_api/upload', uploads.receive, methods=['POST'])]))  # before Gradio's own
+            threading.Thread(target=tidy, args=(uploads.sweep, ended), daemon=True).start()
             yield address
         finally:
+            ended.set()
             blocks.close(verbose=False)
+
+
+def tidy(sweep: Callable[[], None], ended: threading.Event) -> None:
+    """Until then, once a minute: sweep, and give free memory back.
+
+    Else glibc keeps what images and tensors leave between them, and grows for hundreds of requests.
+    """
+    while not ended.wait(60):
+        sweep()
+        if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'malloc_trim'):
+            libc.malloc_trim(0)
 
 
 def examples() -> List[Photo]:
@@ -177,6 +200,9 @@ class Bounds:
         length = headers.get(b'content-length', b'0')
         if not length.isdigit() or int(length) > self.most or (
                 b'chunked' in headers.get(b'transfer-encoding', b'').lower()):
+            left = 10 * self.most  # most clients send all before they listen
+            while left > 0 and (part := await receive()).get('more_body'):
+                left -= len(part.get('body', b''))
             return await self.refuse(send, 413, f'At most {(self.most - 65536) / 1e6:g} MB are taken.')
         await self.app(scope, receive, send)
 

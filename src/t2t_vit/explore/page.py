@@ -6,11 +6,9 @@ import tempfile
 import time
 import traceback
 import uuid
-from collections import OrderedDict
-from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import gradio as gr
 import torch
@@ -21,14 +19,15 @@ from ..look.opened import Photo
 from ..look.report import write_report
 from ..look.visualize import look
 from .seen import Explorer, Seen, read_photo, sentence
+from .uploads import OLD, Uploads
 from .views import CLASS_TOKEN, PLACE, VIEWS, Choice, layers_of, pages_of, preview, show
 
 NONE = 'no other'
 ANSWER = -1  # the class of Grad-CAM
-OLD = 600  # seconds after which an upload or report that was left behind is deleted
 WAITING = 32  # requests; more are told to come back
-AGAIN = 8  # uploads that are kept for others who upload the same
-MOVING = 'Move over the image'
+MOVING, K, ACROSS, DOWN = 'Move over the image', 'Classes', 'Cross: left to right', 'Cross: top to bottom'
+LAYER, HEAD, RESIDUAL = 'Layer of attention', 'Head (0: mean of all)', 'Share that skips keep'
+CLASS, STAGE, SHEET = 'Class of Grad-CAM', 'Layer of maps', 'Page of channels'
 CSS = '''
 .gradio-container { max-width: 1200px !important; margin: auto }
 .models { display: grid; gap: 1.5rem; grid-template-columns: minmax(0, 1fr) }
@@ -91,25 +90,34 @@ def guarded(function: Callable[..., Any], explorer: Explorer, count: int) -> Cal
 class Page:
     """What the page's controls do."""
 
-    def __init__(self, explorer: Explorer, photos: Sequence[Photo], folder: Path) -> None:
-        self.explorer, self.photos, self.folder = explorer, photos, folder
-        self.taken: 'OrderedDict[str, Photo]' = OrderedDict()  # by the place they were uploaded to, for a moment
+    def __init__(self, explorer: Explorer, photos: Sequence[Photo], folder: Path, uploads: Uploads) -> None:
+        self.explorer, self.photos, self.folder, self.uploads = explorer, photos, folder, uploads
 
-    def seen(self, photo: Photo, first: str, second: str) -> List[Seen]:
+    def seen(self, photo: Optional[Photo], first: str, second: str) -> List[Seen]:
         """Passes of the one or two models that are chosen."""
-        return [self.explorer.see(name, photo) for name in dict.fromkeys((first, second)) if name != NONE]
+        if photo is None:
+            raise DataError('Choose an image first.')
+        return [self.explorer.see(name, photo) for name in ([first] if second in (NONE, first) else [first, second])]
 
     def draw(self, photo: Optional[Photo], first: str, second: str, view: str, *values: Any) -> Tuple[str, str]:
         """The image with its cross, and the view."""
-        if photo is None:
-            raise DataError('Choose an image first.')
+        if view not in list(VIEWS):
+            raise DataError(f'There is no view {view!r}; there are {", ".join(VIEWS)}.')
         seen = self.seen(photo, first, second)
         choice = self.choice(seen[0], *values)
+        assert photo is not None  # or `seen` has said so
         return preview(seen[0], choice, photo.name), show(view, seen, choice)
 
     def choice(self, seen: Seen, top_k: float, across: float, down: float, moving: bool, layer: float, head: float,
                reader: str, residual: float, target: Optional[int], stage: float, page: float) -> Choice:
-        """From what stands on the controls; layers become depths."""
+        """From what stands on the controls; layers become depths.
+
+        Raises:
+            DataError: naming each slider whose box was left empty, or holds what is no number.
+        """
+        check_numbers({K: top_k, ACROSS: across, DOWN: down, LAYER: layer, HEAD: head, RESIDUAL: residual,
+                       CLASS: ANSWER if target is None else target, STAGE: stage, SHEET: page})
+
         def depth(chosen: float, count: int) -> float:
             return min(max((chosen - 1) / max(count - 1, 1), 0), 1)
 
@@ -121,22 +129,15 @@ class Page:
                       None if target is None or target == ANSWER else max(int(target), 0),
                       depth(stage, len(seen.measures)), max(int(page), 1))
 
-    def take(self, upload: Optional[str], *rest: Any) -> Tuple[Any, ...]:
-        """An uploaded image, which is read and deleted: the image, and what is drawn.
-
-        Two people who upload the same file upload it to the same place: the second finds what the first one's was.
-        """
-        if upload is None:
+    def take(self, upload: Optional[Dict[str, Any]], *rest: Any) -> Tuple[Any, ...]:
+        """An uploaded image, which is read and deleted: the image, and what is drawn."""
+        place = str((upload or {}).get('path'))
+        if not self.uploads.holds(place):
             raise DataError('The upload did not arrive. Please try again.')
-        file = Path(upload)
-        if file.exists() or upload not in self.taken:
-            try:
-                self.taken[upload] = read_photo(file, self.explorer.limits)
-            finally:
-                file.unlink(missing_ok=True)
-            while len(self.taken) > AGAIN:
-                self.taken.popitem(last=False)
-        photo = self.taken[upload]
+        try:
+            photo = read_photo(Path(place), self.explorer.limits)
+        finally:
+            self.uploads.remove(place)
         return (photo, *self.draw(photo, *rest))
 
     def example(self, index: int, *rest: Any) -> Tuple[Any, ...]:
@@ -177,9 +178,9 @@ class Page:
                                  variant='primary')
 
 
-def build(explorer: Explorer, photos: Sequence[Photo], start: int, folder: Path) -> gr.Blocks:
+def build(explorer: Explorer, photos: Sequence[Photo], start: int, folder: Path, uploads: Uploads) -> gr.Blocks:
     """The page, with the image that it begins with; `folder` is for reports."""
-    page = Page(explorer, photos, folder)
+    page = Page(explorer, photos, folder, uploads)
     names = list(explorer.openers)
     k, depth, heads, classes, stages, pages = page.bounds(photos[start], names[0], NONE)
     with gr.Blocks(title='t2t-vit: what models see', analytics_enabled=False, delete_cache=(60, OLD)) as blocks:
@@ -194,9 +195,9 @@ def build(explorer: Explorer, photos: Sequence[Photo], start: int, folder: Path)
                                      height='auto', allow_preview=False, elem_id='examples', buttons=[],
                                      object_fit='cover', show_label=False)
                 shown = gr.HTML(elem_classes=['preview', 'late'], elem_id='preview')
-                across = gr.Slider(0, 1, .5, step=.01, label='Cross: left to right', elem_id='across', buttons=[],
+                across = gr.Slider(0, 1, .5, step=.01, label=ACROSS, elem_id='across', buttons=[],
                                    elem_classes='late')
-                down = gr.Slider(0, 1, .5, step=.01, label='Cross: top to bottom', elem_id='down', buttons=[],
+                down = gr.Slider(0, 1, .5, step=.01, label=DOWN, elem_id='down', buttons=[],
                                  elem_classes='late')
             with gr.Column(scale=5, min_width=320, elem_classes='side'):
                 with gr.Row():
@@ -206,42 +207,38 @@ def build(explorer: Explorer, photos: Sequence[Photo], start: int, folder: Path)
                 wrong = gr.HTML(elem_id='wrong')
                 view = gr.Radio(list(VIEWS), value='Answer', label='View', elem_id='view')
                 with gr.Row(visible=True, elem_classes='of-view') as of_answer:
-                    top_k = gr.Slider(1, value=5, step=1, label='Classes', elem_id='top_k', buttons=[], **k)
+                    top_k = gr.Slider(1, value=5, step=1, label=K, elem_id='top_k', buttons=[], **k)
                 with gr.Row(visible=False, elem_classes='of-view') as of_windows:
                     moving = gr.Checkbox(label=MOVING, elem_id='moving')
                 with gr.Row(visible=False, elem_classes='of-view') as of_attention:
-                    layer = gr.Slider(1, step=1, label='Layer', elem_id='layer', buttons=[], **depth)
-                    head = gr.Slider(0, step=1, label='Head (0: mean of all)', elem_id='head', buttons=[], **heads)
+                    layer = gr.Slider(1, step=1, label=LAYER, elem_id='layer', buttons=[], **depth)
+                    head = gr.Slider(0, step=1, label=HEAD, elem_id='head', buttons=[], **heads)
                     reader = gr.Radio([CLASS_TOKEN, PLACE], value=CLASS_TOKEN, label='Whose attention',
                                       elem_id='reader')
                 with gr.Row(visible=False, elem_classes='of-view') as of_evidence:
-                    residual = gr.Slider(0, 1, .5, step=.05, label='Share that skips keep', elem_id='residual',
+                    residual = gr.Slider(0, 1, .5, step=.05, label=RESIDUAL, elem_id='residual',
                                          buttons=[])
-                    target = gr.Dropdown(label='Class of Grad-CAM', elem_id='target', **classes)
+                    target = gr.Dropdown(label=CLASS, elem_id='target', **classes)
                 with gr.Row(visible=False, elem_classes='of-view') as of_features:
-                    stage = gr.Slider(1, step=1, label='Layer', elem_id='stage', buttons=[], **stages)
-                    sheet = gr.Slider(1, step=1, label='Page of channels', elem_id='sheet', buttons=[], **pages)
+                    stage = gr.Slider(1, step=1, label=STAGE, elem_id='stage', buttons=[], **stages)
+                    sheet = gr.Slider(1, step=1, label=SHEET, elem_id='sheet', buttons=[], **pages)
                 picture = gr.HTML(elem_id='picture')
                 make = gr.Button('Make a report of all views', elem_id='make', elem_classes='late')
                 download = gr.DownloadButton('Download the report', visible=False, elem_id='download',
                                              elem_classes='late')
         groups = {'Answer': of_answer, 'Windows': of_windows, 'Attention': of_attention, 'Evidence': of_evidence,
                   'Feature maps': of_features}
-        for slider in (top_k, across, down, layer, head, residual, stage, sheet):
-            slider.preprocess = partial(number, slider.value)  # `choice` holds it within bounds
         controls = [top_k, across, down, moving, layer, head, reader, residual, target, stage, sheet]
         chosen = [first, second, view, *controls]
         drawn = [shown, picture, wrong]
-        one: Any = dict(concurrency_id='models', concurrency_limit=1, show_progress='hidden')
-        inside: Any = dict(**one, api_visibility='private')
+        # values come as the browser sends them: what Gradio makes of wrong ones is no sentence, and `take` is to read
+        # the file within limits
+        alone: Any = dict(concurrency_id='models', concurrency_limit=1, preprocess=False)
+        inside: Any = dict(**alone, show_progress='hidden', api_visibility='private')
         redraw = guarded(page.draw, explorer, 2)
-
-        # the browser's own file stays where it was uploaded to, for `take` to read within limits and to delete
-        drop.preprocess = lambda payload: payload.path if payload else None
-        drop.async_move_resource_to_block_cache = partial(only_uploads, blocks.upload_file_set)
         drop.upload(guarded(page.take, explorer, 3), [drop, *chosen], [photo, *drawn], api_name='look',
-                    concurrency_id='models', concurrency_limit=1, show_progress_on=[picture],
-                    ).then(lambda: None, None, drop, api_visibility='private', show_progress='hidden')
+                    show_progress_on=[picture], **alone).then(
+                        lambda: None, None, drop, api_visibility='private', show_progress='hidden')
 
         def choose(event: gr.SelectData, *rest: Any) -> Any:
             return guarded(page.example, explorer, 3)(event.index, *rest)
@@ -260,18 +257,18 @@ def build(explorer: Explorer, photos: Sequence[Photo], start: int, folder: Path)
               trigger_mode='always_last', **inside)
         blocks.load(redraw, [photo, *chosen], drawn, **inside)
         make.click(guarded(page.report, explorer, 1), [photo, first, second, *controls], [download, wrong],
-                   concurrency_id='models', concurrency_limit=1, api_name='report', show_progress_on=[make])
+                   api_name='report', show_progress_on=[make], **alone)
     blocks.queue(max_size=WAITING, default_concurrency_limit=1)
     return blocks
 
 
-def number(otherwise: float, payload: Any) -> float:
-    """What stands on a slider, or what it began with where its box was left empty."""
-    return payload if isinstance(payload, (int, float)) and math.isfinite(payload) else otherwise
+def check_numbers(given: Dict[str, Any]) -> None:
+    """Raises DataError, naming all controls of which a number is missing."""
+    wrong = [name for name, value in given.items() if not isinstance(value, (int, float)) or not math.isfinite(value)]
+    if wrong:
+        raise DataError(f'A number is missing: {", ".join(wrong)}.')
 
 
-async def only_uploads(uploads: Set[str], place: str) -> str:
-    """In the place of a component's own: gives the path of an upload, and fetches nothing from anywhere."""
-    if place not in uploads:
-        raise gr.Error('Only uploaded files can be opened.', print_exception=False)
-    return place
+async def fetch_nothing(*args: Any, **kwargs: Any) -> str:
+    """In the place of Gradio's downloads, which any address in a request may start."""
+    raise gr.Error('Only uploaded files can be opened.', print_exception=False)

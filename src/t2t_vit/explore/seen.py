@@ -114,7 +114,7 @@ class Explorer:
         Raises:
             UsageError: for any other name.
         """
-        if name not in self.openers:
+        if name not in list(self.openers):  # a list: it may be anything, as a browser sent it
             raise UsageError(f'There is no model {name!r} on this page; there are {", ".join(self.openers)}.')
         if name not in self.opened:
             one = self.openers[name]()
@@ -142,9 +142,9 @@ class Explorer:
 
     def see(self, name: str, photo: Photo) -> Seen:
         """A model's pass over an image, from memory if it is one of the last."""
+        one = self.open(name)
         key = (name, fingerprint(photo.image))
         if key not in self.passes:
-            one = self.open(name)
             images, shown = prepare([photo], one.preprocessing)
             images = images.to(self.device)
             found = trace(one.model, images)
