@@ -1,9 +1,7 @@
 """`t2t-vit explore`: the page that looks inside models, on this machine."""
 
-import ctypes
 import os
 import signal
-import sys
 import tempfile
 import threading
 from contextlib import contextmanager
@@ -26,8 +24,8 @@ from .seen import Explorer, Limits, untrained
 LOOPBACK = ('127.0.0.1', 'localhost', '::1')
 SESSIONS = 64  # whose images are held; the oldest makes room
 TRAINED = 'digits-explore'  # the run that is made where there is none
-CLOSED = ('component_server', 'deep_link', 'proxy=', 'run-history', 'runs', 'upload_progress')  # routes of Gradio's
-# that keep or fetch something, or wait for what never comes
+CLOSED = ('component_server', 'deep_link', 'proxy=', 'run-history', 'runs')  # routes of Gradio's, by which something
+# is kept or fetched
 
 
 def explore(
@@ -151,23 +149,19 @@ def serving(explorer: Explorer, host: str = '127.0.0.1', port: Optional[int] = N
                 enable_monitoring=False, pwa=False, mcp_server=False,
                 app_kwargs=dict(
                     middleware=[Middleware(Bounds, size=size)], docs_url=None, redoc_url=None,
-                    routes=[Route('/gradio_api/upload', uploads.receive, methods=['POST'])]))  # before Gradio's own
-            threading.Thread(target=tidy, args=(uploads.sweep, ended), daemon=True).start()
+                    routes=[Route('/gradio_api/upload', uploads.receive, methods=['POST']),  # before Gradio's own
+                            Route('/gradio_api/upload_progress', uploads.progress)]))
+            threading.Thread(target=each_minute, args=(uploads.sweep, ended), daemon=True).start()
             yield address
         finally:
             ended.set()
             blocks.close(verbose=False)
 
 
-def tidy(sweep: Callable[[], None], ended: threading.Event) -> None:
-    """Until then, once a minute: sweep, and give free memory back.
-
-    Else glibc keeps what images and tensors leave between them, and grows for hundreds of requests.
-    """
+def each_minute(work: Callable[[], None], ended: threading.Event) -> None:
+    """Until `ended` is set."""
     while not ended.wait(60):
-        sweep()
-        if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'malloc_trim'):
-            libc.malloc_trim(0)
+        work()
 
 
 def examples() -> List[Photo]:

@@ -32,8 +32,8 @@ CSS = '''
 .gradio-container { max-width: 1200px !important; margin: auto }
 .models { display: grid; gap: 1.5rem; grid-template-columns: minmax(0, 1fr) }
 .models.n2 { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr) }
-.models.n1 h3 { display: none }
 .models h3 { margin: 0 0 .5rem; overflow-wrap: anywhere; font-weight: 600 }
+.models h3 small { font-weight: 400; opacity: .82 }
 .models figure, .preview figure { margin: 0 0 1rem }
 .models svg, .preview svg { display: block; width: 100%; max-width: 26rem; max-height: 26rem; height: auto;
   background: repeating-linear-gradient(45deg, #8884 0 4px, #8881 4px 8px); border-radius: 4px }
@@ -49,6 +49,7 @@ CSS = '''
 .bars i { grid-column: 1 / -1; height: .6rem; min-width: 2px; background: #0072B2; border-radius: 2px }
 .wrong { border-left: 4px solid #D55E00; padding: .5rem .8rem; margin: 0; background: #D55E0018 }
 .preview svg { max-width: 100% }
+#first input, #second input { text-overflow: ellipsis; padding-right: 1.8rem }
 #wrong:not(:has(.wrong)) { display: none }
 #examples .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)); grid-template-rows: none !important;
   grid-auto-rows: auto !important; height: auto; padding: .3rem; align-content: start }
@@ -62,10 +63,8 @@ button:focus-visible, input:focus-visible, [role=button]:focus-visible, a:focus-
   outline: 3px solid #56B4E9 !important; outline-offset: 2px }
 @media (max-width: 640px) { .side { display: contents !important }
   .sides { flex-direction: column !important; flex-wrap: nowrap !important; align-items: stretch }
-  .of-view { order: 1 } .late { order: 2 }
-  #examples .grid-container { grid-template-columns: repeat(12, minmax(0, 1fr)) }
-  #second input { text-overflow: ellipsis } .preview svg { max-width: 11rem } .models.n2 { gap: .8rem }
-  .small { grid-template-columns: repeat(3, 1fr) }
+  .of-view { order: 1 } .late, .form:has(.late) { order: 2 } .preview svg { max-width: 11rem } .models.n2 { gap: .8rem }
+  .small { grid-template-columns: repeat(3, 1fr) } .models.n2 .small { grid-template-columns: repeat(2, 1fr) }
   .models.n2 .pair { grid-template-columns: minmax(0, 1fr) } .gradio-container { padding: .6rem !important } }
 '''
 

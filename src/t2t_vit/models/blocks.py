@@ -55,7 +55,11 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, class_only: bool = False) -> torch.Tensor:
         """(B, N, C) -> (B, N, C), or (B, 1, C)."""
-        if class_only and not self.all_tokens and type(self.qkv) is nn.Linear:  # else an adapter, as LoRA's
+        if torch.jit.is_scripting():
+            plain = True
+        else:
+            plain = type(self.qkv) is nn.Linear  # and no adapter in its place, as LoRA's
+        if class_only and plain and not self.all_tokens:
             weight_q, weight_kv = self.qkv.weight.tensor_split([self.qkv.in_features])
             q = F.linear(x[:, :1], weight_q)
             k, v = F.linear(x, weight_kv).chunk(2, dim=-1)

@@ -46,7 +46,7 @@ def as_kernel(weight: torch.Tensor, kernel: int) -> torch.Tensor:
 def as_tf32(weight: torch.Tensor) -> torch.Tensor:
     """float32 rounded to TF32's ten bits of mantissa, as an accelerator's convolution does; the gradient passes."""
     bits = weight.detach().contiguous().view(torch.int32)
-    return weight + (((bits + 0x1000) & ~0x1FFF).view(torch.float32) - weight).detach()
+    return weight + (((bits + 0x1000) & -0x2000).view(torch.float32) - weight).detach()
 
 
 def rounds(x: torch.Tensor) -> bool:
