@@ -37,6 +37,7 @@ test: $(VENV)/.tests
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist worksteal
+	cd tests && OMP_NUM_THREADS=1 $(abspath $(BIN))/python fuzz.py --count 50
 
 test-timm: $(VENV)/.tests
 	cd tests && $(abspath $(BIN))/python timm_suite.py --every -n 2

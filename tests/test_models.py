@@ -425,6 +425,7 @@ def test_compiles_to_one_graph_for_every_batch_size(name):
     assert len(graphs) == 1
 
 
+@pytest.mark.timeout(900)  # it runs a compiler
 def test_compiles_with_inductor():
     model, images = shallow('t2t_vit_4_16'), torch.randn(2, 3, 16, 16)
     with torch.no_grad():

