@@ -11,6 +11,7 @@ from fuzz import Case, run_kind
 
 from t2t_vit.models.checkpoints import CheckpointError
 
+
 def fine():
     Path('seen.txt').touch()
 

@@ -133,7 +133,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(900)  # six starts of torch, on a machine that may be busy
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='finds processes as Linux lists them')
 def test_one_of_two_workers_lost(pair, tmp_path):
-    """The launcher starts both again, and they go on from the last step saved. `torture.py 100 2` does it more often."""
+    """The launcher starts both again, and they go on from the last step saved. `torture.py 100 2` does more."""
     run = start(tmp_path / 'parts', *LOUD, processes=2)
     wait_for_step(tmp_path / 'parts', 4, run)
     os.kill(workers(run)[-1], signal.SIGKILL)

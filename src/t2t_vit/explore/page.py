@@ -26,13 +26,14 @@ NONE = 'no other'
 ANSWER = -1  # the class of Grad-CAM
 WAITING = 32  # requests; more are told to come back
 MOVING, K, ACROSS, DOWN = 'Move over the image', 'Classes', 'Cross: left to right', 'Cross: top to bottom'
-LAYER, HEAD, RESIDUAL = 'Layer of attention', 'Head (0: mean of all)', 'Share that skips keep'
+LAYER, HEAD, RESIDUAL = 'Layer', 'Head (0: mean)', 'Share that skips keep'
 CLASS, STAGE, SHEET = 'Class of Grad-CAM', 'Layer of maps', 'Page of channels'
 CSS = '''
 .gradio-container { max-width: 1200px !important; margin: auto }
 .models { display: grid; gap: 1.5rem; grid-template-columns: minmax(0, 1fr) }
 .models.n2 { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr) }
 .models h3 { margin: 0 0 .5rem; overflow-wrap: anywhere; font-weight: 600 }
+.models.n1 h3:not(:has(small)) { display: none }
 .models h3 small { font-weight: 400; opacity: .82 }
 .models figure, .preview figure { margin: 0 0 1rem }
 .models svg, .preview svg { display: block; width: 100%; max-width: 26rem; max-height: 26rem; height: auto;

@@ -281,7 +281,7 @@ def show(view: str, seen: Sequence[Seen], choice: Choice) -> str:
     """A view of one model, or of several side by side."""
     function, what = VIEWS[view]
     columns = ''.join(
-        f'<section aria-label="{escape(one.one.name)}"><h3>{escape(one.one.name)} '
-        f'<small>{escape(one.one.weights)}</small></h3>{function(one, choice)}</section>'
+        f'<section aria-label="{escape(one.one.name)}"><h3>{escape(one.one.name)}'
+        f'{" <small>random weights</small>" * (one.one.weights == "random weights")}</h3>{function(one, choice)}</section>'
         for one in seen)
     return f'<p class="what" data-view="{view}">{escape(what)}</p><div class="models n{len(seen)}">{columns}</div>'

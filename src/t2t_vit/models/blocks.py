@@ -55,7 +55,7 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, class_only: bool = False) -> torch.Tensor:
         """(B, N, C) -> (B, N, C), or (B, 1, C)."""
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # noqa: SIM108  (the form that TorchScript leaves one branch of out of)
             plain = True
         else:
             plain = type(self.qkv) is nn.Linear  # and no adapter in its place, as LoRA's
