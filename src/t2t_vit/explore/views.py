@@ -282,6 +282,6 @@ def show(view: str, seen: Sequence[Seen], choice: Choice) -> str:
     function, what = VIEWS[view]
     columns = ''.join(
         f'<section aria-label="{escape(one.one.name)}"><h3>{escape(one.one.name)}'
-        f'{" <small>random weights</small>" * (one.one.weights == "random weights")}</h3>{function(one, choice)}</section>'
-        for one in seen)
+        f'{" <small>random weights</small>" * (one.one.weights == "random weights")}</h3>'
+        f'{function(one, choice)}</section>' for one in seen)
     return f'<p class="what" data-view="{view}">{escape(what)}</p><div class="models n{len(seen)}">{columns}</div>'
