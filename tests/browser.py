@@ -3,6 +3,7 @@
 It leaves the screenshots of docs/explore.md in docs/pictures. Without a browser it is skipped.
 """
 
+import io
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, Iterator
 
+import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -25,10 +27,11 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 
 @pytest.fixture(scope='module')
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The page with the last run under RUNS, by default one that is trained here for some minutes."""
+    """The page with the last run under RUNS, by default one that is trained here for some minutes, and with two models
+    of photos, whose weights are random."""
     folder = tmp_path_factory.mktemp('page')
     words = [sys.executable, '-u', '-m', 't2t_vit.cli', 'explore', '--runs', os.environ.get('RUNS', str(folder)),
-             '--max_megabytes', '2']
+             '--max_megabytes', '2', '--compare', 't2t_vit_7', 'resnet18']
     with open(folder / 'log', 'w') as log, subprocess.Popen(words, stdout=log, stderr=log) as process:
         for _ in range(900):
             if (found := re.search(r'http://\S+', (folder / 'log').read_text())) or process.poll() is not None:
@@ -53,15 +56,16 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, address: str) -> Iterator[Any]:
-    """The page, loaded; what it asks of other machines is an error."""
+    """The page, loaded; what it asks of other machines is an error, and so is what its console says of errors."""
     page = browser.new_page(viewport=dict(width=1200, height=1000))
-    elsewhere = []
-    page.on('request', lambda request: elsewhere.append(request.url) if not request.url.startswith(
+    wrong = []
+    page.on('request', lambda request: wrong.append(request.url) if not request.url.startswith(
         (address, 'data:', 'blob:')) else None)
+    page.on('console', lambda message: wrong.append(message.text) if message.type == 'error' else None)
     open_page(page, address)
     yield page
     page.close()
-    assert not elsewhere
+    assert not wrong
 
 
 def open_page(page: Any, address: str) -> None:
@@ -73,6 +77,11 @@ def open_page(page: Any, address: str) -> None:
 def choose_view(page: Any, name: str) -> None:
     page.locator('#view').get_by_label(name, exact=True).check()
     page.wait_for_selector(f'#picture .what[data-view="{name}"]')
+    page.wait_for_timeout(300)
+    mark = page.locator('#view input:checked').bounding_box()
+    with Image.open(io.BytesIO(page.screenshot(clip=mark))) as image:
+        pixels = np.asarray(image.convert('RGB')).astype(int)
+    assert (pixels.max(-1) - pixels.min(-1) > 100).mean() > .3, 'the mark of the chosen view is not seen'
 
 
 def caption(page: Any) -> str:
@@ -108,7 +117,15 @@ def test_upload(page, tmp_path):
     page.wait_for_selector('#drop input[type=file]', state='attached')  # there is room for the next
 
 
+def photo_by(page: Any, model: str) -> None:
+    """China's pavilion, as one of the models of photos sees it."""
+    page.locator('#examples button').nth(0).click()
+    pick(page, 'first', model)
+    page.wait_for_function('document.querySelector("#preview").innerText.match(/china.*224×224/)')
+
+
 def test_slide(page):
+    photo_by(page, 't2t_vit_7')
     choose_view(page, 'Attention')
     before = caption(page)
     assert 'mean of' in before
@@ -116,31 +133,52 @@ def test_slide(page):
     assert 'head 2 of' in (now := changed(page, before))
     page.locator('#layer input[type=range]').fill('3')
     assert 'Layer 3 of' in changed(page, now)
-    picture(page, 'explore-attention.png')
     choose_view(page, 'Windows')
     near = page.locator('#picture figcaption').nth(1)
-    page.locator('#across input[type=range]').fill('0')
-    page.wait_for_function('document.querySelectorAll("#picture figcaption")[1].innerText.includes("column 1:")')
-    assert 'row' in near.inner_text()
-    picture(page, 'explore-windows.png')
+    page.locator('#across input[type=range]').fill('0.25')
+    page.locator('#down input[type=range]').fill('0.15')
+    page.wait_for_function('document.querySelectorAll("#picture figcaption")[1].innerText.match(/row 9, column 15:/)')
+    assert 'its pixels' in near.inner_text()
+    picture(page, 'explore-windows.png', full_page=True)
     page.locator('#moving input').check()
     page.wait_for_selector('#picture animate[attributeName=viewBox]', state='attached')
     for view in ('Tokens', 'Evidence', 'Feature maps'):
         choose_view(page, view)
         assert page.locator('#wrong .wrong').count() == 0
-    picture(page, 'explore-features.png')
+
+
+def test_an_emptied_box(page):
+    """The number of a slider is cleared: a sentence, until there is one again."""
+    box = page.locator('#top_k input[type=number]')
+    box.fill('')
+    page.locator('#wrong [role=alert]').filter(has_text='A number is missing: Classes.').wait_for()
+    box.fill('3')
+    page.wait_for_function('document.querySelectorAll("#picture .bars li").length == 3')
+    assert page.locator('#wrong .wrong').count() == 0
 
 
 def test_compare(page):
+    own = page.locator('#first input').input_value()
+    photo_by(page, 't2t_vit_7')
+    pick(page, 'second', 'resnet18')
+    page.wait_for_selector('#picture section:nth-of-type(2)')
+    choose_view(page, 'Feature maps')
+    page.locator('#stage input[type=range]').fill('4')
+    page.wait_for_function(
+        'document.querySelector("#picture").innerText.match(/layer2.*of 128. Of all, [1-9]\\d* dead/)')
+    assert page.locator('#picture title').filter(has_text=': dead').count() > 0
+    picture(page, 'explore-features.png')
+    pick(page, 'first', own)
+    pick(page, 'second', f'{own}, untrained')
     page.locator('#examples button').nth(5).click()
     page.wait_for_function('document.querySelector("#preview").innerText.includes("digit 3")')
-    names = page.locator('#first input').input_value()
-    pick(page, 'second', f'{names}, untrained')
-    page.wait_for_selector('#picture section:nth-of-type(2)')
+    page.locator('#picture section[aria-label$=", untrained"]').wait_for()
     assert page.locator('#picture section').count() == 2
     choose_view(page, 'Tokens')
     page.wait_for_selector('#picture section:nth-of-type(2) svg')
     picture(page, 'explore-compare.png')
+    choose_view(page, 'Attention')
+    picture(page, 'explore-attention.png', full_page=True)
 
 
 def test_download(page, tmp_path):
@@ -184,6 +222,10 @@ def test_a_narrow_screen(browser, address):
     for view in ('Windows', 'Attention', 'Feature maps', 'Evidence'):
         choose_view(page, view)
         assert page.evaluate('document.documentElement.scrollWidth') <= 375, view
+    under = '({at: (name, edge) => document.querySelector(name).getBoundingClientRect()[edge]})'
+    assert 0 < page.evaluate(f'{under}.at("#picture", "top") - {under}.at("#view", "bottom")') < 60
+    rows = [page.locator('#examples button').nth(i).bounding_box() for i in (0, 6)]
+    assert 0 <= rows[1]['y'] - rows[0]['y'] - rows[0]['height'] < 20  # no gap between the rows of examples
     picture(page, 'explore-phone.png', full_page=True)
     page.close()
 

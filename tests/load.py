@@ -71,7 +71,7 @@ def main() -> int:
                 for name in files}
     fine = (alive and not left and sum(ended.values()) == REQUESTS and process.returncode == 0
             and 'Traceback' not in text and all(kind == expected[name] for name, kind in ended) and slope < SLOPE)
-    print('all well' if fine else 'NOT WELL')
+    print('all well' if fine else f'NOT WELL; its log ends with:\n{text[-5000:]}')
     return 0 if fine else 1
 
 
