@@ -52,6 +52,7 @@ def names_page() -> str:
         for node in tree.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
+        if not (alias.asname or alias.name).startswith('_')
     ]
     return '\n'.join(['# t2t_vit', '', ast.get_docstring(tree) or '', '', *sorted(lines), ''])
 
@@ -89,6 +90,16 @@ def on_files(files: Files, config: Any) -> Files:
     ]
     others = [file for file in files if not (file.abs_src_path or '').startswith(str(ROOT / 'docs'))]  # the theme's
     return Files([*others, *site])
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Links to a folder lead to its README, as they do where repositories are read."""
+    here = (ROOT / page.file.src_uri).parent
+
+    def readme(link: 're.Match[str]') -> str:
+        return f']({link[1].rstrip("/")}/README.md)' if (here / link[1] / 'README.md').is_file() else link[0]
+
+    return re.sub(r'\]\((?!\w+:)([^)#\s]+)\)', readme, markdown)
 
 
 def linked(pages: List[Path]) -> List[Path]:
