@@ -237,10 +237,15 @@ def test_keyboard(page):
         page.keyboard.press('Tab')
         reached.append(page.evaluate('''() => { let at = document.activeElement;
             while (at && !at.id.match(/^[a-z_]+$/)) at = at.parentElement; return at ? at.id : "" }'''))
+        style = page.evaluate('(({outlineStyle, outlineWidth}) => [outlineStyle, outlineWidth])'
+                              '(getComputedStyle(document.activeElement))')
+        if reached[-1]:
+            assert style == ['solid', '3px'], (reached[-1], style)  # it is seen where the keyboard is
         if reached[-1] == 'make':
             break
-    for name in ('drop', 'examples', 'across', 'down', 'first', 'second', 'view', 'top_k', 'make'):
-        assert name in reached, (name, reached)
+    order = [reached.index(name) for name in (
+        'drop', 'examples', 'across', 'down', 'first', 'second', 'view', 'top_k', 'make')]
+    assert order == sorted(order), reached  # as they stand on the page
     page.locator('#view input').nth(0).focus()
     page.keyboard.press('Tab')  # Gradio's radios are groups of one: Tab goes through them, Space chooses
     page.keyboard.press('Space')

@@ -308,6 +308,9 @@ def test_no_file_outside_its_own_is_served(server, tmp_path):
 
 def test_the_page_takes_nothing_from_elsewhere(server):
     page = server.get('')
+    with urlopen(server.address) as answer:
+        assert "default-src 'self'" in answer.headers['Content-Security-Policy']
+        assert answer.headers['X-Content-Type-Options'] == 'nosniff'
     assert '"analytics_enabled":false' in page.replace(' ', '')
     assert 'fonts.googleapis.com/css' not in page
 

@@ -26,6 +26,8 @@ SESSIONS = 64  # whose images are held; the oldest makes room
 TRAINED = 'digits-explore'  # the run that is made where there is none
 CLOSED = ('component_server', 'deep_link', 'proxy=', 'run-history', 'runs')  # routes of Gradio's, by which something
 # is kept or fetched
+HEADERS = ((b'content-security-policy', b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
+            b"frame-ancestors 'self'"), (b'x-content-type-options', b'nosniff'), (b'referrer-policy', b'no-referrer'))
 
 
 def explore(
@@ -123,8 +125,6 @@ def serving(explorer: Explorer, host: str = '127.0.0.1', port: Optional[int] = N
     """
     with tempfile.TemporaryDirectory(prefix='t2t-vit-explore-', ignore_cleanup_errors=True) as folder:
         os.environ.update(GRADIO_TEMP_DIR=f'{folder}/files', GRADIO_ANALYTICS_ENABLED='False')
-        for place in ('files/uploads', 'reports'):  # what Gradio opens has to lie in its own folder
-            Path(folder, place).mkdir(parents=True)
         import gradio
         from starlette.middleware import Middleware
         from starlette.routing import Route
@@ -133,11 +133,12 @@ def serving(explorer: Explorer, host: str = '127.0.0.1', port: Optional[int] = N
         from .uploads import Uploads
 
         gradio.processing_utils.async_ssrf_protected_download = fetch_nothing
-        uploads = Uploads(Path(folder, 'files', 'uploads'))
+        uploads = Uploads(Path(folder, 'files', 'uploads'))  # what Gradio opens and serves lies in its own folder
+        uploads.folder.mkdir(parents=True)
         photos = examples()
         first = explorer.open(next(iter(explorer.openers)))
         grey = first.preprocessing.channels == 1
-        blocks = build(explorer, photos, len(photos) - 1 if grey else 1, Path(folder, 'reports'), uploads)
+        blocks = build(explorer, photos, len(photos) - 1 if grey else 1, uploads)
         size = int(explorer.limits.megabytes * 1e6)
         plain = gradio.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])
         ended = threading.Event()
@@ -175,7 +176,8 @@ def examples() -> List[Photo]:
 
 
 class Bounds:
-    """Refuses bodies of more than `size` bytes, and a few more for the form, and Gradio's routes that are not needed.
+    """Refuses bodies of more than `size` bytes, and a few more for the form, and Gradio's routes that are not needed;
+    tells browsers to fetch nothing from elsewhere, to take no file for what it is not, and to frame the page nowhere.
 
     Gradio itself bounds files only, and those once they have been written.
     """
@@ -188,17 +190,23 @@ class Bounds:
         """One request."""
         if scope['type'] != 'http':
             return await self.app(scope, receive, send)
+
+        async def answer(message: Any) -> None:
+            if message['type'] == 'http.response.start':
+                message = {**message, 'headers': [*message.get('headers', ()), *HEADERS]}
+            await send(message)
+
         path, headers = scope['path'].strip('/').removeprefix('gradio_api/'), dict(scope['headers'])
         if path.startswith(CLOSED):
-            return await self.refuse(send, 404, 'There is nothing here.')
+            return await self.refuse(answer, 404, 'There is nothing here.')
         length = headers.get(b'content-length', b'0')
         if not length.isdigit() or int(length) > self.most or (
                 b'chunked' in headers.get(b'transfer-encoding', b'').lower()):
             left = 10 * self.most  # most clients send all before they listen
             while left > 0 and (part := await receive()).get('more_body'):
                 left -= len(part.get('body', b''))
-            return await self.refuse(send, 413, f'At most {(self.most - 65536) / 1e6:g} MB are taken.')
-        await self.app(scope, receive, send)
+            return await self.refuse(answer, 413, f'At most {(self.most - 65536) / 1e6:g} MB are taken.')
+        await self.app(scope, receive, answer)
 
     async def refuse(self, send: Callable[[Any], Awaitable[None]], status: int, text: str) -> None:
         """Answer without the app."""

@@ -1,11 +1,8 @@
 """The page: an image, models, views of what they make of it, and a report to take along."""
 
 import math
-import shutil
 import tempfile
-import time
 import traceback
-import uuid
 from html import escape
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -19,7 +16,7 @@ from ..look.opened import Photo
 from ..look.report import write_report
 from ..look.visualize import look
 from .seen import Explorer, Seen, read_photo, sentence
-from .uploads import OLD, Uploads
+from .uploads import Uploads
 from .views import CLASS_TOKEN, PLACE, VIEWS, Choice, layers_of, pages_of, preview, show
 
 NONE = 'no other'
@@ -90,8 +87,8 @@ def guarded(function: Callable[..., Any], explorer: Explorer, count: int) -> Cal
 class Page:
     """What the page's controls do."""
 
-    def __init__(self, explorer: Explorer, photos: Sequence[Photo], folder: Path, uploads: Uploads) -> None:
-        self.explorer, self.photos, self.folder, self.uploads = explorer, photos, folder, uploads
+    def __init__(self, explorer: Explorer, photos: Sequence[Photo], uploads: Uploads) -> None:
+        self.explorer, self.photos, self.uploads = explorer, photos, uploads
 
     def seen(self, photo: Optional[Photo], first: str, second: str) -> List[Seen]:
         """Passes of the one or two models that are chosen."""
@@ -161,12 +158,9 @@ class Page:
         """Every picture of the models that are chosen, in one HTML file."""
         seen = self.seen(photo, first, second)
         choice = self.choice(seen[0], *values)
-        for old in self.folder.glob('*'):
-            if time.time() - old.stat().st_mtime > 60:  # its copy is what is served
-                shutil.rmtree(old, ignore_errors=True)
-        file = self.folder / uuid.uuid4().hex / 't2t-vit-report.html'
+        file = self.uploads.place('t2t-vit-report.html')
         opened = [one.one for one in seen]
-        with tempfile.TemporaryDirectory(dir=self.folder) as drafts:
+        with tempfile.TemporaryDirectory(dir=self.uploads.folder) as drafts:
             shown = Photo(Path(photo.name).name, photo.image)
             sections = look(opened, {'image': shown}, Path(drafts), self.explorer.device, (choice.down, choice.across),
                             choice.target, None, DEAD)
@@ -178,12 +172,12 @@ class Page:
                                  variant='primary')
 
 
-def build(explorer: Explorer, photos: Sequence[Photo], start: int, folder: Path, uploads: Uploads) -> gr.Blocks:
-    """The page, with the image that it begins with; `folder` is for reports."""
-    page = Page(explorer, photos, folder, uploads)
+def build(explorer: Explorer, photos: Sequence[Photo], start: int, uploads: Uploads) -> gr.Blocks:
+    """The page, with the image that it begins with."""
+    page = Page(explorer, photos, uploads)
     names = list(explorer.openers)
     k, depth, heads, classes, stages, pages = page.bounds(photos[start], names[0], NONE)
-    with gr.Blocks(title='t2t-vit: what models see', analytics_enabled=False, delete_cache=(60, OLD)) as blocks:
+    with gr.Blocks(title='t2t-vit: what models see', analytics_enabled=False) as blocks:
         photo = gr.State(photos[start], time_to_live=3600)
         gr.Markdown('# What models see\nChoose an image and a view. An image of yours is read, deleted, and forgotten '
                     'with this page.')
@@ -236,6 +230,7 @@ def build(explorer: Explorer, photos: Sequence[Photo], start: int, folder: Path,
         alone: Any = dict(concurrency_id='models', concurrency_limit=1, preprocess=False)
         inside: Any = dict(**alone, show_progress='hidden', api_visibility='private')
         redraw = guarded(page.draw, explorer, 2)
+        drop.async_move_resource_to_block_cache = as_it_is
         drop.upload(guarded(page.take, explorer, 3), [drop, *chosen], [photo, *drawn], api_name='look',
                     show_progress_on=[picture], **alone).then(
                         lambda: None, None, drop, api_visibility='private', show_progress='hidden')
@@ -267,6 +262,11 @@ def check_numbers(given: Dict[str, Any]) -> None:
     wrong = [name for name, value in given.items() if not isinstance(value, (int, float)) or not math.isfinite(value)]
     if wrong:
         raise DataError(f'A number is missing: {", ".join(wrong)}.')
+
+
+async def as_it_is(place: str) -> str:
+    """In the place of a component's own, which remembers every file for good."""
+    return place
 
 
 async def fetch_nothing(*args: Any, **kwargs: Any) -> str:

@@ -1,4 +1,4 @@
-"""What people upload: each file in a folder of its own, until it is looked at or has been left behind."""
+"""What people upload, and reports: each file in a folder of its own, until it is looked at or left behind."""
 
 import os
 import re
@@ -18,11 +18,17 @@ class Uploads:
     """A folder of uploads, and the route by which they come.
 
     Gradio's own route gives one place to all who send the same file, so that who is answered first deletes it for the
-    others, and remembers every place for good.
+    others, and remembers every place for good; and its deletion by age may end for good.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def place(self, name: str) -> Path:
+        """For a new file."""
+        folder = self.folder / uuid.uuid4().hex
+        folder.mkdir()
+        return folder / name
 
     async def receive(self, request: Request) -> Response:
         """Answers a form of one file as Gradio's route does: with a list of places."""
@@ -31,8 +37,7 @@ class Uploads:
             if not isinstance(file, UploadFile):
                 return PlainTextResponse('No file was sent.', 400)
             name = re.sub(r'[^\w.() -]', '_', Path(file.filename or '').name)[-60:].strip('. ') or 'image'
-            place = self.folder / uuid.uuid4().hex / name
-            place.parent.mkdir()
+            place = self.place(name)
             place.write_bytes(await file.read())
         return JSONResponse([str(place)])
 
