@@ -20,7 +20,7 @@ from test_explore import FLOWER, Server, bad_files, encoded
 
 REQUESTS = int(os.environ.get('REQUESTS', '1000'))
 CLIENTS = 4
-SLOPE = 20  # kB a request at most in the second half; Gradio keeps a queue for each of the last 2,000 sessions
+SLOPE = 30  # kB a request at most in the second half; Gradio keeps a queue for each of the last 2,000 sessions
 
 
 def main() -> int:
