@@ -197,6 +197,14 @@ def test_other_classes_are_not_scored(run, digits_run, photos):
                                     f'{photos} has 3 (flower, roof, sky, …)']
 
 
+def test_names_that_are_numbers_are_names(digits_run, release):
+    """A model of the digits is not one of ten other classes; one that knows no names may be of any ten."""
+    named, numbers = load_model(str(digits_run))[0], [str(i) for i in range(10)]
+    assert has_classes(named, numbers) and not has_classes(named, numbers[::-1])
+    unnamed = timm.create_model('t2t_vit_4_16', num_classes=10)
+    assert has_classes(unnamed, list('abcdefghij')) and not has_classes(unnamed, list('abc'))
+
+
 @pytest.mark.parametrize('argv, message', [
     ([], 'arguments are required: checkpoint'),
     (['--checkpoint', 'nowhere'], 'no checkpoint at nowhere'),

@@ -6,6 +6,7 @@ from typing import Any, List
 import pytest
 import yaml
 
+from t2t_vit.benchmark import bench
 from t2t_vit.settings import (
     UsageError,
     booleans,
@@ -111,6 +112,7 @@ def test_hyphens_and_flags_without_a_value():
     flags = booleans(Config)
     assert set(flags) >= {'data.memory', 'data.download', 'objective.hard', 'optimizer.decay_all'}
     assert 'data.root' not in flags and 'ema_decay' not in flags
+    assert booleans(bench) == ['memory']  # a list of them, as `compiled`, is no flag
     assert spell_out(['--data.train-images', '5', '--data.memory', '--batch-size=2', '--data.download', 'false', 'a-b',
                       '--objective.hard', 'word', '-o'], flags) == [
         '--data.train_images', '5', '--data.memory=true', '--batch_size=2', '--data.download', 'false', 'a-b',

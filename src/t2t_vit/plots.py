@@ -114,7 +114,7 @@ def plot_speed(points: Dict[str, Tuple[float, float]], family: Sequence[str], co
     axes.set(xlabel='images/s', ylabel='published top-1 on ImageNet (%)', xscale='log')
     axes.xaxis.set_major_formatter('{x:g}')
     axes.xaxis.set_minor_formatter('{x:g}')
-    axes.margins(x=.15)
+    axes.margins(.15)
     axes.grid(alpha=.3, which='both')
     axes.set_title('\n'.join(textwrap.wrap(conditions, 80)), fontsize=9)
     label_points(figure, axes, points)
@@ -136,7 +136,7 @@ def label_points(figure: Figure, axes: Axes, points: Dict[str, Tuple[float, floa
         for x, y, side in near:
             label.set(position=(x, y), horizontalalignment=side)
             box = label.get_window_extent(renderer).padded(3)
-            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+            inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1) and axes.bbox.containsy(box.y1)
             covered = sum(box.overlaps(other) for other in others) + 9 * (not inside)
             if best is None or covered < best[0]:
                 best = covered, (x, y), side

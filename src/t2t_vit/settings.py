@@ -7,7 +7,7 @@ from copy import deepcopy
 from dataclasses import is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Sequence, Tuple, Type, TypeVar, get_args, get_type_hints
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Type, TypeVar, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -45,7 +45,7 @@ def booleans(kind: Any, prefix: str = '') -> List[str]:
     for name, hint in get_type_hints(kind).items():
         if is_dataclass(hint):
             names += booleans(hint, f'{prefix}{name}.')
-        elif bool in (hint, *get_args(hint)):
+        elif hint in (bool, Optional[bool]):
             names.append(f'{prefix}{name}')
     return names
 

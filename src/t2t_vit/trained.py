@@ -128,6 +128,12 @@ def class_names(net: nn.Module) -> List[str]:
     return list(cfg.get('label_names') or map(str, range(int(getattr(net, 'num_classes', 0)))))
 
 
+def has_classes(net: nn.Module, classes: List[str]) -> bool:
+    """Whether its outputs may be these classes: the same names in the same order, or as many where it knows none."""
+    names = class_names(net)
+    return names == classes or len(names) == len(classes) and not net.pretrained_cfg.get('label_names')  # type: ignore
+
+
 def spoken_names(names: List[str]) -> List[str]:
     """Class names for people: of a model for a thousand classes without names, ImageNet-1k's, by timm's list.
 

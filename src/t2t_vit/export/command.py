@@ -155,7 +155,7 @@ def export(
         torch.set_num_threads(threads)
     net, cfg, class_names = load(checkpoint, model)
     resize(net, cfg, img_size)
-    pictures = open_images(data, split, cache, class_names)
+    pictures = open_images(data, split, cache, net)
     metadata = describe(net, class_names, cfg, precision, pixels, batch_size, dynamic)
     screen = console()
     if pictures.note:

@@ -6,8 +6,10 @@ from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from ..data import DataError, Images, Opener, Preprocessing, Source, find_images, open_source
+from ..trained import class_names, has_classes
 
 
 class Samples:
@@ -49,7 +51,7 @@ class Pictures(NamedTuple):
 
 
 def open_images(
-        data: str, split: str, cache: Optional[str] = None, class_names: Optional[List[str]] = None) -> Pictures:
+        data: str, split: str, cache: Optional[str] = None, model: Optional[nn.Module] = None) -> Pictures:
     """Images to compare on or to calibrate with: `samples`, a folder of images, or what `open_source` takes.
 
     Labels of other classes than the model's are not read.
@@ -62,11 +64,11 @@ def open_images(
         found = find_images([data])
         return Pictures(found, len(found))
     source = open_source(data, split, cache)
-    names, count = source.classes, len(source.labels)
-    if class_names is None or class_names == names or len(class_names) == len(names) and class_names[0].isdigit():
-        return Pictures(source, count, source.labels)
-    return Pictures(source, count, note=(
-        f'the model knows {len(class_names)} classes ({", ".join(class_names[:3])}, …), {data} has {len(names)} '
+    if model is None or has_classes(model, source.classes):
+        return Pictures(source, len(source.labels), source.labels)
+    known, names = class_names(model), source.classes
+    return Pictures(source, len(source.labels), note=(
+        f'the model knows {len(known)} classes ({", ".join(known[:3])}, …), {data} has {len(names)} '
         f'({", ".join(names[:3])}, …): its labels are not read'))
 
 
