@@ -33,15 +33,12 @@ quickstart: $(VENV)/.package
 	$(BIN)/t2t-vit eval --checkpoint $(RUN)
 	$(BIN)/t2t-vit predict digits --checkpoint $(RUN) --top_k 3 --picture $(RUN)/predictions.png
 
-# a process that has loaded three runtimes for exported files has ended without a word in the test behind them
-APART := tests/test_export.py tests/test_fuzz.py
+# exported files apart: a process that had loaded their three runtimes ended without a word in the test behind them
 test: $(VENV)/.tests
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist worksteal $(APART:%=--ignore %)
+	$(BIN)/pytest -n 2 --dist worksteal --ignore tests/test_export.py
 	$(BIN)/pytest -n 2 --dist worksteal tests/test_export.py
-	$(BIN)/pytest -n 1 tests/test_fuzz.py
-	cd tests && OMP_NUM_THREADS=1 $(abspath $(BIN))/python fuzz.py --count 50
 
 test-timm: $(VENV)/.tests
 	cd tests && $(abspath $(BIN))/python timm_suite.py --every -n 2

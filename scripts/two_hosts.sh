@@ -30,7 +30,7 @@ for host in a b; do
 done
 
 host() {  # host NAME RANK FOLDER
-    OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME="t2t_v$1" timeout $((${MINUTES:-10} * 60)) \
+    OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME="t2t_v$1" TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 timeout $((${MINUTES:-10} * 60)) \
         ip netns exec "t2t_$1" "$python" -m torch.distributed.run \
         --nnodes 2 --node_rank "$2" --nproc_per_node 1 --master_addr 10.77.0.1 --master_port 29511 \
         -m t2t_vit.cli train --recipe digits --epochs 3 --optimizer.warmup_epochs 1 --batch_size 256 --device cpu \

@@ -27,6 +27,9 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
     torch.set_num_threads(1)
 
 CLASSES = ['flower', 'roof', 'sky']
+LONGEST = ['test_timms_own_tests_pass', 'test_quickstart', 'test_one_of_two_workers_lost', 'test_every_command',
+           'test_a_killed_comparison_goes_on', 'test_rows_hold_speed_ratio_memory_and_conditions',
+           'test_a_slice_of_it']  # about a minute and more
 SMALLER = {'depth': 1, 'token_dim': 16}
 
 
@@ -100,5 +103,5 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
-    """The longest first, so that no worker is left alone with it at the end."""
-    items.sort(key=lambda item: item.name != 'test_timms_own_tests_pass')
+    """The longest first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.name) if item.name in LONGEST else len(LONGEST))

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from t2t_vit import VARIANTS, __version__, cli
 from t2t_vit.models.listing import count_parameters
+from t2t_vit.trained import has_classes, load_model
 
 Lines = Tuple[int, List[str], List[str]]
 

@@ -8,16 +8,14 @@ run, bit for bit. Prints the count. Runs go on until there were `kills` (100) ki
 with `disk`, images are opened and augmented by two worker processes each, and mixed.
 """
 
-import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from test_survival import DISK, finish, start, workers
+from test_survival import DISK, finish, start
 from test_train import same_run
 
 from t2t_vit.train.state import saved_states
@@ -42,8 +40,6 @@ def main(kills='100', processes='1', source='memory'):
             if run.poll() is not None:
                 finish(run)
                 break
-            for pid in workers(run) if processes > 1 else []:
-                os.killpg(pid, signal.SIGKILL)  # with those that open images
             run.kill()
             run.communicate()
             done, tries = done + 1, tries + 1

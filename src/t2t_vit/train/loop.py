@@ -1,6 +1,7 @@
 """Training: load, step, save, validate. One process or many, the same lines."""
 
 import math
+import os
 import signal
 import threading
 import time
@@ -50,6 +51,20 @@ OF_A_HOST = ('output', 'weights', 'device', 'threads', 'data.root', 'data.cache'
 MAY_CHANGE = (*OF_A_HOST, 'epochs', 'accumulate', 'save_minutes', 'keep', 'max_skips', 'trackers')
 DAMAGED = 'damaged.txt'  # a name a line
 RESTART = 75  # exit code of a run that was told to make room, and can go on: EX_TEMPFAIL
+
+
+def meeting_place() -> Dict[str, Any]:
+    """For processes that torchrun has started again: a part of its store that those before them did not write into.
+
+    It keeps the addresses of processes that are gone, and the new ones may find these (pytorch issue 135712). Machines
+    may count restarts differently: on several, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun begin a new store.
+    """
+    found = os.environ
+    if not int(found.get('TORCHELASTIC_RESTART_COUNT', 0)) or found.get('LOCAL_WORLD_SIZE') != found.get('WORLD_SIZE'):
+        return {}
+    store, rank, size = next(torch.distributed.rendezvous('env://'))
+    return dict(store=torch.distributed.PrefixStore(f'start-{found["TORCHELASTIC_RESTART_COUNT"]}', store),
+                rank=rank, world_size=size)
 
 
 class Interrupted(Exception):
@@ -396,7 +411,7 @@ def train(config: Config, resume: Optional[str] = None, dry_run: bool = False) -
         torch.set_num_threads(config.threads)
     AcceleratorState._reset_state(reset_partial_state=True)  # shared by all of a process: another run's precision
     cpu = pick_device(config.device).type == 'cpu'
-    PartialState(cpu=cpu)  # or it sees no other process
+    PartialState(cpu=cpu, **meeting_place())  # or it sees no other process
     of_a_folder = resume if resume and Path(resume).is_dir() else None
     if of_a_folder and config.output and Path(config.output).resolve() != Path(of_a_folder).resolve():
         raise UsageError(f'--resume {resume} goes on in that folder, and output is {config.output}: leave out output, '
