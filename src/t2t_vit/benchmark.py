@@ -408,6 +408,7 @@ def save(rows: List[Row], folder: Path) -> None:
     curves = {row.model: [(r.img_size, 1000 / r.images_per_second, r.memory_mb) for r in alike if r.model == row.model]
               for row in alike}
     if len(curves[first.model]) > 1:
+        (folder / 'speed.png').unlink(missing_ok=True)  # of the first size alone
         plot_sizes(curves, conditions(first).replace(f', {first.img_size}²', ''), folder / 'sizes.png')
     elif known := {row.model: (row.images_per_second, TOP1[row.model]) for row in alike if row.model in TOP1}:
         plot_speed(known, list(VARIANTS), conditions(first), folder / 'speed.png')
