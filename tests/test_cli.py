@@ -198,6 +198,11 @@ def test_other_classes_are_not_scored(run, digits_run, photos):
                                     f'{photos} has 3 (flower, roof, sky, …)']
 
 
+def test_all_wrong_values_in_one_message(run):
+    code, _, errors = run('eval', '--checkpoint', 'x', '--split', 'tset', '--workers', '2', '--batch-size', 'many')
+    assert code == 2 and ['"split"' in errors[0], '"batch_size"' in errors[1], len(errors)] == [True, True, 2]
+
+
 def test_names_that_are_numbers_are_names(digits_run, release):
     """A model of the digits is not one of ten other classes; one that knows no names may be of any ten."""
     named, numbers = load_model(str(digits_run))[0], [str(i) for i in range(10)]

@@ -73,7 +73,7 @@ def call(command: str, argv: List[str]) -> int:
     """Run a command whose options are the arguments of its function."""
     from jsonargparse import ArgumentParser
 
-    from .settings import UsageError, booleans, nearest, spell_out
+    from .settings import UsageError, booleans, nearest, options, spell_out
 
     module, name = COMMANDS[command][1].split(':')
     function = getattr(import_module(f'.{module}', __package__), name)
@@ -93,9 +93,17 @@ def call(command: str, argv: List[str]) -> int:
     if problems:
         raise UsageError('\n'.join(problems))
     try:
-        function(**vars(parser.parse_args(argv)))
-    except argparse.ArgumentError as error:
-        raise UsageError(' '.join(str(error).split())) from None
+        given = parser.parse_args(argv)
+    except argparse.ArgumentError as error:  # the first; then what is wrong with each option by itself
+        wrong = [' '.join(str(error).split())]
+        for key, value in options(argv)[0]:
+            try:
+                parser.parse_args([f'--{key}={value}'])
+            except argparse.ArgumentError as other:
+                message = ' '.join(str(other).split())
+                wrong += [message] * (f'"{key}"' in message and message not in wrong)
+        raise UsageError('\n'.join(wrong)) from None
+    function(**vars(given))
     return 0
 
 
