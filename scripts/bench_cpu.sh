@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The measurements of results/cpu-*: about half an hour on two cores, which nothing else may use meanwhile.
-#   scripts/bench_cpu.sh [FOLDER] [PART …]      parts: eager tiny single sizes compiled; all by default
+#   scripts/bench_cpu.sh [FOLDER] [PART …]      parts: eager train tiny single sizes compiled; all by default
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-results}
@@ -11,12 +11,14 @@ bench() {  # bench NAME OPTIONS: into FOLDER/cpu-NAME
     shift
     "${PYTHON:-.venv/bin/python}" -m t2t_vit.cli bench "$@" --device cpu --output "$out/cpu-$name"
 }
-[ $# -gt 0 ] || set -- eager tiny single sizes compiled
+[ $# -gt 0 ] || set -- eager train tiny single sizes compiled
 for name in "$@"; do
     case $name in
         eager) bench eager t2t_vit_7 t2t_vit_14 t2t_vit_t_14 deit_small_patch16_224 vit_little_patch16_reg1_gap_256 \
             resnet50 mobilenetv2_100 tests/reference.py:plain_14 tests/reference.py:plain_t_14 \
             --rounds 7 --seconds 0.4 ;;
+        train) bench train t2t_vit_14 t2t_vit_t_14 deit_small_patch16_224 tests/reference.py:plain_14 \
+            --modes '[train]' --rounds 9 --seconds 3 ;;
         tiny) bench tiny t2t_vit_7 --baseline vit_tiny_patch16_224 --rounds 11 --seconds 0.4 ;;
         single) bench single t2t_vit_14 t2t_vit_t_14 --batch_size 1 --modes '[infer]' --rounds 15 --seconds 0.4 \
             --memory false ;;

@@ -118,7 +118,7 @@ def mangle_weights(rng: random.Random, weights: Dict[Any, Any]) -> Tuple[Dict[An
                 ('many classes', lambda t: torch.zeros(1).expand(10**8, *t.shape[1:])),
                 ('not a tensor', lambda t: rng.choice(NASTY)),
                 ('quantized', lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8)),
-                ('parameter', lambda t: torch.nn.Parameter(t)),
+                ('parameter', lambda t: torch.nn.Parameter(t, requires_grad=t.is_floating_point())),
                 ('strided', lambda t: t.new_zeros(1).expand(t.shape)),
             ]
         )
