@@ -97,7 +97,7 @@ def mangle_tree(rng: random.Random, tree: Any) -> Tuple[Any, str]:
             parent, key = node, rng.choice([*node] if isinstance(node, dict) else [*range(len(node))])
             node = node[key]
         if key is None:
-            return rng.choice(NASTY), 'replaced whole'
+            return copy.deepcopy(rng.choice(NASTY)), 'replaced whole'
         kind = rng.choice(('drop', 'name', 'value', 'value', 'value', 'nest'))
         if kind == 'drop':
             del parent[key]
@@ -110,6 +110,6 @@ def mangle_tree(rng: random.Random, tree: Any) -> Tuple[Any, str]:
                 parent[key] = rng.choice(({str(key): parent[key]}, [parent[key]]))
         else:
             kind = 'value'
-            parent[key] = rng.choice(NASTY)
+            parent[key] = copy.deepcopy(rng.choice(NASTY))  # it may be mangled next
         done.append(f'{kind} of {str(key)[:40]!r}')
     return tree, ', '.join(done)
