@@ -179,7 +179,7 @@ def test_shapes_of_images_that_are_not_square(monkeypatch):
 def test_what_is_drawn_is_what_timm_draws(policy, monkeypatch):
     """How often each operation is applied, and with what on average, over twenty thousand images."""
     calls: List[Tuple[str, float]] = []
-    theirs = rand_augment_transform(policy)
+    theirs = rand_augment_transform(policy, {})
     for op in theirs.ops:
         op.aug_fn = lambda image, argument=0.0, *, op=op, **_: calls.append((op.name, float(argument))) or image
     random.seed(0)

@@ -317,3 +317,10 @@ def test_a_file_of_another_exporter_is_named_as_such(files, tmp_path):
     onnx.save(proto, tmp_path / 'other.onnx')
     with pytest.raises(CheckpointError, match='was not written by `t2t-vit export`'):
         load_exported(tmp_path / 'other.onnx')
+
+
+@pytest.mark.parametrize('size', [[32], [32, 0], [32, 32, 3], ['a', 'b'], 32])
+def test_metadata_with_an_impossible_size(size):
+    tree = {**json.loads(described(timm.create_model('t2t_vit_4_16'), 'all').to_text()), 'size': size}
+    with pytest.raises(CheckpointError, match='its metadata cannot be read'):
+        Metadata.of_text(json.dumps(tree), 'model.onnx')

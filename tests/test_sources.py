@@ -200,8 +200,8 @@ class FakeDataset:
 def hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """A package `datasets` that knows one set, of the photos."""
     info = types.SimpleNamespace(
-        splits={'train': None, 'test': None},
-        features={'img': None, 'label': types.SimpleNamespace(names=CLASSES)})
+        splits={name: types.SimpleNamespace(num_examples=n) for name, n in (('train', 24), ('test', 12))},
+        features={'img': None, 'label': types.SimpleNamespace(names=CLASSES, str2int=CLASSES.index)})
 
     def load_dataset_builder(name: str, cache_dir: Optional[str]) -> Any:
         if name != 'me/photos':
@@ -211,7 +211,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
     fake: Any = types.ModuleType('datasets')
     fake.__spec__ = types.SimpleNamespace()
     fake.load_dataset_builder = load_dataset_builder
-    fake.load_dataset = lambda name, split, cache_dir: FakeDataset(split, info)
+    fake.load_dataset = lambda name, split, cache_dir, **_: FakeDataset(split, info)
     fake.Image = lambda decode: None
     monkeypatch.setitem(sys.modules, 'datasets', fake)
     monkeypatch.delitem(sys.modules, 'timm.data.readers.reader_hfds', raising=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from torch import nn
 
 from . import __version__
@@ -181,7 +182,7 @@ def push(
                 CommitOperationAdd(CARD, text.encode()),
                 CommitOperationAdd(CONFIG, json.dumps(config, indent=2).encode()),
                 CommitOperationAdd(WEIGHTS, folder / WEIGHTS)])
-    except (OSError, ValueError):
+    except (HfHubHTTPError, LocalTokenNotFoundError, ValueError):  # which say what is wrong
         raise
     except Exception as error:  # of whichever HTTP client the Hub's library has
         raise OSError(f'cannot reach the Hub: {error}') from error

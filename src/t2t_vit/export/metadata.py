@@ -72,7 +72,8 @@ class Metadata:
             good = (
                 all(isinstance(name, str) for name in found.class_names)
                 and found.precision in get_args(Precision) and found.pixels in get_args(Pixels)
-                and all(isinstance(n, int) and n > 0 for n in (found.batch or 1, *(found.size or (1, 1)))))
+                and all(isinstance(n, int) and n > 0 for n in (found.batch or 1, *(found.size or (1, 1))))
+                and len(found.size or (1, 1)) == 2)
         except (ValueError, TypeError, KeyError, AttributeError, DataError) as error:
             raise CheckpointError(f'{path}: its metadata cannot be read: {type(error).__name__} {error}') from error
         if not good:
