@@ -50,6 +50,7 @@ OF_A_HOST = ('output', 'weights', 'device', 'threads', 'data.root', 'data.cache'
              'objective.labels')
 MAY_CHANGE = (*OF_A_HOST, 'epochs', 'accumulate', 'save_minutes', 'keep', 'max_skips', 'trackers')
 DAMAGED = 'damaged.txt'  # a name a line
+DRAW_SECONDS = 20  # between two drawings of the curves, which take one: short epochs go on meanwhile
 RESTART = 75  # exit code of a run that was told to make room, and can go on: EX_TEMPFAIL
 
 
@@ -443,7 +444,7 @@ def train(config: Config, resume: Optional[str] = None, dry_run: bool = False) -
 
 def follow(run: Run, log: Log) -> Dict[str, Any]:
     """All epochs of a run from where it is; gives the last record."""
-    config, position = run.config, run.position
+    config, position, drawn = run.config, run.position, -math.inf
     with log.live(run.total_steps, run.done), stop_signals() as run.stopped:
         while run.position.epoch < config.total_epochs:
             run.stop_if_told()
@@ -465,8 +466,10 @@ def follow(run: Run, log: Log) -> Dict[str, Any]:
             run.save()
             log.record(record)
             log.say(summary(record, config.total_epochs))
-            if run.accelerator.is_main_process:
+            last = run.position.epoch == config.total_epochs
+            if run.accelerator.is_main_process and (last or time.monotonic() - drawn >= DRAW_SECONDS):
                 plot_curves(run.position.records, run.folder / 'curves.png')
+                drawn = time.monotonic()
     if damaged := run.damaged():
         log.say(f'{len(damaged)} damaged images were left out: {", ".join(damaged[:5])}'
                 f'{", …" * (len(damaged) > 5)}; all of them are named in {run.folder / DAMAGED}')
