@@ -18,7 +18,7 @@ from .console import console
 from .data import DataError, DiskBatches, MemoryBatches, open_batches, open_source
 from .plots import plot_confusion
 from .settings import require
-from .trained import has_classes, load_model, pick_device
+from .trained import load_model, other_classes, pick_device
 
 
 @dataclass
@@ -97,10 +97,8 @@ def evaluate(
     target = pick_device(device)
     source = open_source(data, split, cache, download)
     net, preprocessing, names = load_model(checkpoint, model)
-    if not has_classes(net, source.classes):
-        raise DataError(
-            f'the model knows {len(names)} classes ({", ".join(names[:3])}, …), '
-            f'{data} has {len(source.classes)} ({", ".join(source.classes[:3])}, …)')
+    if problem := other_classes(net, source.classes, data):
+        raise DataError(problem)
     batches = open_batches(source, preprocessing, batch_size, None, None, workers, device=target)
     start = time.perf_counter()
     try:

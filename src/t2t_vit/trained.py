@@ -134,6 +134,15 @@ def has_classes(net: nn.Module, classes: List[str]) -> bool:
     return names == classes or len(names) == len(classes) and not net.pretrained_cfg.get('label_names')  # type: ignore
 
 
+def other_classes(net: nn.Module, classes: List[str], data: str) -> str:
+    """What to say of data whose classes the model has not; nothing where it may have them."""
+    if has_classes(net, classes):
+        return ''
+    names = class_names(net)
+    return (f'the model knows {len(names)} classes ({", ".join(names[:3])}, …), '
+            f'{data} has {len(classes)} ({", ".join(classes[:3])}, …)')
+
+
 def spoken_names(names: List[str]) -> List[str]:
     """Class names for people: of a model for a thousand classes without names, ImageNet-1k's, by timm's list.
 

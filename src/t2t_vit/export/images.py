@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from ..data import DataError, Images, Opener, Preprocessing, Source, find_images, open_source
-from ..trained import class_names, has_classes
+from ..trained import other_classes
 
 
 class Samples:
@@ -64,12 +64,9 @@ def open_images(
         found = find_images([data])
         return Pictures(found, len(found))
     source = open_source(data, split, cache)
-    if model is None or has_classes(model, source.classes):
-        return Pictures(source, len(source.labels), source.labels)
-    known, names = class_names(model), source.classes
-    return Pictures(source, len(source.labels), note=(
-        f'the model knows {len(known)} classes ({", ".join(known[:3])}, …), {data} has {len(names)} '
-        f'({", ".join(names[:3])}, …): its labels are not read'))
+    if model is not None and (problem := other_classes(model, source.classes, data)):
+        return Pictures(source, len(source.labels), note=f'{problem}: its labels are not read')
+    return Pictures(source, len(source.labels), source.labels)
 
 
 class Batch(NamedTuple):
