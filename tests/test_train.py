@@ -78,6 +78,15 @@ def test_a_run_folder_has_all_pieces(digits_run):
     assert matplotlib.image.imread(digits_run / 'curves.png').std() > 0
 
 
+@pytest.mark.parametrize('seconds, drawings', [(0, [1, 2, 3]), (3600, [1, 3])], ids=['every epoch', 'first and last'])
+def test_curves_are_drawn_now_and_then(tmp_path, monkeypatch, seconds, drawings):
+    made: List[int] = []
+    monkeypatch.setattr(loop, 'DRAW_SECONDS', seconds)
+    monkeypatch.setattr(loop, 'plot_curves', lambda records, path: made.append(len(records)))
+    train(digits_config(output=str(tmp_path), epochs=3, **{'optimizer.warmup_epochs': 0}))
+    assert made == drawings
+
+
 def test_records_of_every_epoch(digits_run):
     found = read_records(digits_run / 'metrics.jsonl')
     assert [record['epoch'] for record in found] == [0, 1]
