@@ -70,7 +70,7 @@ test-export: $(VENV)/.tests
 
 # the extras (export, explore) ask for newer versions of what they share with the package, so their tests stay out;
 # old versions warn about each other: here warnings are no errors; the oldest Hub client does not take test_hub's server
-EXTRAS := backbone explore export fuzz hardening hub readme timm_suite
+EXTRAS := backbone explore export fuzz hardening hub imports readme timm_suite
 test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --no-compile --constraint tests/oldest.txt --editable . \

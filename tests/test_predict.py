@@ -178,6 +178,12 @@ def test_several_processes_share_the_work(whole, many, model, tmp_path, monkeypa
     assert run('predict', many, '--checkpoint', model) == 2 and 'RANK is a whole number' in capsys.readouterr().err
 
 
+def test_lists_of_parquet_are_plain(whole):
+    """No Arrow before 26 reads, or writes, a missing list of fixed size."""
+    kinds = [pq.read_schema(whole).field(name).type for name in ('classes', 'probabilities')]
+    assert kinds == [pa.list_(pa.string()), pa.list_(pa.float32())]
+
+
 def test_a_restart_with_other_settings_is_refused(many, model, tmp_path, capsys):
     words = ['predict', many, '--checkpoint', model, '--output', tmp_path / 'a']
     assert run(*words, '--shard_size', 50) == 0
@@ -212,9 +218,9 @@ def test_a_torn_part_is_named(tmp_path):
     results = Results(tmp_path / 'a.jsonl', 4, 2, {})
     results.begin({})
     rows = pa.table({'index': [0, 1], 'image': ['a', 'b'], 'error': ['x', 'y']})
-    results.write(0, rows)
+    results.write(0, rows, 1)
     assert not results.finish()
-    results.write(1, rows[:1])
+    results.write(1, rows[:1], 1)
     with pytest.raises(DataError, match='part-00001-of-00002.parquet has 1 rows instead of 2: remove it'):
         results.finish()
     results.parts[0].write_bytes(b'torn')

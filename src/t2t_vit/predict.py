@@ -32,6 +32,7 @@ class Head(Protocol):
     """What is asked of a model: columns of these types."""
 
     types: Dict[str, pa.DataType]
+    width: int  # of each of these lists
 
     def __call__(self, images: torch.Tensor) -> Dict[str, pa.Array]:
         """Columns with a value for each of (B, C, H, W)."""
@@ -42,13 +43,14 @@ class TopK:
 
     def __init__(self, net: Callable[[torch.Tensor], torch.Tensor], names: List[str], k: int) -> None:
         self.net, self.names, self.k = net, np.array(names), min(k, len(names))
-        self.types = {'classes': pa.list_(pa.string(), self.k), 'probabilities': pa.list_(pa.float32(), self.k)}
+        self.types = {'classes': pa.list_(pa.string()), 'probabilities': pa.list_(pa.float32())}
+        self.width = self.k
 
     def __call__(self, images: torch.Tensor) -> Dict[str, pa.Array]:
         """Columns with a value for each of (B, C, H, W)."""
         values, classes = self.net(images).float().softmax(-1).topk(self.k)
-        return {'classes': fixed_lists(self.names[classes.cpu().numpy()], pa.string()),
-                'probabilities': fixed_lists(values.cpu().numpy(), pa.float32())}
+        return {'classes': as_lists(self.names[classes.cpu().numpy()], pa.string()),
+                'probabilities': as_lists(values.cpu().numpy(), pa.float32())}
 
 
 class Embedding:
@@ -76,7 +78,8 @@ class Embedding:
         with torch.inference_mode():
             vectors = self.parts(probe)
         self.levels = [part.shape[1] for part in vectors]
-        self.types = {'embedding': pa.list_(pa.float32(), sum(self.levels))}
+        self.types = {'embedding': pa.list_(pa.float32())}
+        self.width = sum(self.levels)
 
     def parts(self, images: torch.Tensor) -> List[torch.Tensor]:
         """The pieces of the vectors, each (B, d)."""
@@ -98,12 +101,13 @@ class Embedding:
 
     def __call__(self, images: torch.Tensor) -> Dict[str, pa.Array]:
         """Columns with a value for each of (B, C, H, W)."""
-        return {'embedding': fixed_lists(torch.cat(self.parts(images), 1).cpu().numpy(), pa.float32())}
+        return {'embedding': as_lists(torch.cat(self.parts(images), 1).cpu().numpy(), pa.float32())}
 
 
-def fixed_lists(values: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """(B, n) as an array of B lists."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), kind), values.shape[1])
+def as_lists(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """(B, n) as an array of B lists; not of fixed size: few versions of Arrow write and read a missing one of those."""
+    starts = np.arange(0, values.size + 1, values.shape[1], dtype=np.int32)
+    return pa.ListArray.from_arrays(starts, pa.array(values.ravel(), kind))
 
 
 @dataclass
@@ -233,7 +237,7 @@ def follow(job: Job, head: Head, settings: Row) -> Iterator[pa.Table]:
                 read, damaged = read + table.num_rows, damaged + len(opened.errors)
                 held.append(table)
                 if results and (opened.stop % job.shard_size == 0 or opened.stop == len(job.images)):
-                    results.write((opened.stop - 1) // job.shard_size, pa.concat_tables(held))
+                    results.write((opened.stop - 1) // job.shard_size, pa.concat_tables(held), head.width)
                     held = []
                 live.show(before + read, f'{read / live.seconds:.0f} images/s  {damaged} damaged')
                 yield table

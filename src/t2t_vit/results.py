@@ -19,6 +19,7 @@ from .data import DataError, Piece
 from .settings import UsageError, flatten
 
 SINGULAR = {'classes': 'class', 'probabilities': 'probability'}
+WIDTH = b'width'  # in a part's metadata: values in each of its lists
 NAMES = ['index', 'image', 'error']  # columns of every row
 
 
@@ -91,10 +92,10 @@ class Results:
         there = {path.name for path in self.folder.glob('part-*')}
         return [i for i, path in enumerate(self.parts) if path.name not in there]
 
-    def write(self, part: int, rows: pa.Table) -> None:
-        """Make a part."""
+    def write(self, part: int, rows: pa.Table, width: int) -> None:
+        """Make a part, whose lists have `width` values; it says so, as all of them may be missing."""
         with appearing(self.parts[part]) as draft:
-            pq.write_table(rows, draft)
+            pq.write_table(rows.replace_schema_metadata({WIDTH: str(width)}), draft)
 
     def finish(self) -> bool:
         """If all parts are there, make the one file of them; whether they are. Any number of processes may try."""
@@ -168,10 +169,9 @@ def stream(tables: Iterable[pa.Table], make: Callable[[pa.Schema], Any]) -> None
 def spread(table: pa.Table) -> pa.Table:
     """A table whose lists are columns: class_1, probability_1, class_2, …"""
     lists = {name: column for name, column in zip(table.column_names, table.columns) if name not in NAMES}
-    longest = max(column.type.list_size for column in lists.values())
     return pa.table({**{name: table.column(name) for name in NAMES}, **{
         f'{SINGULAR[name]}_{i + 1}': pc.list_element(column, i)
-        for i in range(longest) for name, column in lists.items()}})
+        for i in range(int(table.schema.metadata[WIDTH])) for name, column in lists.items()}})
 
 
 def write_jsonl(tables: Tables, count: int, place: Path) -> None:
@@ -195,7 +195,7 @@ def write_npy(tables: Tables, count: int, place: Path) -> None:
         for table in tables():
             column = table.column('embedding').combine_chunks()
             if vectors is None:
-                shape = (count, column.type.list_size)
+                shape = (count, int(table.schema.metadata[WIDTH]))
                 vectors = np.lib.format.open_memmap(draft, 'w+', np.dtype('float32'), shape)
             there = np.flatnonzero(column.is_valid())
             vectors[start:start + len(column)] = np.nan
