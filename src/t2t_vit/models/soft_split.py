@@ -50,8 +50,15 @@ def as_tf32(weight: torch.Tensor) -> torch.Tensor:
 
 
 def rounds(x: torch.Tensor) -> bool:
-    """Whether convolutions of `x` may run with TF32's mantissa."""
-    return x.device.type != 'cpu' and x.dtype == torch.float32
+    """Whether convolutions of `x` may run with TF32's mantissa; they do on a GPU, unless told otherwise."""
+    if x.device.type == 'cpu' or x.dtype != torch.float32:
+        return False
+    if torch.jit.is_scripting() or torch.compiler.is_compiling():  # neither can ask
+        return True
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # told so by names that this one does not go with
+        return True
 
 
 def split_linear(
@@ -91,6 +98,15 @@ def window_mean_var(x: torch.Tensor, kernel: int, stride: int) -> Tuple[torch.Te
     return mean, var
 
 
+def fold(
+        norm_weight: torch.Tensor, norm_bias: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor],
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """LayerNorm's weight and bias, (n,), into the Linear behind it: W·diag(gamma), rows centred, and W·beta + b."""
+    scaled = weight * norm_weight
+    shift = F.linear(norm_bias, weight, None if bias is None else bias.to(weight.dtype))
+    return scaled - scaled.mean(1, keepdim=True), shift
+
+
 def _split_norm_linear(
         x: torch.Tensor,
         norm_weight: torch.Tensor,
@@ -103,9 +119,7 @@ def _split_norm_linear(
         padding: int,
 ) -> torch.Tensor:
     x = x if x.dtype == torch.float64 else x.float()
-    weight = weight.to(x.dtype)
-    scaled = weight * norm_weight.to(x.dtype)
-    scaled = scaled - scaled.mean(1, keepdim=True)
+    scaled, shift = fold(norm_weight.to(x.dtype), norm_bias.to(x.dtype), weight.to(x.dtype), bias)
     x = F.pad(x, [padding, padding, padding, padding]) - x.detach().mean((1, 2, 3), keepdim=True)
     mean, var = window_mean_var(x, kernel, stride)
     if rounds(x):
@@ -113,8 +127,7 @@ def _split_norm_linear(
     out = F.conv2d(x, as_kernel(scaled, kernel), stride=stride)
     if rounds(x):
         out = out - (mean * scaled.sum(1).view(1, -1, 1, 1)).detach()
-    shift = F.linear(norm_bias.to(x.dtype), weight, None if bias is None else bias.to(x.dtype)).view(1, -1, 1, 1)
-    return scale_shift(out, (var + eps).rsqrt(), shift)
+    return scale_shift(out, (var + eps).rsqrt(), shift.view(1, -1, 1, 1))
 
 
 def split_norm_linear(

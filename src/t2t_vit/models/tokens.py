@@ -8,13 +8,14 @@ Letters: B images, C channels, (H, W) the map, (h, w) the grid after the split, 
 
 import math
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import nn
 
+from . import fused
 from .recompute import Mlp, recomputed
 from .soft_split import Split, full_precision, split_linear, split_norm_linear
 
@@ -27,8 +28,8 @@ class TokenLayer(nn.Module):
     """
 
     if TYPE_CHECKING:  # TorchScript would read them as attributes of every layer
-        norm2: nn.Module  # of those that end in `mlp_map`
-        mlp: nn.Module
+        norm2: nn.LayerNorm  # of those that end in `mlp_map`
+        mlp: Any
 
     def __init__(self, in_chans: int, token_dim: int, split: Split) -> None:
         super().__init__()
@@ -98,8 +99,24 @@ class TokenTransformer(TokenLayer):
         self.norm2 = nn.LayerNorm(token_dim)
         self.mlp = Mlp(token_dim, token_dim)
 
+    @torch.jit.unused
+    def fused(self, x: torch.Tensor) -> Optional[torch.Tensor]:
+        """The same by kernels, where they serve."""
+        parts: Tuple[Any, Any, Any] = self.attn.proj, self.mlp.fc1, self.mlp.fc2
+        if not fused.serves(x, self.token_dim, self.norm2, (self.attn.qkv, *parts)):
+            return None
+        split = Split(self.kernel, self.stride, self.padding)
+        q, k, v = fused.split_norm_linear(x, self.norm1, self.attn.qkv, split).unsqueeze(1).chunk(3, dim=-1)
+        y = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        y = fused.behind(y.squeeze(1), v.squeeze(1), *parts, self.norm2)
+        return to_map(y, *split.grid(x.shape[2], x.shape[3]))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, D, h, w)."""
+        if not torch.jit.is_scripting():
+            y = self.fused(x)
+            if y is not None:
+                return y
         qkv = split_norm_linear(
             x, self.norm1.weight, self.norm1.bias, self.norm_eps, self.attn.qkv.weight, None,
             self.kernel, self.stride, self.padding).to(x.dtype)
@@ -170,8 +187,24 @@ class TokenPerformer(TokenLayer):
         weights = q @ k.sum(1).unsqueeze(-1) + self.eps  # (B, N, 1)
         return (q / weights) @ (k.transpose(1, 2) @ v), v  # m is half of D: half the divisions
 
+    @torch.jit.unused
+    def fused(self, x: torch.Tensor) -> Optional[torch.Tensor]:
+        """The same by kernels, where they serve."""
+        parts: Tuple[Any, Any, Any] = self.proj, self.mlp[0], self.mlp[2]
+        if not fused.serves(x, self.token_dim, self.norm2, (self.kqv, *parts)):
+            return None
+        split = Split(self.kernel, self.stride, self.padding)
+        kqv = fused.split_norm_linear(x, self.norm1, self.kqv, split)
+        dropout = self.proj_drop.p if self.training else 0.
+        y = fused.performer(kqv, self.w, self.eps, *parts, self.norm2, dropout)
+        return to_map(y, *split.grid(x.shape[2], x.shape[3]))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, D, h, w)."""
+        if not torch.jit.is_scripting():
+            y = self.fused(x)
+            if y is not None:
+                return y
         kqv = split_norm_linear(
             x, self.norm1.weight, self.norm1.bias, self.norm_eps, self.kqv.weight, self.kqv.bias,
             self.kernel, self.stride, self.padding)

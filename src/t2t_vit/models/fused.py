@@ -1,0 +1,391 @@
+"""The token layers in half precision on a GPU: Triton kernels in the place of many passes over memory.
+
+What the GPU's memory moves decides there: the eager form writes and reads every map some twenty times. Here windows are
+gathered, normalised and multiplied without leaving the chip, the Performer takes one pass over k and v and one over q,
+and all that is behind the attention is one more. The maths are the eager form's, with its forward and backward pass;
+sums are float32, products have operands in half precision, and the Performer's exponents are as exact as float32 makes
+them of k and q. `tests/test_fused.py` holds the kernels to float64, in Triton's interpreter where there is no GPU.
+
+Letters: B images, C channels, (H, W) the map, N tokens, D token_dim, m = D/2 random features, n = k·k·C a window.
+"""
+
+import math
+from typing import Any, Optional, Sequence, Tuple
+
+import torch
+from torch import nn
+
+from .soft_split import Split, fold, full_precision
+
+kernels: Any
+try:
+    from . import kernels
+except ImportError:  # Triton is not for every system
+    kernels = None
+
+interpreted = False  # tests: kernels on a CPU, with TRITON_INTERPRET=1
+LAUNCH = {  # tokens at a time and warps, by the clock of an H200
+    'split': dict(M=64, num_warps=4),
+    'split_weight': dict(M=64, BK=64, num_warps=4),
+    'row': dict(M=64, num_warps=4),
+}
+WIDTHS = (32, 64)  # token_dim: a power of two whose half, the features, is at least a product's 16
+PROGRAMS = 528  # at once, where a kernel sums over tokens: four on each multiprocessor of an H100
+
+
+def serves(x: torch.Tensor, token_dim: int, norm: nn.Module, linears: Sequence[nn.Module]) -> bool:
+    """Whether the kernels may do what a layer of these parts does with `x`.
+
+    On a GPU, in half precision, where nothing else stands in a part's place, as an adapter, and nothing listens to it.
+    """
+    if kernels is None or not (x.is_cuda or interpreted) or token_dim not in WIDTHS or half_precision(x) is None:
+        return False
+    for part in linears:
+        if type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks:
+            return False
+    return type(norm) is nn.LayerNorm and not norm._forward_hooks and not norm._forward_pre_hooks
+
+
+def half_precision(x: torch.Tensor) -> Optional[torch.dtype]:
+    """float16 or bfloat16, if `x` is or autocast makes it of that type."""
+    kind = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        kind = torch.get_autocast_dtype(x.device.type)
+    return kind if kind in (torch.float16, torch.bfloat16) else None
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def shares(tiles: int, most: int) -> Tuple[int, int]:
+    """Tiles among at most so many programs: how many programs, and how many tiles each."""
+    per = cdiv(tiles, max(most, 1))
+    return cdiv(tiles, per), per
+
+
+def filled(chans: int) -> int:
+    """Channels with those that fill them up: a power of two, at least 4."""
+    return max(4, 1 << (chans - 1).bit_length())
+
+
+@torch.library.custom_op('t2t_vit::pack', mutates_args=())
+def _pack_op(x: torch.Tensor) -> torch.Tensor:
+    images, chans, height, width = x.shape
+    out = x.new_empty(images, height, width, filled(chans))
+    kernels.pack[(cdiv(height * width, 256), images)](
+        x, out, height * width, width, *x.stride(), C=chans, CP=filled(chans), BP=256)
+    return out
+
+
+@_pack_op.register_fake
+def _(x):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[3], filled(x.shape[1]))
+
+
+def _keep_pack(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.chans = inputs[0].shape[1]
+
+
+def _pack_backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+    return grad[..., :ctx.chans].permute(0, 3, 1, 2)
+
+
+_pack_op.register_autograd(_pack_backward, setup_context=_keep_pack)
+
+
+def half_operands(weight: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
+    """bfloat16, or float32 (TF32 in products) in the place of float16, in which pixels could overflow."""
+    return weight.to(kind) if kind == torch.bfloat16 else weight
+
+
+@torch.library.custom_op('t2t_vit::split_norm_linear', mutates_args=())
+def _split(
+        x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor, chans: int, kernel: int, stride: int, padding: int,
+        eps: float, kind: torch.dtype,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    images, height, width, _ = x.shape
+    rows, cols = Split(kernel, stride, padding).grid(height, width)
+    x = x.contiguous()
+    out = x.new_empty(images, rows * cols, weight.shape[1], dtype=kind)
+    means = x.new_empty(images, rows * cols, dtype=torch.float32)
+    scales, weight = torch.empty_like(means), half_operands(weight, kind)
+    launch = LAUNCH['split']
+    kernels.split_norm_linear[(cdiv(rows * cols, launch['M']), images)](
+        x, weight, weight.sum(0, dtype=torch.float32), shift, out, means, scales, rows * cols, cols, 1 / cols, height,
+        width, eps, C=chans, CP=x.shape[3], K=kernel, STRIDE=stride, PADDING=padding, D=weight.shape[1] // 3,
+        BK=64 if x.shape[3] >= 64 else 32, **launch)
+    return out, means, scales
+
+
+@_split.register_fake
+def _(x, weight, shift, chans, kernel, stride, padding, eps, kind):  # type: ignore[no-untyped-def]
+    rows, cols = Split(kernel, stride, padding).grid(x.shape[1], x.shape[2])
+    means = x.new_empty(x.shape[0], rows * cols, dtype=torch.float32)
+    return means.new_empty(*means.shape, weight.shape[1], dtype=kind), means, torch.empty_like(means)
+
+
+@torch.library.custom_op('t2t_vit::split_norm_linear_weight', mutates_args=())
+def _split_weight(
+        x: torch.Tensor, means: torch.Tensor, scales: torch.Tensor, grad: torch.Tensor, kernel: int, stride: int,
+        padding: int,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    images, height, width, filled_chans = x.shape
+    x, grad = x.contiguous(), grad.contiguous()
+    _, cols = Split(kernel, stride, padding).grid(height, width)
+    tokens, size, launch = means.shape[1], kernel ** 2 * filled_chans, LAUNCH['split_weight']
+    columns = cdiv(size, launch['BK'])
+    programs, per = shares(images * cdiv(tokens, launch['M']), PROGRAMS // columns)
+    weight_sums = means.new_empty(programs, size, grad.shape[2])
+    shift_sums = means.new_empty(programs, 16, grad.shape[2])
+    kernels.split_norm_linear_weight[(columns, programs)](
+        x, means, scales, grad, weight_sums, shift_sums, images, tokens, cols, 1 / cols, height, width, per,
+        CP=filled_chans, K=kernel, STRIDE=stride, PADDING=padding, D=grad.shape[2] // 3, **launch)
+    return weight_sums.sum(0), shift_sums[:, 0].sum(0)
+
+
+@_split_weight.register_fake
+def _(x, means, scales, grad, kernel, stride, padding):  # type: ignore[no-untyped-def]
+    return means.new_empty(kernel ** 2 * x.shape[3], grad.shape[2]), means.new_empty(grad.shape[2])
+
+
+@torch.library.custom_op('t2t_vit::split_norm_linear_input', mutates_args=())
+def _split_input(
+        x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor, out: torch.Tensor, means: torch.Tensor,
+        scales: torch.Tensor, grad: torch.Tensor, chans: int, kernel: int, stride: int, padding: int,
+) -> torch.Tensor:
+    images, height, width, filled_chans = x.shape
+    x, out, grad = x.contiguous(), out.contiguous(), grad.contiguous()
+    rows, cols = Split(kernel, stride, padding).grid(height, width)
+    scaled, slopes, offsets = torch.empty_like(grad), torch.empty_like(means), torch.empty_like(means)
+    launch = LAUNCH['row']
+    kernels.scaled_grad[(cdiv(means.numel(), launch['M']),)](
+        grad, out, shift, means, scales, scaled, slopes, offsets, means.numel(), kernel ** 2 * chans,
+        D=grad.shape[2] // 3, **launch)
+    spread = torch.ops.aten.convolution_backward(
+        scaled.transpose(1, 2).unflatten(2, (rows, cols)),
+        torch.empty_like(x, dtype=grad.dtype).permute(0, 3, 1, 2),
+        weight.to(grad.dtype).unflatten(0, (kernel, kernel, -1)).permute(3, 2, 0, 1), None,
+        [stride, stride], [padding, padding], [1, 1], False, [0, 0], 1, [True, False, False])[0]
+    result = torch.empty_like(x)
+    kernels.window_grad[(cdiv(height * width, launch['M']), images)](
+        x, spread.permute(0, 2, 3, 1).contiguous(), slopes, offsets, result, rows, cols, height, width,
+        CP=filled_chans, K=kernel, STRIDE=stride, PADDING=padding, **launch)
+    return result
+
+
+@_split_input.register_fake
+def _(x, weight, shift, out, means, scales, grad, chans, kernel, stride, padding):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
+def _keep_split(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, shift, ctx.chans, *ctx.split, _, _ = inputs
+    ctx.save_for_backward(x, weight, shift, *output)
+
+
+def _split_backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Tuple[Any, ...]:
+    x, weight, shift, out, means, scales = ctx.saved_tensors
+    grad_x = grad_weight = grad_shift = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _split_input(x, weight, shift, out, means, scales, grad, ctx.chans, *ctx.split)
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        grad_weight, grad_shift = _split_weight(x, means, scales, grad, *ctx.split)
+    return (grad_x, grad_weight, grad_shift, *[None] * 6)
+
+
+_split.register_autograd(_split_backward, setup_context=_keep_split)
+
+
+@torch.library.custom_op('t2t_vit::behind', mutates_args=())
+def _behind_op(
+        y: torch.Tensor, v: torch.Tensor, matrices: torch.Tensor, biases: torch.Tensor, seeds: Optional[torch.Tensor],
+        chance: float, eps: float,
+) -> torch.Tensor:
+    y = y.contiguous()
+    out, rows, launch = torch.empty_like(y), y.shape[0] * y.shape[1], LAUNCH['row']
+    kernels.behind[(cdiv(rows, launch['M']),)](
+        y, v, matrices.to(y.dtype), biases, seeds, out, rows, v.stride(1), chance, eps,
+        DROP=seeds is not None, D=y.shape[2], **launch)
+    return out
+
+
+@_behind_op.register_fake
+def _(y, v, matrices, biases, seeds, chance, eps):  # type: ignore[no-untyped-def]
+    return y.new_empty(y.shape)
+
+
+def _behind_grads(
+        y: torch.Tensor, v: torch.Tensor, matrices: torch.Tensor, biases: torch.Tensor, seeds: Optional[torch.Tensor],
+        grad: torch.Tensor, grad_v: torch.Tensor, chance: float, eps: float,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of y, matrices and biases; that of v goes where it is told."""
+    dim, rows, launch = y.shape[2], y.shape[0] * y.shape[1], LAUNCH['row']
+    programs, per = shares(cdiv(rows, launch['M']), PROGRAMS)
+    common = dict(DROP=seeds is not None, D=dim, **launch)
+    matrices, grad_y = matrices.to(y.dtype), torch.empty_like(y)
+    mlp = y.new_empty(programs, 2, dim, dim, dtype=torch.float32)
+    mlp_biases = y.new_empty(programs, 16, 2, dim, dtype=torch.float32)
+    kernels.mlp_grad[(programs,)](
+        y, v, matrices, biases, seeds, grad, grad_v, mlp, mlp_biases, rows, v.stride(1), grad_v.stride(1), per, chance,
+        eps, **common)
+    proj = y.new_empty(programs, 1, dim, dim, dtype=torch.float32)
+    proj_biases = y.new_empty(programs, 16, 1, dim, dtype=torch.float32)
+    kernels.proj_grad[(programs,)](
+        y, grad_v, matrices, seeds, grad_y, proj, proj_biases, rows, grad_v.stride(1), per, chance, **common)
+    return grad_y, torch.cat([proj.sum(0), mlp.sum(0)]), torch.cat([proj_biases[:, 0].sum(0), mlp_biases[:, 0].sum(0)])
+
+
+@torch.library.custom_op('t2t_vit::behind_grad', mutates_args=())
+def _behind_grad_op(
+        y: torch.Tensor, v: torch.Tensor, matrices: torch.Tensor, biases: torch.Tensor, seeds: Optional[torch.Tensor],
+        grad: torch.Tensor, chance: float, eps: float,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    y, grad = y.contiguous(), grad.contiguous()
+    grad_v = torch.empty_like(y)
+    grad_y, grad_matrices, grad_biases = _behind_grads(y, v, matrices, biases, seeds, grad, grad_v, chance, eps)
+    return grad_y, grad_v, grad_matrices, grad_biases
+
+
+@_behind_grad_op.register_fake
+def _(y, v, matrices, biases, seeds, grad, chance, eps):  # type: ignore[no-untyped-def]
+    return y.new_empty(y.shape), y.new_empty(y.shape), torch.empty_like(matrices), torch.empty_like(biases)
+
+
+def _keep_behind(ctx: Any, inputs: Any, output: Any) -> None:
+    y, v, matrices, biases, seeds, ctx.chance, ctx.eps = inputs
+    ctx.save_for_backward(y, v, matrices, biases, seeds)
+
+
+def _behind_backward(ctx: Any, grad: torch.Tensor) -> Tuple[Any, ...]:
+    grads = _behind_grad_op(*ctx.saved_tensors, grad, ctx.chance, ctx.eps)
+    return (*grads, None, None, None)
+
+
+_behind_op.register_autograd(_behind_backward, setup_context=_keep_behind)
+
+
+def _halves(w: torch.Tensor, kind: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
+    """w, (m, D), as a half-precision number and what that leaves of it, (D, m) each."""
+    w = w.float().t().contiguous()
+    high = w.to(kind)
+    return high, (w - high.float()).to(kind)
+
+
+@torch.library.custom_op('t2t_vit::performer', mutates_args=())
+def _performer(
+        kqv: torch.Tensor, w: torch.Tensor, matrices: torch.Tensor, biases: torch.Tensor,
+        seeds: Optional[torch.Tensor], chance: float, eps: float, norm_eps: float,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    images, tokens, dim = len(kqv), kqv.shape[1], kqv.shape[2] // 3
+    kqv = kqv.contiguous()
+    features, half_log = len(w), 0.5 * math.log(len(w))
+    halves = _halves(w, kqv.dtype)
+    launch = LAUNCH['row']
+    programs, per = shares(cdiv(tokens, launch['M']), PROGRAMS // images)
+    products = kqv.new_empty(images, programs, features, dim, dtype=torch.float32)
+    sums = kqv.new_empty(images, programs, features, dtype=torch.float32)
+    kernels.key_sums[(images, programs)](
+        kqv, *halves, products, sums, tokens, per, half_log, D=dim, F=features, **launch)
+    products, sums = products.sum(1), sums.sum(1)
+    y = kqv.new_empty(images, tokens, dim)
+    kernels.attend[(cdiv(tokens, launch['M']), images)](
+        kqv, *halves, products, sums, y, tokens, eps, half_log, D=dim, F=features, **launch)
+    return _behind_op(y, kqv[..., 2 * dim:], matrices, biases, seeds, chance, norm_eps), y, products, sums
+
+
+@_performer.register_fake
+def _(kqv, w, matrices, biases, seeds, chance, eps, norm_eps):  # type: ignore[no-untyped-def]
+    images, tokens, dim = kqv.shape[0], kqv.shape[1], kqv.shape[2] // 3
+    out = kqv.new_empty(images, tokens, dim)
+    return (out, torch.empty_like(out), kqv.new_empty(images, w.shape[0], dim, dtype=torch.float32),
+            kqv.new_empty(images, w.shape[0], dtype=torch.float32))
+
+
+@torch.library.custom_op('t2t_vit::performer_grad', mutates_args=())
+def _performer_grad(
+        kqv: torch.Tensor, w: torch.Tensor, matrices: torch.Tensor, biases: torch.Tensor,
+        seeds: Optional[torch.Tensor], y: torch.Tensor, products: torch.Tensor, sums: torch.Tensor, grad: torch.Tensor,
+        chance: float, eps: float, norm_eps: float,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    images, tokens, dim = y.shape
+    kqv, grad = kqv.contiguous(), grad.contiguous()
+    features, half_log = len(w), 0.5 * math.log(len(w))
+    halves, w = _halves(w, kqv.dtype), w.float().contiguous()
+    grad_kqv = torch.empty_like(kqv)
+    grad_y, grad_matrices, grad_biases = _behind_grads(
+        y, kqv[..., 2 * dim:], matrices, biases, seeds, grad, grad_kqv[..., 2 * dim:], chance, norm_eps)
+    launch = LAUNCH['row']
+    programs, per = shares(cdiv(tokens, launch['M']), PROGRAMS // images)
+    grad_products = kqv.new_empty(images, programs, features, dim, dtype=torch.float32)
+    grad_sums = kqv.new_empty(images, programs, features, dtype=torch.float32)
+    kernels.attend_grad[(images, programs)](
+        kqv, *halves, w, products, sums, grad_y, grad_kqv, grad_products, grad_sums, tokens, per, eps, half_log,
+        D=dim, F=features, **launch)
+    kernels.key_grad[(cdiv(tokens, launch['M']), images)](
+        kqv, *halves, w, grad_products.sum(1), grad_sums.sum(1), grad_kqv, tokens, half_log, D=dim, F=features,
+        **launch)
+    return grad_kqv, grad_matrices, grad_biases
+
+
+@_performer_grad.register_fake
+def _(kqv, w, matrices, biases, seeds, y, products, sums, grad, chance, eps, norm_eps):  # type: ignore[no-untyped-def]
+    return kqv.new_empty(kqv.shape), torch.empty_like(matrices), torch.empty_like(biases)
+
+
+def _keep_performer(ctx: Any, inputs: Any, output: Any) -> None:
+    kqv, w, matrices, biases, seeds, ctx.chance, ctx.eps, ctx.norm_eps = inputs
+    ctx.save_for_backward(kqv, w, matrices, biases, seeds, *output[1:])
+
+
+def _performer_backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Tuple[Any, ...]:
+    grad_kqv, grad_matrices, grad_biases = _performer_grad(
+        *ctx.saved_tensors, grad, ctx.chance, ctx.eps, ctx.norm_eps)
+    return grad_kqv, None, grad_matrices, grad_biases, None, None, None, None
+
+
+_performer.register_autograd(_performer_backward, setup_context=_keep_performer)
+
+
+def split_norm_linear(x: torch.Tensor, norm: nn.LayerNorm, linear: nn.Linear, split: Split) -> torch.Tensor:
+    """Soft split, LayerNorm over each window, Linear to q, k and v: (B, C, H, W) -> (B, N, 3·D) in half precision."""
+    kind, chans = half_precision(x), x.shape[1]
+    assert kind is not None  # `serves` has seen to it
+    with full_precision(x):
+        weight, shift = fold(norm.weight.float(), norm.bias.float(), linear.weight.float(), linear.bias)
+        weight = weight.unflatten(1, (-1, split.kernel, split.kernel)).permute(2, 3, 1, 0)  # (k, k, C, 3·D)
+        weight = nn.functional.pad(weight, (0, 0, 0, filled(chans) - chans)).flatten(0, 2)
+        if filled(chans) == chans and x.is_contiguous(memory_format=torch.channels_last):
+            x = x.permute(0, 2, 3, 1)
+        else:
+            x = _pack_op(x)
+        return _split(x, weight.contiguous(), shift, chans, *split, norm.eps, kind)[0]
+
+
+def _stack(
+        proj: nn.Linear, first: nn.Linear, second: nn.Linear, norm: nn.LayerNorm,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """What stands behind the attention, the norm's weight and bias in the MLP's first Linear: (3, D, D) and (3, D)."""
+    weight = first.weight.float()
+    bias = nn.functional.linear(norm.bias.float(), weight, first.bias.float())
+    return (torch.stack([proj.weight.float(), weight * norm.weight.float(), second.weight.float()]),
+            torch.stack([proj.bias.float(), bias, second.bias.float()]))
+
+
+def behind(
+        y: torch.Tensor, v: torch.Tensor, proj: nn.Linear, first: nn.Linear, second: nn.Linear, norm: nn.LayerNorm,
+) -> torch.Tensor:
+    """z + MLP(LN(z)) with z = v + proj(y): what a token layer does behind its attention, (B, N, D) -> (B, N, D)."""
+    with full_precision(y):
+        return _behind_op(y, v, *_stack(proj, first, second, norm), None, 0., norm.eps)
+
+
+def performer(
+        kqv: torch.Tensor, w: torch.Tensor, eps: float, proj: nn.Linear, first: nn.Linear, second: nn.Linear,
+        norm: nn.LayerNorm, dropout: float,
+) -> torch.Tensor:
+    """The kernel attention of (B, N, 3·D) with features w, and what is behind it: (B, N, D)."""
+    seeds = torch.randint(2 ** 31, (4,), device=kqv.device) if dropout else None
+    with full_precision(kqv):
+        return _performer(kqv, w, *_stack(proj, first, second, norm), seeds, dropout, eps, norm.eps)[0]
