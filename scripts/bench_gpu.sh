@@ -11,8 +11,7 @@ python=${PYTHON:-python}
 mkdir -p "$out"
 export PYTHONPATH=src:tests${PYTHONPATH:+:$PYTHONPATH}
 
-status=0
-"$python" - > "$out/exact.txt" <<'PYTHON' || status=$?
+"$python" - > "$out/exact.txt" <<'PYTHON' &
 """Relative distance from the plain reference in float64 on the CPU, TF32 off and on, eager and compiled; gradients."""
 import sys
 
@@ -71,7 +70,7 @@ for name, kind in (('t2t_vit_14', 'performer'), ('t2t_vit_t_14', 'transformer'))
             say(f'{name}, two blocks, all gradients, {precision}{", compiled" if compiled else ""}', error, 5e-2)
 sys.exit(ended)
 PYTHON
-cat "$out/exact.txt"
+exact=$!
 
 bench() {
     "$python" -m t2t_vit.cli bench "$@" --device cuda --precision bf16 --batch_size 256
@@ -88,6 +87,9 @@ for name in "$baseline" "${compiled[@]}"; do  # all at once into the compiler's 
     done
 done
 wait
+status=0
+wait "$exact" || status=$?
+cat "$out/exact.txt"
 timed t2t_vit_14 t2t_vit_t_14 t2t_vit_7 vit_tiny_patch16_224 deit_small_patch16_224 resnet50 \
     tests/reference.py:plain_14 tests/reference.py:plain_t_14 --output "$out/eager"
 timed "${compiled[@]}" --compiled '[true]' --output "$out/compiled"
