@@ -18,6 +18,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+if not torch.cuda.is_available():  # before Triton reads it: test_fused.py runs kernels on a CPU
+    os.environ['TRITON_INTERPRET'] = '1'
+
 from t2t_vit.settings import read_settings, recipes, resolve
 from t2t_vit.train import loop
 from t2t_vit.train.config import Config

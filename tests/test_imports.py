@@ -13,8 +13,9 @@ import t2t_vit
 ROOT = Path(t2t_vit.__file__).parent
 LAYERS = [  # a module imports from those above it only
     ['settings', 'console', 'plots', 'models.recompute', 'models.positions', 'models.own', 'models.pyramid',
-     'reproduce.mobilenet'],
+     'reproduce.mobilenet', 'models.kernels'],
     ['models.soft_split'],
+    ['models.fused'],
     ['data.sources', 'data.augment', 'models.tokens'],
     ['data.batches'],
     ['data.images'],
