@@ -1,6 +1,6 @@
 """How long the recipes for images of 224 pixels take on 1 to 512 GPUs: a model of compute and communication.
 
-    python scripts/scaling.py                              # from an assumed share of the chip's peak
+    python scripts/scaling.py                              # from the training steps in results/gpu-eager
     python scripts/scaling.py --speed t2t_vit_14=2900@256  # from images/s of a training step measured at that batch
 
 Prints the tables of docs/scaling.md. What goes in, and where it ends to hold, is said there.
@@ -29,15 +29,14 @@ MODELS = ('t2t_vit_7', 't2t_vit_10', 't2t_vit_12', 't2t_vit_14', 't2t_vit_19', '
 RECIPES = [name for name in recipes() if name.startswith(('imagenet-', 'distill-', 'token-', 'cifar10-', 'cifar100-'))]
 GPUS = (1, 8, 64, 512)
 MEASURED = ROOT / 'results' / 'cpu-family' / 'bench.csv'
+MEASURED_GPU = ROOT / 'results' / 'gpu-eager' / 'bench.csv'
 
 
 class Machine(NamedTuple):
-    """One GPU and its wires; the defaults are data sheet values of an H100 node, times what is usually reached."""
+    """A GPU's wires; the defaults are data sheet values of an H100 or H200 node, times what is usually reached."""
 
-    peak: float = 989e12  # FLOP/s, bf16, dense
-    reached: float = 0.10  # share of it in a training step at full batches: an assumption until measured
     half: float = 64  # images a GPU and step at which half the full speed is reached (launching kernels takes the
-    # rest): an assumption until measured
+    # rest): an assumption
     inside: float = 450e9 * 0.8  # bytes/s a GPU sends within a node (NVLink)
     outside: float = 50e9 * 0.8  # bytes/s a GPU sends between nodes (400 Gb/s each)
     latency: float = 10e-6  # seconds for each of a ring's messages
@@ -78,9 +77,16 @@ class Run(NamedTuple):
     size: float  # bytes of gradients
     teacher: float = 0.0  # multiply-adds of one image, forward only
 
-    def speed(self, machine: Machine) -> float:
-        """Images/s at full batches by the chip's peak: two operations a multiply-add, backward twice the forward."""
-        return machine.peak * machine.reached / (6 * self.macs + 2 * self.teacher)
+    @property
+    def alike(self) -> str:
+        """The measured model that this one's arithmetic is as fast as: of its token layer, and narrow or wide."""
+        if self.model in ('t2t_vit_7', 't2t_vit_10', 't2t_vit_12'):
+            return 't2t_vit_7'
+        return 't2t_vit_t_14' if self.model.startswith('t2t_vit_t_') else 't2t_vit_14'
+
+    def speed(self, speeds: Dict[str, float]) -> float:
+        """Images/s at full batches; backward is twice the forward pass, a teacher has none."""
+        return speeds[self.alike] * count(self.alike, 224)[1] / (self.macs + self.teacher / 3)
 
 
 def estimate(run: Run, speed: float, gpus: int, machine: Machine = H100) -> Estimate:
@@ -118,11 +124,20 @@ def run_of(recipe: str) -> Run:
         count(teacher, 224)[1] if teacher else 0.0)
 
 
+def measured() -> Dict[str, float]:
+    """Images/s at full batches of the models whose training step was timed on a GPU."""
+    rows = csv.DictReader(MEASURED_GPU.read_text().splitlines())
+    return {row['model']: full_speed(float(row['images_per_second']), int(row['batch_size']))
+            for row in rows if row['mode'] == 'train' and row['model'] in MODELS}
+
+
 def tables(speeds: Dict[str, float], names: Sequence[str] = RECIPES, machine: Machine = H100) -> List[str]:
     """Markdown lines: the recipes with their hours, then the parts of a step of the nine models.
 
-    `speeds` are images/s at full batches, by model; of distillation and 384 pixels they are none.
+    `speeds` are images/s at full batches, by model, instead of what was measured; of distillation and 384 pixels they
+    are none.
     """
+    speeds = {**measured(), **speeds}
     runs = {recipe: run_of(recipe) for recipe in names}
     cores = {row['model']: float(row['images_per_second']) for row in csv.DictReader(MEASURED.read_text().splitlines())}
     lines = ['| recipe | model | all-reduce MB | GMAC forward | images/s, one CPU core (measured) | images/s, one GPU '
@@ -131,12 +146,12 @@ def tables(speeds: Dict[str, float], names: Sequence[str] = RECIPES, machine: Ma
     parts = []
     for recipe, run in runs.items():
         plain = not run.teacher and recipe != 'imagenet-14-384'
-        speed = speeds[run.model] if plain and run.model in speeds else run.speed(machine)
+        speed = speeds[run.model] if plain and run.model in speeds else run.speed(speeds)
         found = {gpus: estimate(run, speed, gpus, machine) for gpus in GPUS if gpus <= run.batch}
         core = f'{cores[run.model]:.1f}' if plain and run.model in cores else '–'
         lines.append(
             f'| {recipe} | {run.model} | {run.size / 1e6:.0f} | {run.macs / 1e9:.2f} | {core} | {speed:,.0f}'
-            f'{"" if plain and run.model in speeds else " (assumed)"} | '
+            f'{"" if plain and run.model in speeds else f" (as {run.alike})"} | '
             f'{" | ".join(f"{found[gpus].hours:.1f}" if gpus in found else "–" for gpus in GPUS)} |')
         if recipe.startswith('imagenet-') and run.model in MODELS and plain:
             parts += [(run.model, gpus, e) for gpus, e in found.items()]

@@ -53,7 +53,7 @@ def step(layer, images, weight, dtype=None):
 @pytest.mark.parametrize('dtype', UNITS)
 @pytest.mark.parametrize('layer', LAYERS)
 @pytest.mark.parametrize('chans, split, shape, dim, memory_format', [
-    (3, FIRST, (61, 86), 64, torch.contiguous_format),
+    (3, FIRST, (29, 38), 64, torch.contiguous_format),
     (64, LATER, (25, 30), 64, torch.channels_last),
     (64, LATER, (16, 16), 32, torch.contiguous_format),
     (1, Split(4, 4, 0), (32, 33), 32, torch.contiguous_format),
@@ -140,7 +140,7 @@ def test_compiles_into_one_graph_that_uses_them(name):
 
 def test_dropout_draws_one_in_ten_and_the_backward_pass_the_same():
     """With v zero, proj and the MLP's second Linear for themselves, the two masks can be read off."""
-    dim, rows, chance = 64, 4096, 0.1
+    dim, rows, chance = 64, 1024, 0.1
     y = torch.ones(2, rows, dim, dtype=torch.float16, device=DEVICE, requires_grad=True)
     v = torch.zeros(2, rows, dim, dtype=torch.float16, device=DEVICE)
     seeds = torch.tensor([5, 77, 123456789, 2 ** 31 - 1], device=DEVICE)
