@@ -228,3 +228,18 @@ def test_rows_of_tokens_are_exact():
         some = token[:4 * cols * cols]
         row = ((some.astype(np.float32) + np.float32(0.5)) * np.float32(1 / cols)).astype(np.int32)
         assert (row == some // cols).all()
+
+
+def test_which_gpus_serve(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', {0: (8, 0), 1: (7, 5), 2: (12, 0)}.get)
+    assert [fused.capable(device) for device in range(3)] == [True, False, True]
+    compiled = torch.compile(lambda x: x + fused.capable(0), fullgraph=True, backend='eager')
+    assert compiled(torch.zeros(1)) == 1
+    monkeypatch.setattr(torch.version, 'hip', '6.4')
+    assert not fused.capable(0)
+
+
+def test_no_images():
+    layer = tokens.TokenPerformer(3, 32, LATER).to(DEVICE)
+    with torch.autocast(DEVICE, torch.float16):
+        assert layer(torch.zeros(0, 3, 16, 16, device=DEVICE)).shape == (0, 32, 8, 8)

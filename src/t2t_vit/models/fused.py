@@ -10,7 +10,8 @@ Letters: B images, C channels, (H, W) the map, N tokens, D token_dim, m = D/2 ra
 """
 
 import math
-from typing import Any, Optional, Sequence, Tuple
+from functools import wraps
+from typing import Any, Callable, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -38,12 +39,20 @@ def serves(x: torch.Tensor, token_dim: int, norm: nn.Module, linears: Sequence[n
 
     On a GPU, in half precision, where nothing else stands in a part's place, as an adapter, and nothing listens to it.
     """
-    if kernels is None or not (x.is_cuda or interpreted) or token_dim not in WIDTHS or half_precision(x) is None:
+    if kernels is None or token_dim not in WIDTHS or half_precision(x) is None or x.numel() == 0:
+        return False
+    if not interpreted and not (x.is_cuda and capable(x.device.index)):
         return False
     for part in linears:
         if type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks:
             return False
     return type(norm) is nn.LayerNorm and not norm._forward_hooks and not norm._forward_pre_hooks
+
+
+@torch.compiler.assume_constant_result
+def capable(device: int) -> bool:
+    """Whether a GPU has products in bfloat16 and TF32: NVIDIA's since Ampere."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def half_precision(x: torch.Tensor) -> Optional[torch.dtype]:
@@ -52,6 +61,17 @@ def half_precision(x: torch.Tensor) -> Optional[torch.dtype]:
     if torch.is_autocast_enabled(x.device.type):
         kind = torch.get_autocast_dtype(x.device.type)
     return kind if kind in (torch.float16, torch.bfloat16) else None
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Makes an operator of a function that launches kernels: on the device of its first argument."""
+    def register(function: Callable[..., Any]) -> Any:
+        @wraps(function)
+        def on_device(first: torch.Tensor, *others: Any) -> Any:
+            with torch.cuda.device_of(first):
+                return function(first, *others)
+        return torch.library.custom_op(f't2t_vit::{name}', on_device, mutates_args=())
+    return register
 
 
 def cdiv(a: int, b: int) -> int:
@@ -70,7 +90,7 @@ def filled(chans: int) -> int:
     return max(4, 1 << (chans - 1).bit_length())
 
 
-@torch.library.custom_op('t2t_vit::pack', mutates_args=())
+@operator('pack')
 def _pack_op(x: torch.Tensor) -> torch.Tensor:
     images, chans, height, width = x.shape
     out = x.new_empty(images, height, width, filled(chans))
@@ -100,7 +120,7 @@ def half_operands(weight: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
     return weight.to(kind) if kind == torch.bfloat16 else weight
 
 
-@torch.library.custom_op('t2t_vit::split_norm_linear', mutates_args=())
+@operator('split_norm_linear')
 def _split(
         x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor, chans: int, kernel: int, stride: int, padding: int,
         eps: float, kind: torch.dtype,
@@ -115,7 +135,7 @@ def _split(
     kernels.split_norm_linear[(cdiv(rows * cols, launch['M']), images)](
         x, weight, weight.sum(0, dtype=torch.float32), shift, out, means, scales, rows * cols, cols, 1 / cols, height,
         width, eps, C=chans, CP=x.shape[3], K=kernel, STRIDE=stride, PADDING=padding, D=weight.shape[1] // 3,
-        BK=64 if x.shape[3] >= 64 else 32, **launch)
+        BK=64 if x.shape[3] >= 64 and weight.dtype == kind else 32, **launch)
     return out, means, scales
 
 
@@ -126,7 +146,7 @@ def _(x, weight, shift, chans, kernel, stride, padding, eps, kind):  # type: ign
     return means.new_empty(*means.shape, weight.shape[1], dtype=kind), means, torch.empty_like(means)
 
 
-@torch.library.custom_op('t2t_vit::split_norm_linear_weight', mutates_args=())
+@operator('split_norm_linear_weight')
 def _split_weight(
         x: torch.Tensor, means: torch.Tensor, scales: torch.Tensor, grad: torch.Tensor, kernel: int, stride: int,
         padding: int,
@@ -150,7 +170,7 @@ def _(x, means, scales, grad, kernel, stride, padding):  # type: ignore[no-untyp
     return means.new_empty(kernel ** 2 * x.shape[3], grad.shape[2]), means.new_empty(grad.shape[2])
 
 
-@torch.library.custom_op('t2t_vit::split_norm_linear_input', mutates_args=())
+@operator('split_norm_linear_input')
 def _split_input(
         x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor, out: torch.Tensor, means: torch.Tensor,
         scales: torch.Tensor, grad: torch.Tensor, chans: int, kernel: int, stride: int, padding: int,
@@ -198,7 +218,7 @@ def _split_backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Tuple[Any, ...]:
 _split.register_autograd(_split_backward, setup_context=_keep_split)
 
 
-@torch.library.custom_op('t2t_vit::behind', mutates_args=())
+@operator('behind')
 def _behind_op(
         y: torch.Tensor, v: torch.Tensor, matrices: torch.Tensor, biases: torch.Tensor, seeds: Optional[torch.Tensor],
         chance: float, eps: float,
@@ -237,7 +257,7 @@ def _behind_grads(
     return grad_y, torch.cat([proj.sum(0), mlp.sum(0)]), torch.cat([proj_biases[:, 0].sum(0), mlp_biases[:, 0].sum(0)])
 
 
-@torch.library.custom_op('t2t_vit::behind_grad', mutates_args=())
+@operator('behind_grad')
 def _behind_grad_op(
         y: torch.Tensor, v: torch.Tensor, matrices: torch.Tensor, biases: torch.Tensor, seeds: Optional[torch.Tensor],
         grad: torch.Tensor, chance: float, eps: float,
@@ -273,7 +293,7 @@ def _halves(w: torch.Tensor, kind: torch.dtype) -> Tuple[torch.Tensor, torch.Ten
     return high, (w - high.float()).to(kind)
 
 
-@torch.library.custom_op('t2t_vit::performer', mutates_args=())
+@operator('performer')
 def _performer(
         kqv: torch.Tensor, w: torch.Tensor, matrices: torch.Tensor, biases: torch.Tensor,
         seeds: Optional[torch.Tensor], chance: float, eps: float, norm_eps: float,
@@ -303,7 +323,7 @@ def _(kqv, w, matrices, biases, seeds, chance, eps, norm_eps):  # type: ignore[n
             kqv.new_empty(images, w.shape[0], dtype=torch.float32))
 
 
-@torch.library.custom_op('t2t_vit::performer_grad', mutates_args=())
+@operator('performer_grad')
 def _performer_grad(
         kqv: torch.Tensor, w: torch.Tensor, matrices: torch.Tensor, biases: torch.Tensor,
         seeds: Optional[torch.Tensor], y: torch.Tensor, products: torch.Tensor, sums: torch.Tensor, grad: torch.Tensor,
@@ -355,7 +375,9 @@ def split_norm_linear(x: torch.Tensor, norm: nn.LayerNorm, linear: nn.Linear, sp
     with full_precision(x):
         weight, shift = fold(norm.weight.float(), norm.bias.float(), linear.weight.float(), linear.bias)
         weight = weight.unflatten(1, (-1, split.kernel, split.kernel)).permute(2, 3, 1, 0)  # (k, k, C, 3·D)
-        weight = nn.functional.pad(weight, (0, 0, 0, filled(chans) - chans)).flatten(0, 2)
+        if filled(chans) > chans:
+            weight = torch.cat([weight, weight.new_zeros(*weight.shape[:2], filled(chans) - chans, len(shift))], 2)
+        weight = weight.reshape(-1, len(shift))
         if filled(chans) == chans and x.is_contiguous(memory_format=torch.channels_last):
             x = x.permute(0, 2, 3, 1)
         else:
