@@ -49,16 +49,20 @@ def as_tf32(weight: torch.Tensor) -> torch.Tensor:
     return weight + (((bits + 0x1000) & -0x2000).view(torch.float32) - weight).detach()
 
 
+@torch.jit.unused
+def allows_tf32() -> bool:
+    """Whether a GPU's convolutions may run with TF32's mantissa; where there is no telling, they do."""
+    try:
+        return torch.compiler.is_compiling() or torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # told so by names that this one does not go with
+        return True
+
+
 def rounds(x: torch.Tensor) -> bool:
     """Whether convolutions of `x` may run with TF32's mantissa; they do on a GPU, unless told otherwise."""
     if x.device.type == 'cpu' or x.dtype != torch.float32:
         return False
-    if torch.jit.is_scripting() or torch.compiler.is_compiling():  # neither can ask
-        return True
-    try:
-        return torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # told so by names that this one does not go with
-        return True
+    return torch.jit.is_scripting() or allows_tf32()
 
 
 def split_linear(
