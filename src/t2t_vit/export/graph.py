@@ -58,13 +58,12 @@ class SplitNormLinears(nn.Module):
 
 
 class Performer(nn.Module):
-    """A `TokenPerformer`, whose φ of keys and queries comes of one product and is never cut.
+    """A `TokenPerformer`, whose φ of keys and queries comes of one product, as twice the tokens, and is never cut.
 
     What only one of the two halves may take part in, has zeros for the other.
     """
 
-    block: torch.Tensor
-    halves: torch.Tensor
+    w: torch.Tensor
 
     def __init__(self, layer: TokenPerformer) -> None:
         super().__init__()
@@ -72,18 +71,17 @@ class Performer(nn.Module):
         dim, self.features = layer.token_dim, layer.num_features
         sizes = [2 * dim, dim]
         self.split = SplitNormLinears(layer, layer.norm1, layer.kqv.weight.split(sizes), layer.kqv.bias.split(sizes))
-        w = layer.w.float()
-        self.register_buffer('block', torch.block_diag(w, w))
-        half = torch.full_like(w, 0.5)
-        self.register_buffer('halves', torch.block_diag(half, half))
+        self.register_buffer('w', layer.w.float())
         self.shift, self.eps = 0.5 * math.log(layer.num_features), layer.eps
         del layer.norm1, layer.kqv, layer.w
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, D, h, w)."""
         (kq, v), height, width = self.split(x)
-        phi = F.linear(kq, self.block.float()) - F.linear(kq.square(), self.halves.float())
-        phi = torch.exp(phi - self.shift)  # φ(k) and φ(q), (B, N, 2·m)
+        both = kq.unflatten(2, (2, -1)).flatten(1, 2)  # (B, 2·N, D), a view
+        half_norm = both.square().sum(2, keepdim=True) * 0.5
+        phi = torch.exp(F.linear(both, self.w.float()) - (half_norm + self.shift))
+        phi = phi.unflatten(1, (-1, 2)).flatten(2)  # φ(k) and φ(q), (B, N, 2·m)
         turned = phi.transpose(1, 2)
         sums = turned.sum(2, keepdim=True)[:, :self.features] * SCALE
         values = (turned @ v)[:, :self.features] * SCALE
