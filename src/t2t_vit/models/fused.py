@@ -39,9 +39,11 @@ def serves(x: torch.Tensor, token_dim: int, norm: nn.Module, linears: Sequence[n
 
     On a GPU, in half precision, where nothing else stands in a part's place, as an adapter, and nothing listens to it.
     """
-    if kernels is None or token_dim not in WIDTHS or half_precision(x) is None or x.numel() == 0:
+    if kernels is None or token_dim not in WIDTHS or x.numel() == 0:
         return False
-    if not interpreted and not (x.is_cuda and capable(x.device.index)):
+    if not (x.is_cuda and capable(x.device.index)) and not (interpreted and x.device.type == 'cpu'):
+        return False
+    if half_precision(x) is None:
         return False
     for part in linears:
         if type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks:
