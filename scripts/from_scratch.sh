@@ -26,7 +26,7 @@ if [ "$kind" = cpu ]; then
     t2t=("${small[@]}" --model_args.depth 4 --model_args.token_dim 32)
     vit=("${small[@]}" --model_args.depth 5)
     common=(--threads 1 --device cpu --batch_size 64 --augment.mixup 0 --augment.cutmix 0)
-    cifar10_epochs=(--epochs 4 --optimizer.warmup_epochs 1)
+    cifar10_epochs=(--epochs 6 --optimizer.warmup_epochs 1)
     imagenette_epochs=(--epochs 20 --optimizer.warmup_epochs 2 --data.img_size 64)
 else
     t2t=()

@@ -185,6 +185,11 @@ def test_what_is_outside_tolerance():
     report.__dict__.update(relative_difference=float('nan'), top1_agreement=1., top1_exported=.95, not_finite=2)
     assert report.problems == [
         '2 images have logits that are not finite', 'relative difference nan, at most 0.001 allowed']
+    report.__dict__.update(relative_difference=9., mean_relative_difference=.1, not_finite=0, top1_exported=.9,
+                           tolerance=TOLERANCES['int8'])
+    assert not report.problems  # of int8 the worst image says little
+    report.__dict__.update(mean_relative_difference=.3)
+    assert report.problems == ['mean relative difference 0.3, at most 0.2 allowed']
 
 
 def test_what_is_no_number_counts_wherever_it_stands():

@@ -135,8 +135,8 @@ def export(
         calibration_images: How many of them.
         runtime: What runs the file in the comparison; by default its own. openvino runs .onnx too.
         threads: Threads for both; by default torch's own choice.
-        tolerance: The largest relative difference of logits that is allowed; by default float32 1e-3, fp16 2e-2,
-            bf16 1e-1, int8 0.5.
+        tolerance: The largest relative difference of logits that is allowed, of the worst image; by default float32
+            1e-3, fp16 2e-2, bf16 1e-1. In int8 of the images' mean, 0.2.
         rounds: How often both are timed; 0 for not at all.
         seconds: How long each turn takes.
         cache: Where torch/ and hfds/ sets are kept; by default ~/.cache/t2t-vit, and the Hub's own.
