@@ -25,7 +25,7 @@ except ImportError:  # Triton is not for every system
     kernels = None
 
 interpreted = False  # tests: kernels on a CPU, with TRITON_INTERPRET=1
-LAUNCH = {  # tokens at a time and warps, by the clock of an H200
+LAUNCH = {  # tokens at a time and warps: the best of those timed in results/profile.md
     'split': dict(M=64, num_warps=4),
     'split_weight': dict(M=64, BK=64, num_warps=4),
     'row': dict(M=64, num_warps=4),

@@ -190,6 +190,13 @@ def window_grad(
 
 
 @triton.jit
+def _halves(high, low, D: tl.constexpr, F: tl.constexpr):
+    """w as `_features` takes it."""
+    place = tl.arange(0, D)[:, None] * F + tl.arange(0, F)[None, :]
+    return tl.load(high + place), tl.load(low + place)
+
+
+@triton.jit
 def _features(x, high, low, half_log):
     """φ of (M, D): exp(w·x - |x|²/2 - log(m)/2), (M, m); w, (D, m), is a half-precision number and its remainder."""
     half_norm = 0.5 * tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
@@ -202,8 +209,7 @@ def key_sums(kqv, high, low, products, sums, tokens, per, half_log, D: tl.conste
     image = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
     d, f = tl.arange(0, D), tl.arange(0, F)
-    high = tl.load(high + d[:, None] * F + f[None, :])
-    low = tl.load(low + d[:, None] * F + f[None, :])
+    high, low = _halves(high, low, D, F)
     product = tl.zeros((F, D), tl.float32)
     total = tl.zeros((F,), tl.float32)
     for tile in range(program * per, (program + 1) * per):
@@ -230,8 +236,7 @@ def attend(
     valid = (token < tokens)[:, None]
     d, f = tl.arange(0, D), tl.arange(0, F)
     row = (image * tokens + token)[:, None]
-    high = tl.load(high + d[:, None] * F + f[None, :])
-    low = tl.load(low + d[:, None] * F + f[None, :])
+    high, low = _halves(high, low, D, F)
     phi = _features(tl.load(kqv + row * 3 * D + D + d[None, :], mask=valid, other=0.), high, low, half_log)
     product = tl.load(products + (image * F + f[:, None]) * D + d[None, :])
     total = tl.load(sums + image * F + f)
@@ -248,8 +253,7 @@ def attend_grad(
     image = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
     d, f = tl.arange(0, D), tl.arange(0, F)
-    high = tl.load(high + d[:, None] * F + f[None, :])
-    low = tl.load(low + d[:, None] * F + f[None, :])
+    high, low = _halves(high, low, D, F)
     w = tl.load(w + f[:, None] * D + d[None, :])
     product = tl.load(products + (image * F + f[:, None]) * D + d[None, :])
     total = tl.load(sums + image * F + f)
@@ -285,8 +289,7 @@ def key_grad(
     valid = (token < tokens)[:, None]
     d, f = tl.arange(0, D), tl.arange(0, F)
     place = (image * tokens + token)[:, None] * 3 * D + d[None, :]
-    high = tl.load(high + d[:, None] * F + f[None, :])
-    low = tl.load(low + d[:, None] * F + f[None, :])
+    high, low = _halves(high, low, D, F)
     w = tl.load(w + f[:, None] * D + d[None, :])
     product = tl.load(grad_products + (image * F + f[:, None]) * D + d[None, :])
     total = tl.load(grad_sums + image * F + f)
@@ -305,7 +308,7 @@ def key_grad(
 def _kept(seeds, row, d, chance, D: tl.constexpr):
     """Dropout's factors, (M, D), 0 with the chance, else 1 / (1 - chance), from a hash of the place and two seeds.
 
-    Philox takes four times as long, as long as everything else here.
+    Philox's draws take longer than all the rest of these kernels (results/profile.md).
     """
     h = (row[:, None] * D + d[None, :]).to(tl.uint32) + tl.load(seeds).to(tl.uint32)
     h = (h ^ (h >> 16)) * 0x21f0aaad ^ tl.load(seeds + 1).to(tl.uint32)
