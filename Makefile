@@ -40,26 +40,27 @@ quickstart: $(VENV)/.package
 test: $(VENV)/.tests
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist worksteal --ignore tests/test_export.py
-	$(BIN)/pytest -n 2 --dist worksteal tests/test_export.py
+	$(BIN)/pytest -n 2 --dist worksteal --ignore tests/export
+	$(BIN)/pytest -n 2 --dist worksteal tests/export
 
 test-timm: $(VENV)/.tests
-	cd tests && $(abspath $(BIN))/python timm_suite.py --every -n 2
+	cd tests/models && $(abspath $(BIN))/python timm_suite.py --every -n 2
 
 # where there is no chromium, `playwright install chromium` fetches one
 test-browser: $(VENV)/.tests
 	$(BIN)/python -m pip install --quiet --no-compile playwright
-	$(BIN)/pytest tests/browser.py -rs
+	$(BIN)/pytest tests/stress/browser.py -rs
 
+STRESS := PYTHONPATH=..:../models:../train:../explore
 RUN_OF_LOAD ?= $(lastword $(sort $(wildcard runs/*)))
 load: $(VENV)/.tests
-	cd tests && $(abspath $(BIN))/python load.py $(abspath $(RUN_OF_LOAD))
+	cd tests/stress && $(STRESS) $(abspath $(BIN))/python load.py $(abspath $(RUN_OF_LOAD))
 
 torture: $(VENV)/.tests
-	cd tests && OMP_NUM_THREADS=1 $(abspath $(BIN))/python torture.py
+	cd tests/stress && $(STRESS) OMP_NUM_THREADS=1 $(abspath $(BIN))/python torture.py
 
 fuzz: $(VENV)/.tests
-	cd tests && OMP_NUM_THREADS=1 $(abspath $(BIN))/python fuzz.py
+	cd tests/stress && $(STRESS) OMP_NUM_THREADS=1 $(abspath $(BIN))/python fuzz.py
 
 docs: $(VENV)/.package
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[docs]'
@@ -75,7 +76,7 @@ test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --no-compile --constraint tests/oldest.txt --editable . \
 		build hatchling pytest pytest-timeout pytest-xdist
-	$(VENV)-oldest/bin/pytest -n 2 --dist worksteal -p no:warnings $(EXTRAS:%=--ignore tests/test_%.py)
+	$(VENV)-oldest/bin/pytest -n 2 --dist worksteal -p no:warnings $(foreach name,$(EXTRAS),--ignore-glob "tests/*test_$(name).py")
 
 clean:
 	rm -rf build dist .cache .pytest_cache .mypy_cache .ruff_cache

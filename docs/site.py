@@ -3,7 +3,7 @@
 import ast
 import re
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 from mkdocs.structure.files import File, Files
 
@@ -14,13 +14,13 @@ PAGES = {'README.md': 'Home', 'CONTRIBUTING.md': 'Contributing', 'CHANGELOG.md':
 PICTURES = ('.png', '.svg', '.jpg', '.gif', '.webp', '.csv', '.json')
 
 
-def guides() -> List[Path]:
+def guides() -> list[Path]:
     """docs/*.md, the usual ones first."""
     found = sorted((ROOT / 'docs').glob('*.md'))
     return sorted(found, key=lambda file: FIRST.index(file.stem) if file.stem in FIRST else len(FIRST))
 
 
-def modules() -> Dict[str, List[str]]:
+def modules() -> dict[str, list[str]]:
     """The package's modules with their public classes and functions, in the order of the files."""
     found = {}
     for file in sorted(API.rglob('*.py')):
@@ -35,7 +35,7 @@ def modules() -> Dict[str, List[str]]:
     return found
 
 
-def api_page(module: str, names: List[str]) -> str:
+def api_page(module: str, names: list[str]) -> str:
     """One page of the reference: what the module says of itself, then each name."""
     text = (ROOT / 'src' / module.replace('.', '/')).with_suffix('.py').read_text()
     about = ast.get_docstring(ast.parse(text)) or ''
@@ -102,7 +102,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return re.sub(r'\]\((?!\w+:)([^)#\s]+)\)', readme, markdown)
 
 
-def linked(pages: List[Path]) -> List[Path]:
+def linked(pages: list[Path]) -> list[Path]:
     """The other files of the repository that pages point to, as a script or a recipe."""
     targets = {
         (page.parent / target).resolve()

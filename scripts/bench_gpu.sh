@@ -45,7 +45,7 @@ for name, kind in (('t2t_vit_14', 'performer'), ('t2t_vit_t_14', 'transformer'))
             expected = plain(images.double())
             for tf32 in (False, True):
                 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-                bound = 5e-3 if tf32 or what == 'two flat halves' else 1e-5  # float32: see tests/test_exact.py
+                bound = 5e-3 if tf32 or what == 'two flat halves' else 1e-5  # float32: see tests/models/test_exact.py
                 error = relative_error(model(images.cuda()).cpu().double(), expected)
                 say(f'{name}, {what}, {"tf32" if tf32 else "float32"}', error, bound)
             for precision, (dtype, bound) in HALF.items():

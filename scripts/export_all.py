@@ -10,7 +10,7 @@ import argparse
 import csv
 import tempfile
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -24,12 +24,12 @@ from t2t_vit.export.formats import export_model
 from t2t_vit.export.images import batches, open_images
 
 
-def row(name: str) -> Dict[str, Any]:
+def row(name: str) -> dict[str, Any]:
     """What became of one model in both runtimes; the relative difference is that of the worst image."""
     net, cfg, class_names = load(None, name)
     metadata = describe(net, class_names, cfg, 'float32', 'float', None, 'batch')
     images = [*batches(open_images('samples', 'val'), cfg, 4, 8, [])]
-    found: Dict[str, Any] = {'model': name, 'size': cfg.size[0]}
+    found: dict[str, Any] = {'model': name, 'size': cfg.size[0]}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f'{name}.onnx'
         export_model(net, path, metadata, 'batch')
@@ -41,8 +41,10 @@ def row(name: str) -> Dict[str, Any]:
             found[f'{runtime}_same_first_class'] = f'{difference.agreed}/{difference.images}'
             found[runtime] = versions(metadata, runtime)[runtime]
             if difference.broken or not difference.worst <= TOLERANCES['float32'].difference:
-                raise SystemExit(f'{name} in {runtime} is outside tolerance: {difference.worst:.2e}, '
-                                 f'{difference.broken} of {difference.images} not finite')
+                raise SystemExit(
+                    f'{name} in {runtime} is outside tolerance: {difference.worst:.2e}, '
+                    f'{difference.broken} of {difference.images} not finite'
+                )
     return {**found, 'images': 8, 'device': device_name(torch.device('cpu')), 'torch': torch.__version__}
 
 

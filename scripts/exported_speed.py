@@ -1,6 +1,6 @@
 """Exported files beside each other: images per second in interleaved rounds, and ratios to the first one's.
 
-    scripts/exported_speed.py a.xml b.xml … [--batch_size 8] [--rounds 11] [--seconds 0.5] [--threads 2] [-o out.csv]
+scripts/exported_speed.py a.xml b.xml … [--batch_size 8] [--rounds 11] [--seconds 0.5] [--threads 2] [-o out.csv]
 """
 
 import argparse
@@ -37,14 +37,30 @@ def main() -> None:
     for file, values in speeds.items():
         middle, low, high = spread(values)
         ratio, ratio_low, ratio_high = spread([a / b for a, b in zip(values, base)])
-        rows.append(dict(
-            file=Path(file).name, model=models[file].metadata.model, precision=models[file].metadata.precision,
-            runtime=models[file].runtime, images_per_second=middle, low=low, high=high, ratio=ratio,
-            ratio_low=ratio_low, ratio_high=ratio_high, batch_size=options.batch_size,
-            size='x'.join(map(str, models[file].preprocessing.size)), threads=options.threads, rounds=options.rounds,
-            device=device_name(torch.device('cpu')), torch=torch.__version__))
-        print(f'{Path(file).name:32}{middle:8.1f} images/s ({low:.1f} to {high:.1f}), '
-              f'{ratio:.2f} of the first ({ratio_low:.2f} to {ratio_high:.2f})')
+        rows.append(
+            dict(
+                file=Path(file).name,
+                model=models[file].metadata.model,
+                precision=models[file].metadata.precision,
+                runtime=models[file].runtime,
+                images_per_second=middle,
+                low=low,
+                high=high,
+                ratio=ratio,
+                ratio_low=ratio_low,
+                ratio_high=ratio_high,
+                batch_size=options.batch_size,
+                size='x'.join(map(str, models[file].preprocessing.size)),
+                threads=options.threads,
+                rounds=options.rounds,
+                device=device_name(torch.device('cpu')),
+                torch=torch.__version__,
+            )
+        )
+        print(
+            f'{Path(file).name:32}{middle:8.1f} images/s ({low:.1f} to {high:.1f}), '
+            f'{ratio:.2f} of the first ({ratio_low:.2f} to {ratio_high:.2f})'
+        )
     if options.output:
         with options.output.open('w', newline='') as out:
             writer = csv.DictWriter(out, list(rows[0]))

@@ -14,8 +14,9 @@ import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any
 
 import numpy as np
 import timm
@@ -33,7 +34,7 @@ CIFAR = dict(auto_augment=None, erase=0.0, scale=(1.0, 1.0), pad=4)  # pad, crop
 Loader = Callable[[float], float]  # seconds -> images per second
 
 
-class Images(Dataset[Tuple[Image.Image, int]]):
+class Images(Dataset[tuple[Image.Image, int]]):
     """A source as timm's loader takes one."""
 
     def __init__(self, source: Source) -> None:
@@ -42,7 +43,7 @@ class Images(Dataset[Tuple[Image.Image, int]]):
     def __len__(self) -> int:
         return len(self.source.labels)
 
-    def __getitem__(self, index: int) -> Tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         image = self.source.open(index).convert('RGB')
         return self.transform(image) if self.transform else image, self.source.labels[index]
 
@@ -56,18 +57,31 @@ def draw_photos(folder: Path, count: int) -> None:
             height = int(chance.integers(240, 427))
             width = height * 4 // 3
             top, left = chance.integers(427 - height + 1), chance.integers(640 - width + 1)
-            image = Image.fromarray(photo[top:top + height, left:left + width])
+            image = Image.fromarray(photo[top : top + height, left : left + width])
             image.resize((500, 375), Image.Resampling.BICUBIC).save(folder / f'train/{kind}/{i:03}.jpg', quality=90)
 
 
 def by_timm(source: Source, preprocessing: Preprocessing, batch_size: int, augment: Augment, workers: int) -> Loader:
     """timm's loader with the same recipe."""
     loader = create_loader(
-        Images(source), (3, *preprocessing.size), batch_size, is_training=True, use_prefetcher=False,
-        re_prob=augment.erase, re_mode=augment.erase_mode, scale=augment.scale, ratio=augment.ratio,
-        hflip=augment.hflip, color_jitter=augment.color_jitter, auto_augment=augment.auto_augment,
-        interpolation=augment.interpolation, mean=preprocessing.mean, std=preprocessing.std, num_workers=workers,
-        persistent_workers=workers > 0)
+        Images(source),
+        (3, *preprocessing.size),
+        batch_size,
+        is_training=True,
+        use_prefetcher=False,
+        re_prob=augment.erase,
+        re_mode=augment.erase_mode,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=augment.hflip,
+        color_jitter=augment.color_jitter,
+        auto_augment=augment.auto_augment,
+        interpolation=augment.interpolation,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
 
     def endless() -> Iterator[int]:
         for _ in itertools.count():
@@ -77,34 +91,42 @@ def by_timm(source: Source, preprocessing: Preprocessing, batch_size: int, augme
     return lambda seconds: images_per_second(endless(), torch.device('cpu'), seconds)
 
 
-def loaders(args: argparse.Namespace, photos: Path) -> Dict[str, Tuple[int, int, int, Loader]]:
+def loaders(args: argparse.Namespace, photos: Path) -> dict[str, tuple[int, int, int, Loader]]:
     """By name: size, batch, workers, and what times it."""
-    small, large = (Preprocessing((size, size), 3, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-                    for size in (args.size, 224))
+    small, large = (
+        Preprocessing((size, size), 3, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) for size in (args.size, 224)
+    )
     images, folder = open_source(args.data, 'train'), open_source(str(photos), 'train')
     memory = [MemoryBatches(images, small, args.batch_size, augment) for augment in (Augment(), Augment(**CIFAR))]
     disk = DiskBatches(folder, large, 32, Augment(), args.workers)
     return {
         'small, in memory, RandAugment': (args.size, args.batch_size, 0, lambda s: measure_input(memory[0], s)),
         'small, in memory, pad and mirror': (args.size, args.batch_size, 0, lambda s: measure_input(memory[1], s)),
-        'small, timm, RandAugment': (args.size, args.batch_size, args.workers, by_timm(
-            images, small, args.batch_size, Augment(), args.workers)),
+        'small, timm, RandAugment': (
+            args.size,
+            args.batch_size,
+            args.workers,
+            by_timm(images, small, args.batch_size, Augment(), args.workers),
+        ),
         'photos, from disk, RandAugment': (224, 32, args.workers, lambda s: measure_input(disk, s)),
         'photos, timm, RandAugment': (224, 32, args.workers, by_timm(folder, large, 32, Augment(), args.workers)),
     }
 
 
-def conditions(args: argparse.Namespace, rows: List[Dict[str, Any]]) -> str:
+def conditions(args: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
     """What a figure is worth nothing without."""
-    table = '\n'.join(f'| {row["loader"]} | {row["size"]} | {row["batch"]} | {row["workers"]} | {row["median"]:,.0f} | '
-                      f'{row["least"]:,.0f} to {row["most"]:,.0f} |' for row in rows)
-    return f'''# Images per second of the input side alone
+    table = '\n'.join(
+        f'| {row["loader"]} | {row["size"]} | {row["batch"]} | {row["workers"]} | {row["median"]:,.0f} | '
+        f'{row["least"]:,.0f} to {row["most"]:,.0f} |'
+        for row in rows
+    )
+    return f"""# Images per second of the input side alone
 
 | loader | size | batch | workers | median | least to most |
 |---|---|---|---|---|---|
 {table}
 
-{device_name(torch.device("cpu"))}, {os.cpu_count()} cores;
+{device_name(torch.device('cpu'))}, {os.cpu_count()} cores;
 torch {torch.__version__} with {torch.get_num_threads()} threads, timm
 {timm.__version__}, float32. {args.rounds} turns of {args.seconds:g} s each, interleaved; the first batch of a turn is
 not counted. Small images: {args.images:,} of {args.size}²; photos: {args.photos} JPEGs of 500×375 drawn from
@@ -114,7 +136,7 @@ decoded, which took its time before.
 
     python scripts/input_speed.py --data CIFAR10 --workers {args.workers} --rounds {args.rounds} \\
         --seconds {args.seconds:g}
-'''
+"""
 
 
 def main() -> None:
@@ -133,14 +155,24 @@ def main() -> None:
         draw_photos(Path(folder), args.photos)
         timed = loaders(args, Path(folder))
         args.images = len(open_source(args.data, 'train').labels)
-        turns: Dict[str, List[float]] = {name: [] for name in timed}
+        turns: dict[str, list[float]] = {name: [] for name in timed}
         for _ in range(args.rounds):
             for name, (*_, measure) in timed.items():
                 turns[name].append(measure(args.seconds))
                 print(f'{name:34}{turns[name][-1]:12,.0f} images/s', flush=True)
-    rows = [dict(loader=name, size=size, batch=batch, workers=workers, median=round(statistics.median(turns[name]), 1),
-                 least=round(min(turns[name]), 1), most=round(max(turns[name]), 1), turns=args.rounds)
-            for name, (size, batch, workers, _) in timed.items()]
+    rows = [
+        dict(
+            loader=name,
+            size=size,
+            batch=batch,
+            workers=workers,
+            median=round(statistics.median(turns[name]), 1),
+            least=round(min(turns[name]), 1),
+            most=round(max(turns[name]), 1),
+            turns=args.rounds,
+        )
+        for name, (size, batch, workers, _) in timed.items()
+    ]
     csv.DictWriter(sys.stdout, rows[0]).writerows(rows)
     if args.output:
         target = Path(args.output)

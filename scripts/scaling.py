@@ -9,9 +9,10 @@ Prints the tables of docs/scaling.md. What goes in, and where it ends to hold, i
 import argparse
 import csv
 import sys
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,8 +25,17 @@ from t2t_vit.settings import read_settings, recipes  # noqa: E402
 
 IMAGES = {'torch/cifar10': 50_000, 'torch/cifar100': 50_000}  # to train on; ImageNet's where it is none of these
 IMAGENET = 1_281_167
-MODELS = ('t2t_vit_7', 't2t_vit_10', 't2t_vit_12', 't2t_vit_14', 't2t_vit_19', 't2t_vit_24', 't2t_vit_t_14',
-          't2t_vit_t_19', 't2t_vit_t_24')
+MODELS = (
+    't2t_vit_7',
+    't2t_vit_10',
+    't2t_vit_12',
+    't2t_vit_14',
+    't2t_vit_19',
+    't2t_vit_24',
+    't2t_vit_t_14',
+    't2t_vit_t_19',
+    't2t_vit_t_24',
+)
 RECIPES = [name for name in recipes() if name.startswith(('imagenet-', 'distill-', 'token-', 'cifar10-', 'cifar100-'))]
 GPUS = (1, 8, 64, 512)
 MEASURED = ROOT / 'results' / 'cpu-family' / 'bench.csv'
@@ -84,7 +94,7 @@ class Run(NamedTuple):
             return 't2t_vit_7'
         return 't2t_vit_t_14' if self.model.startswith('t2t_vit_t_') else 't2t_vit_14'
 
-    def speed(self, speeds: Dict[str, float]) -> float:
+    def speed(self, speeds: dict[str, float]) -> float:
         """Images/s at full batches; backward is twice the forward pass, a teacher has none."""
         return speeds[self.alike] * count(self.alike, 224)[1] / (self.macs + self.teacher / 3)
 
@@ -105,8 +115,8 @@ def full_speed(measured: float, batch: float, machine: Machine = H100) -> float:
     return measured * (batch + machine.half) / batch
 
 
-@lru_cache(maxsize=None)
-def count(name: str, img_size: int) -> Tuple[int, float]:
+@cache
+def count(name: str, img_size: int) -> tuple[int, float]:
     """A model's learned parameters, and multiply-adds of an image."""
     with torch.device('meta'):
         model = build(name, img_size)
@@ -115,23 +125,31 @@ def count(name: str, img_size: int) -> Tuple[int, float]:
 
 def run_of(recipe: str) -> Run:
     """A recipe's run."""
-    settings: Dict[str, Any] = {key: value for _, key, value in read_settings(recipes()[recipe])}
+    settings: dict[str, Any] = {key: value for _, key, value in read_settings(recipes()[recipe])}
     learned, macs = count(settings['model'], settings.get('data.img_size', 224))
     teacher = str(settings.get('objective.teacher', '')).partition('.')[0]
     return Run(
-        settings['model'], IMAGES.get(settings.get('data.root', ''), IMAGENET),
-        settings['epochs'] + settings['optimizer.cooldown_epochs'], settings['batch_size'], macs, 4 * learned,
-        count(teacher, 224)[1] if teacher else 0.0)
+        settings['model'],
+        IMAGES.get(settings.get('data.root', ''), IMAGENET),
+        settings['epochs'] + settings['optimizer.cooldown_epochs'],
+        settings['batch_size'],
+        macs,
+        4 * learned,
+        count(teacher, 224)[1] if teacher else 0.0,
+    )
 
 
-def measured() -> Dict[str, float]:
+def measured() -> dict[str, float]:
     """Images/s at full batches of the models whose training step was timed on a GPU."""
     rows = csv.DictReader(MEASURED_GPU.read_text().splitlines())
-    return {row['model']: full_speed(float(row['images_per_second']), int(row['batch_size']))
-            for row in rows if row['mode'] == 'train' and row['model'] in MODELS}
+    return {
+        row['model']: full_speed(float(row['images_per_second']), int(row['batch_size']))
+        for row in rows
+        if row['mode'] == 'train' and row['model'] in MODELS
+    }
 
 
-def tables(speeds: Dict[str, float], names: Sequence[str] = RECIPES, machine: Machine = H100) -> List[str]:
+def tables(speeds: dict[str, float], names: Sequence[str] = RECIPES, machine: Machine = H100) -> list[str]:
     """Markdown lines: the recipes with their hours, then the parts of a step of the nine models.
 
     `speeds` are images/s at full batches, by model, instead of what was measured; of distillation and 384 pixels they
@@ -140,9 +158,11 @@ def tables(speeds: Dict[str, float], names: Sequence[str] = RECIPES, machine: Ma
     speeds = {**measured(), **speeds}
     runs = {recipe: run_of(recipe) for recipe in names}
     cores = {row['model']: float(row['images_per_second']) for row in csv.DictReader(MEASURED.read_text().splitlines())}
-    lines = ['| recipe | model | all-reduce MB | GMAC forward | images/s, one CPU core (measured) | images/s, one GPU '
-             f'| hours on {" | ".join(f"{gpus} GPUs" for gpus in GPUS).replace("1 GPUs", "1 GPU", 1)} |',
-             f'|{"---|" * (6 + len(GPUS))}']
+    lines = [
+        '| recipe | model | all-reduce MB | GMAC forward | images/s, one CPU core (measured) | images/s, one GPU '
+        f'| hours on {" | ".join(f"{gpus} GPUs" for gpus in GPUS).replace("1 GPUs", "1 GPU", 1)} |',
+        f'|{"---|" * (6 + len(GPUS))}',
+    ]
     parts = []
     for recipe, run in runs.items():
         plain = not run.teacher and recipe != 'imagenet-14-384'
@@ -152,19 +172,25 @@ def tables(speeds: Dict[str, float], names: Sequence[str] = RECIPES, machine: Ma
         lines.append(
             f'| {recipe} | {run.model} | {run.size / 1e6:.0f} | {run.macs / 1e9:.2f} | {core} | {speed:,.0f}'
             f'{"" if plain and run.model in speeds else f" (as {run.alike})"} | '
-            f'{" | ".join(f"{found[gpus].hours:.1f}" if gpus in found else "–" for gpus in GPUS)} |')
+            f'{" | ".join(f"{found[gpus].hours:.1f}" if gpus in found else "–" for gpus in GPUS)} |'
+        )
         if recipe.startswith('imagenet-') and run.model in MODELS and plain:
             parts += [(run.model, gpus, e) for gpus, e in found.items()]
-    lines += ['', '| model | GPUs | images each | compute ms | all-reduce ms | of it exposed | hours | GPU-hours '
-              '| input, images/s a node |', '|---|---|---|---|---|---|---|---|---|']
+    lines += [
+        '',
+        '| model | GPUs | images each | compute ms | all-reduce ms | of it exposed | hours | GPU-hours '
+        '| input, images/s a node |',
+        '|---|---|---|---|---|---|---|---|---|',
+    ]
     lines += [
         f'| {name} | {gpus} | {e.local} | {1e3 * e.compute:.1f} | {1e3 * e.reduce:.1f} | {1e3 * e.exposed:.1f} '
         f'| {e.hours:.1f} | {e.hours * gpus:,.0f} | {e.input:,.0f} |'
-        for name, gpus, e in sorted(parts, key=lambda part: MODELS.index(part[0]))]
+        for name, gpus, e in sorted(parts, key=lambda part: MODELS.index(part[0]))
+    ]
     return lines
 
 
-def read_speed(word: str) -> Tuple[str, float]:
+def read_speed(word: str) -> tuple[str, float]:
     """MODEL=IMAGES_PER_SECOND@BATCH as the model and its speed at full batches."""
     name, _, value = word.partition('=')
     measured, _, batch = value.partition('@')

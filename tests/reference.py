@@ -48,7 +48,7 @@ class SingleHeadAttention(nn.Module):
 
     def __init__(self, in_dim, dim):
         super().__init__()
-        self.scale = in_dim ** -0.5
+        self.scale = in_dim**-0.5
         self.qkv = nn.Linear(in_dim, 3 * dim, bias=False)
         self.proj = nn.Linear(dim, dim)
 
@@ -62,8 +62,8 @@ class TokenTransformer(nn.Module):
 
     def __init__(self, in_chans, kernel, dim):
         super().__init__()
-        self.norm1 = nn.LayerNorm(in_chans * kernel ** 2)
-        self.attn = SingleHeadAttention(in_chans * kernel ** 2, dim)
+        self.norm1 = nn.LayerNorm(in_chans * kernel**2)
+        self.attn = SingleHeadAttention(in_chans * kernel**2, dim)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = mlp(dim, dim)
 
@@ -77,14 +77,14 @@ class TokenPerformer(nn.Module):
 
     def __init__(self, in_chans, kernel, dim):
         super().__init__()
-        self.norm1 = nn.LayerNorm(in_chans * kernel ** 2)
-        self.kqv = nn.Linear(in_chans * kernel ** 2, 3 * dim)
+        self.norm1 = nn.LayerNorm(in_chans * kernel**2)
+        self.kqv = nn.Linear(in_chans * kernel**2, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.drop = nn.Dropout(0.1)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.Dropout(0.1))
         features = dim // 2
-        self.register_buffer('w', nn.init.orthogonal_(torch.empty(features, dim)) * features ** 0.5)
+        self.register_buffer('w', nn.init.orthogonal_(torch.empty(features, dim)) * features**0.5)
 
     def phi(self, x):
         """exp(w·x - |x|²/2) / √m; (B, N, D) -> (B, N, m)."""
@@ -137,7 +137,8 @@ class SqueezeExcite(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.fc = nn.Sequential(
-            nn.Linear(dim, dim // 16, bias=False), nn.ReLU(), nn.Linear(dim // 16, dim, bias=False), nn.Sigmoid())
+            nn.Linear(dim, dim // 16, bias=False), nn.ReLU(), nn.Linear(dim // 16, dim, bias=False), nn.Sigmoid()
+        )
 
     def forward(self, x):
         return x * self.fc(x.mean(1, keepdim=True))
@@ -225,9 +226,19 @@ def transition(dim):
 
 class ReferenceT2TViT(nn.Module):
     def __init__(
-            self, token_layer='performer', depth=14, embed_dim=384, num_heads=6, mlp_ratio=3, block='plain',
-            img_size=224, splits=((7, 4, 2), (3, 2, 1), (3, 2, 1)), in_chans=3, num_classes=1000, token_dim=64,
-            growth_rate=64,
+        self,
+        token_layer='performer',
+        depth=14,
+        embed_dim=384,
+        num_heads=6,
+        mlp_ratio=3,
+        block='plain',
+        img_size=224,
+        splits=((7, 4, 2), (3, 2, 1), (3, 2, 1)),
+        in_chans=3,
+        num_classes=1000,
+        token_dim=64,
+        growth_rate=64,
     ):
         super().__init__()
         self.tokens_to_token = TokensToToken(splits, token_layer, in_chans, token_dim, embed_dim)
@@ -285,7 +296,7 @@ def fill(module, seed=7):
     """Weights by rule: every parameter but the position table from its name, see golden/README.md."""
     for name, tensor in module.state_dict().items():
         shape = tuple(tensor.shape)
-        z = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2 ** 32).standard_normal(shape)
+        z = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32).standard_normal(shape)
         if 'norm' in name and name.endswith('weight'):
             z = 1 + 0.1 * z
         elif name.endswith('.w'):

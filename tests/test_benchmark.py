@@ -14,9 +14,15 @@ from t2t_vit.models.listing import build
 
 # the paper's convention and most counters', in G: all products, and those with weights only
 MACS = {
-    't2t_vit_7': (1.147, 0.976), 't2t_vit_10': (1.516, 1.285), 't2t_vit_12': (1.763, 1.492),
-    't2t_vit_14': (4.783, 4.334), 't2t_vit_19': (8.480, 7.787), 't2t_vit_24': (13.662, 12.676),
-    't2t_vit_t_14': (6.089, 4.334), 't2t_vit_t_19': (9.785, 7.787), 't2t_vit_t_24': (14.967, 12.676),
+    't2t_vit_7': (1.147, 0.976),
+    't2t_vit_10': (1.516, 1.285),
+    't2t_vit_12': (1.763, 1.492),
+    't2t_vit_14': (4.783, 4.334),
+    't2t_vit_19': (8.480, 7.787),
+    't2t_vit_24': (13.662, 12.676),
+    't2t_vit_t_14': (6.089, 4.334),
+    't2t_vit_t_19': (9.785, 7.787),
+    't2t_vit_t_24': (14.967, 12.676),
     'vit_small_patch16_224': (4.60, 4.24),
 }
 
@@ -34,15 +40,28 @@ def test_multiply_adds_are_the_published_ones(name):
 
 
 def test_spread_is_median_and_quartiles():
-    assert spread([4., 1., 3., 2., 5.]) == (3., 2., 4.)
-    assert spread([2.]) == (2., 2., 2.)
+    assert spread([4.0, 1.0, 3.0, 2.0, 5.0]) == (3.0, 2.0, 4.0)
+    assert spread([2.0]) == (2.0, 2.0, 2.0)
 
 
 def test_rows_hold_speed_ratio_memory_and_conditions(tmp_path):
-    rows = bench(['t2t_vit_4_16'], baseline='vit_s_16', img_sizes=[32], batch_size=1, rounds=3, seconds=.01,
-                 threads=1, device='cpu', output=str(tmp_path))
+    rows = bench(
+        ['t2t_vit_4_16'],
+        baseline='vit_s_16',
+        img_sizes=[32],
+        batch_size=1,
+        rounds=3,
+        seconds=0.01,
+        threads=1,
+        device='cpu',
+        output=str(tmp_path),
+    )
     assert [(row.model, row.mode) for row in rows] == [
-        ('vit_s_16', 'infer'), ('t2t_vit_4_16', 'infer'), ('vit_s_16', 'train'), ('t2t_vit_4_16', 'train')]
+        ('vit_s_16', 'infer'),
+        ('t2t_vit_4_16', 'infer'),
+        ('vit_s_16', 'train'),
+        ('t2t_vit_4_16', 'train'),
+    ]
     base, ours = rows[2:]
     assert base.ratio == 1 and ours.ratio > 1  # 0.9 M parameters against 48 M
     assert ours.ratio_low <= ours.ratio <= ours.ratio_high
@@ -55,12 +74,34 @@ def test_rows_hold_speed_ratio_memory_and_conditions(tmp_path):
 
 def row(model, img_size, speed):
     return Row(
-        model, 'infer', False, speed, speed, speed, 1., 1., 1., 100., 1., 1, 1., 1., 8, img_size, 'float32', 'cpu', 1,
-        3, '2.6', '1.0', 't2t-vit bench')
+        model,
+        'infer',
+        False,
+        speed,
+        speed,
+        speed,
+        1.0,
+        1.0,
+        1.0,
+        100.0,
+        1.0,
+        1,
+        1.0,
+        1.0,
+        8,
+        img_size,
+        'float32',
+        'cpu',
+        1,
+        3,
+        '2.6',
+        '1.0',
+        't2t-vit bench',
+    )
 
 
 def test_speed_is_drawn_against_top1_or_over_sizes(tmp_path):
-    save([row('t2t_vit_14', 224, 20.), row('resnet50', 224, 15.), row('unscored', 224, 9.)], tmp_path / 'one')
+    save([row('t2t_vit_14', 224, 20.0), row('resnet50', 224, 15.0), row('unscored', 224, 9.0)], tmp_path / 'one')
     for sizes in ([224], [224, 448]):  # as a run of several saves behind each
         save([row('t2t_vit_14', size, 2000 / size) for size in sizes], tmp_path / 'sizes')
     assert {f.name for f in (tmp_path / 'one').iterdir()} == {'bench.csv', 'README.md', 'speed.png'}
@@ -71,7 +112,8 @@ def test_speed_is_drawn_against_top1_or_over_sizes(tmp_path):
 
 def test_a_model_from_a_file(tmp_path):
     (tmp_path / 'mine.py').write_text(
-        'import timm\ndef small(img_size):\n    return timm.create_model("t2t_vit_4_16", img_size=img_size, depth=1)\n')
+        'import timm\ndef small(img_size):\n    return timm.create_model("t2t_vit_4_16", img_size=img_size, depth=1)\n'
+    )
     assert len(build(f'{tmp_path / "mine"}.py:small', 16).blocks) == 1
 
 
@@ -82,19 +124,42 @@ def test_the_plain_reference_has_the_published_multiply_adds():
 def test_many_models_are_compiled_each_for_its_size(monkeypatch):
     """Nine of one class, at two sizes: torch gives up at the eighth that it takes for the same, changed."""
     seen = []
-    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=lambda graph, inputs: seen.append(
-        [type(n) for i in inputs for n in i.shape]) or graph.forward))
+    monkeypatch.setattr(
+        torch,
+        'compile',
+        partial(
+            torch.compile,
+            backend=lambda graph, inputs: seen.append([type(n) for i in inputs for n in i.shape]) or graph.forward,
+        ),
+    )
     names = [f'tests/reference.py:small_{i}' for i in range(9)]
-    monkeypatch.setattr(benchmark, 'build', lambda name, img_size: timm.create_model(
-        't2t_vit_4_16', img_size=img_size, depth=1))
-    rows = bench(names, baseline=names[0], modes=['infer'], compiled=[True], img_sizes=[16, 24], batch_size=1,
-                 rounds=1, seconds=.001, device='cpu', memory=False)
+    monkeypatch.setattr(
+        benchmark, 'build', lambda name, img_size: timm.create_model('t2t_vit_4_16', img_size=img_size, depth=1)
+    )
+    rows = bench(
+        names,
+        baseline=names[0],
+        modes=['infer'],
+        compiled=[True],
+        img_sizes=[16, 24],
+        batch_size=1,
+        rounds=1,
+        seconds=0.001,
+        device='cpu',
+        memory=False,
+    )
     assert len(rows) == 2 * 9 and all(kind is int for kinds in seen for kind in kinds)
 
 
-@pytest.mark.parametrize('option, sentence', [
-    ('rounds', 'rounds is at least 1'), ('batch_size', 'batch_size is at least 1'), ('threads', 'threads is at least'),
-    ('seconds', 'seconds is above 0')])
+@pytest.mark.parametrize(
+    'option, sentence',
+    [
+        ('rounds', 'rounds is at least 1'),
+        ('batch_size', 'batch_size is at least 1'),
+        ('threads', 'threads is at least'),
+        ('seconds', 'seconds is above 0'),
+    ],
+)
 def test_measurements_that_cannot_be_are_refused(option, sentence, capsys):
     assert main(['bench', 't2t_vit_4_16', f'--{option}', '0']) == 2
     assert sentence in capsys.readouterr().err

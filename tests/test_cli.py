@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import List, Tuple
 
 import pytest
 import timm
@@ -17,7 +16,7 @@ from t2t_vit import VARIANTS, __version__, cli
 from t2t_vit.models.listing import count_parameters
 from t2t_vit.trained import has_classes, load_model
 
-Lines = Tuple[int, List[str], List[str]]
+Lines = tuple[int, list[str], list[str]]
 
 
 @pytest.fixture
@@ -39,8 +38,15 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     weights = timm.create_model('t2t_vit_4_16', num_classes=3).state_dict()
     file = tmp_path_factory.mktemp('release') / '99.9_small.pth.tar'
-    torch.save({'state_dict': {name: torch.zeros_like(tensor) for name, tensor in weights.items()},
-                'state_dict_ema': weights, 'args': argparse.Namespace(lr=5e-4), 'epoch': 309}, file)
+    torch.save(
+        {
+            'state_dict': {name: torch.zeros_like(tensor) for name, tensor in weights.items()},
+            'state_dict_ema': weights,
+            'args': argparse.Namespace(lr=5e-4),
+            'epoch': 309,
+        },
+        file,
+    )
     return file
 
 
@@ -71,7 +77,8 @@ def test_version(run):
 def test_unknown_command(run):
     code, _, errors = run('trian')
     assert code == 2 and errors == [
-        f"t2t-vit: unknown command 'trian', did you mean train?; commands: {', '.join(cli.COMMANDS)}"]
+        f"t2t-vit: unknown command 'trian', did you mean train?; commands: {', '.join(cli.COMMANDS)}"
+    ]
 
 
 def test_as_a_program_it_gives_its_exit_code():
@@ -80,7 +87,7 @@ def test_as_a_program_it_gives_its_exit_code():
 
 
 def test_interrupted_before_there_is_anything_to_save(run, monkeypatch):
-    def interrupted(argv: List[str]) -> int:
+    def interrupted(argv: list[str]) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, 'train', interrupted)
@@ -104,8 +111,19 @@ def test_a_printed_config_gives_itself(run, tmp_path):
 
 
 def test_options_as_people_spell_them(run, tmp_path):
-    code, lines, _ = run('train', '--recipe', 'digits', '--data', 'digits', '--batch-size', 128, '--dry-run',
-                         '--data.memory', '--output', tmp_path / 'run')
+    code, lines, _ = run(
+        'train',
+        '--recipe',
+        'digits',
+        '--data',
+        'digits',
+        '--batch-size',
+        128,
+        '--dry-run',
+        '--data.memory',
+        '--output',
+        tmp_path / 'run',
+    )
     assert code == 0 and lines[1].startswith('data      digits: 1,437') and not (tmp_path / 'run').exists()
     code, lines, _ = run('train', '--data', 'elsewhere', '--data.download', '--print-config')
     assert code == 0 and {'  root: elsewhere', '  download: true'} <= set(lines)
@@ -118,15 +136,20 @@ def test_mistakes_are_reported_together(run):
         't2t-vit: --seed has no value',
         't2t-vit: unknown option --epohcs, did you mean epochs?',
         't2t-vit: optimizer.lr is above 0, got -1.0',
-        't2t-vit: optimizer.min_lr 1e-05 is above the learning rate -1']
+        't2t-vit: optimizer.min_lr 1e-05 is above the learning rate -1',
+    ]
 
 
-@pytest.mark.parametrize('argv, message', [
-    (['--recipe', 'digit'], "unknown recipe 'digit', did you mean digits?; recipes: cifar10, cifar10-transfer"),
-    (['--config', 'nowhere.yaml'], 'cannot read nowhere.yaml'),
-    (['--resume', 'nowhere'], 'cannot read nowhere/config.yaml'),
-    (['--data.root', 'nowhere'], 'no data at nowhere'),
-    (['--recipe', 'digits', '--weights', sys.executable], 'is of an unknown kind')])
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        (['--recipe', 'digit'], "unknown recipe 'digit', did you mean digits?; recipes: cifar10, cifar10-transfer"),
+        (['--config', 'nowhere.yaml'], 'cannot read nowhere.yaml'),
+        (['--resume', 'nowhere'], 'cannot read nowhere/config.yaml'),
+        (['--data.root', 'nowhere'], 'no data at nowhere'),
+        (['--recipe', 'digits', '--weights', sys.executable], 'is of an unknown kind'),
+    ],
+)
 def test_what_cannot_be_trained(run, tmp_path, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     code, _, errors = run('train', *argv)
@@ -140,8 +163,18 @@ def test_an_output_that_is_a_file(run, tmp_path):
 
 
 def test_a_loss_that_is_not_finite(run, tmp_path):
-    argv = ['--epochs', 1, '--optimizer.warmup_epochs', 0, '--optimizer.lr', 1e30, '--model_args.depth', 1,
-            '--max_skips', 3]
+    argv = [
+        '--epochs',
+        1,
+        '--optimizer.warmup_epochs',
+        0,
+        '--optimizer.lr',
+        1e30,
+        '--model_args.depth',
+        1,
+        '--max_skips',
+        3,
+    ]
     code, _, errors = run('train', '--recipe', 'digits', '--output', tmp_path, *argv)
     assert code == 2 and errors[0].startswith('t2t-vit: loss or gradient were not finite in 3 steps in a row')
 
@@ -178,8 +211,22 @@ def test_eval_of_a_file_on_a_validation_folder_alone(run, release, photos, tmp_p
 
 def test_eval_of_parquet_scores_as_the_folder(run, release, photos, parquet, tmp_path):
     for root in (photos, parquet):
-        assert run('eval', '--checkpoint', release, '--model', 't2t_vit_4_16', '--data', root,
-                   '--output', tmp_path / root.name, '--split', 'train')[0] == 0
+        assert (
+            run(
+                'eval',
+                '--checkpoint',
+                release,
+                '--model',
+                't2t_vit_4_16',
+                '--data',
+                root,
+                '--output',
+                tmp_path / root.name,
+                '--split',
+                'train',
+            )[0]
+            == 0
+        )
     one, other = (json.loads((tmp_path / root.name / 'scores.json').read_text()) for root in (photos, parquet))
     assert one['images'] == other['images'] == 24 and one['loss'] == pytest.approx(other['loss'], rel=0.1)  # jpeg, png
 
@@ -194,8 +241,9 @@ def test_eval_names_damaged_images(run, release, photos, tmp_path):
 
 def test_other_classes_are_not_scored(run, digits_run, photos):
     code, _, errors = run('eval', '--checkpoint', digits_run, '--data', photos)
-    assert code == 2 and errors == [f't2t-vit: the model knows 10 classes (0, 1, 2, …), '
-                                    f'{photos} has 3 (flower, roof, sky, …)']
+    assert code == 2 and errors == [
+        f't2t-vit: the model knows 10 classes (0, 1, 2, …), {photos} has 3 (flower, roof, sky, …)'
+    ]
 
 
 def test_all_wrong_values_in_one_message(run):
@@ -211,19 +259,23 @@ def test_names_that_are_numbers_are_names(digits_run, release):
     assert has_classes(unnamed, list('abcdefghij')) and not has_classes(unnamed, list('abc'))
 
 
-@pytest.mark.parametrize('argv, message', [
-    ([], 'arguments are required: checkpoint'),
-    (['--checkpoint', 'nowhere'], 'no checkpoint at nowhere'),
-    (['--checkpoint', 'RELEASE'], 'say which model it is of with --model NAME'),
-    (['--checkpoint', 'RELEASE', '--model', 't2t_vit14'], "unknown model 't2t_vit14', did you mean t2t_vit_14?"),
-    (['--checkpoint', 'RELEASE', '--model', 't2t_vit_14.foo'], "t2t_vit_14 has no tag 'foo'; tags: in1k, in1k_384"),
-    (['--checkpoint', 'RELEASE', '--model', 't2t_vit_7'], 'of another shape'),
-    (['--checkpoint', 'RELEASE', '--batch-size', '0', '--workers', '-1'], 'batch_size is at least 1, got 0'),
-    (['--checkpoint', 'RELEASE', '--split', 'tset'], '"split"'),
-    (['--checkpoint', 'RELEASE', '--device', 'abacus'], "no device 'abacus' here"),
-    (['--checkpoint', 'RELEASE', '--download', '--data', 'nowhere'], 'no data at nowhere'),
-    (['--chekpoint', 'RELEASE'], 'unknown option --chekpoint, did you mean checkpoint?'),
-    (['--checkpoint', '.'], 'it has no model.safetensors and no config.json')])
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        ([], 'arguments are required: checkpoint'),
+        (['--checkpoint', 'nowhere'], 'no checkpoint at nowhere'),
+        (['--checkpoint', 'RELEASE'], 'say which model it is of with --model NAME'),
+        (['--checkpoint', 'RELEASE', '--model', 't2t_vit14'], "unknown model 't2t_vit14', did you mean t2t_vit_14?"),
+        (['--checkpoint', 'RELEASE', '--model', 't2t_vit_14.foo'], "t2t_vit_14 has no tag 'foo'; tags: in1k, in1k_384"),
+        (['--checkpoint', 'RELEASE', '--model', 't2t_vit_7'], 'of another shape'),
+        (['--checkpoint', 'RELEASE', '--batch-size', '0', '--workers', '-1'], 'batch_size is at least 1, got 0'),
+        (['--checkpoint', 'RELEASE', '--split', 'tset'], '"split"'),
+        (['--checkpoint', 'RELEASE', '--device', 'abacus'], "no device 'abacus' here"),
+        (['--checkpoint', 'RELEASE', '--download', '--data', 'nowhere'], 'no data at nowhere'),
+        (['--chekpoint', 'RELEASE'], 'unknown option --chekpoint, did you mean checkpoint?'),
+        (['--checkpoint', '.'], 'it has no model.safetensors and no config.json'),
+    ],
+)
 def test_what_cannot_be_scored(run, release, tmp_path, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     code, _, errors = run('eval', *(release if word == 'RELEASE' else word for word in argv))
@@ -264,11 +316,15 @@ def test_predict_says_what_is_damaged(run, digits_run, photos, tmp_path):
     assert errors[0].startswith(f't2t-vit: not one image can be read: {tmp_path / "a.png"} (UnidentifiedImageError')
 
 
-@pytest.mark.parametrize('argv, message', [
-    (['here', 'nowhere', 'else'], 'not there: nowhere, else'),
-    (['here'], 'no images in here'),
-    (['here', '--top_k', '0', '--batch_size', '0'], 'top_k is at least 1, got 0'),
-    ([], 'arguments are required: inputs')])
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        (['here', 'nowhere', 'else'], 'not there: nowhere, else'),
+        (['here'], 'no images in here'),
+        (['here', '--top_k', '0', '--batch_size', '0'], 'top_k is at least 1, got 0'),
+        ([], 'arguments are required: inputs'),
+    ],
+)
 def test_what_cannot_be_predicted(run, digits_run, tmp_path, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'here').mkdir()
@@ -306,8 +362,10 @@ def test_convert_for_other_classes_says_what_is_new(run, release, tmp_path):
     assert code == 0 and lines[0].endswith('; new: head.weight, head.bias')
 
 
-@pytest.mark.parametrize('model, message', [
-    ('t2t_vit_4_61', "unknown model 't2t_vit_4_61', did you mean t2t_vit_4_16?"), ('t2t_vit_7', 'of another shape')])
+@pytest.mark.parametrize(
+    'model, message',
+    [('t2t_vit_4_61', "unknown model 't2t_vit_4_61', did you mean t2t_vit_4_16?"), ('t2t_vit_7', 'of another shape')],
+)
 def test_what_cannot_be_converted(run, release, tmp_path, model, message):
     code, _, errors = run('convert', release, '--model', model, '-o', tmp_path / 'a')
     assert code == 2 and message in errors[0] and not (tmp_path / 'a').exists()

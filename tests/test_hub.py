@@ -6,9 +6,10 @@ import json
 import re
 import shutil
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any
 
 import pytest
 import timm
@@ -31,8 +32,8 @@ SHORT = {'epochs': 1, 'optimizer.warmup_epochs': 0}
 class Hub(BaseHTTPRequestHandler):
     """As much of the Hub as takes a commit of small files and gives them back."""
 
-    files: Dict[str, bytes] = {}
-    asked: Dict[str, Any] = {}
+    files: dict[str, bytes] = {}
+    asked: dict[str, Any] = {}
 
     def answer(self, content: bytes, **headers: str) -> None:
         self.send_response(200)
@@ -47,16 +48,25 @@ class Hub(BaseHTTPRequestHandler):
         address = f'http://{self.headers["Host"]}/me/digits'
         if self.path.endswith('/repos/create'):
             self.asked.update(json.loads(body), authorization=self.headers['Authorization'])
-            reply: Dict[str, Any] = {'url': address, 'name': 'me/digits', 'id': '0'}
+            reply: dict[str, Any] = {'url': address, 'name': 'me/digits', 'id': '0'}
         elif '/preupload/' in self.path:
-            reply = {'files': [{'path': file['path'], 'uploadMode': 'regular', 'shouldIgnore': False}
-                               for file in json.loads(body)['files']]}
+            reply = {
+                'files': [
+                    {'path': file['path'], 'uploadMode': 'regular', 'shouldIgnore': False}
+                    for file in json.loads(body)['files']
+                ]
+            }
         elif '/commit/' not in self.path:  # the card's metadata, to be checked
             reply = {}
         else:
             lines = [json.loads(line) for line in body.splitlines()]
-            self.files.update({line['value']['path']: base64.b64decode(line['value']['content'])
-                               for line in lines if line['key'] == 'file'})
+            self.files.update(
+                {
+                    line['value']['path']: base64.b64decode(line['value']['content'])
+                    for line in lines
+                    if line['key'] == 'file'
+                }
+            )
             reply = {'commitUrl': f'{address}/commit/{"0" * 40}', 'commitOid': '0' * 40, 'success': True}
         self.answer(json.dumps(reply).encode(), Content_Type='application/json')
 
@@ -85,7 +95,7 @@ def served() -> Iterator[str]:
 
 
 @pytest.fixture(scope='module')
-def trained(digits_run, tmp_path_factory: pytest.TempPathFactory) -> Tuple[Path, Path]:
+def trained(digits_run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run from scratch, and one that started from it and was resumed."""
     first, second = (tmp_path_factory.mktemp('runs') / name for name in ('first', 'second'))
     shutil.copytree(digits_run, first)
@@ -104,8 +114,14 @@ def test_the_card_of_a_run(trained):
     records = read_records(trained[0] / 'metrics.jsonl')
     best = max(max(record['val_top1'], record['val_top1_ema']) for record in records)
     assert card.data.eval_results[0].metric_value == round(best, 4)
-    for said in (f'| top-1 | {100 * best:.2f} % |', '1,437 training and 360 validation images of 10 classes: 0, 1, 2',
-                 'From scratch', hub.UNSTATED, 'of 2, on 360 images', "'hf-hub:USER/NAME'"):
+    for said in (
+        f'| top-1 | {100 * best:.2f} % |',
+        '1,437 training and 360 validation images of 10 classes: 0, 1, 2',
+        'From scratch',
+        hub.UNSTATED,
+        'of 2, on 360 images',
+        "'hf-hub:USER/NAME'",
+    ):
         assert said in card.text
     recipe = yaml.safe_load(re.search(r'```yaml\n(.*?)```', card.text, re.DOTALL)[1])
     assert recipe['model'] == 't2t_vit_4_16' and recipe['augment']['auto_augment'] is None
@@ -115,8 +131,11 @@ def test_the_card_of_a_run(trained):
 def test_the_card_knows_what_a_run_started_from(trained):
     """When it is resumed, too; the licence goes on with the weights."""
     states = saved_states(trained[1] / 'checkpoints')
-    assert read_state(states[0])['origin'] == read_state(states[1])['origin'] == {
-        'weights': 'first', 'license': 'cc-by-4.0'}
+    assert (
+        read_state(states[0])['origin']
+        == read_state(states[1])['origin']
+        == {'weights': 'first', 'license': 'cc-by-4.0'}
+    )
     card, cfg = ModelCard.load(trained[1] / 'README.md'), json.loads((trained[1] / 'config.json').read_text())
     assert card.data.license == cfg['pretrained_cfg']['license'] == 'cc-by-4.0'
     assert 'From the weights first' in card.text and 'they started from, first, have a licence' in card.text
@@ -154,8 +173,12 @@ def test_a_folder_and_back(tmp_path):
 def test_to_the_hub_and_back(trained, served, tmp_path, monkeypatch, capsys):
     """Through a real server; three files and nothing else."""
     for name, value in {
-            'ENDPOINT': served, 'HUGGINGFACE_CO_URL_TEMPLATE': served + '/{repo_id}/resolve/{revision}/{filename}',
-            'HF_HUB_CACHE': str(tmp_path), 'HF_HUB_DISABLE_XET': True, 'HF_HUB_DISABLE_TELEMETRY': True}.items():
+        'ENDPOINT': served,
+        'HUGGINGFACE_CO_URL_TEMPLATE': served + '/{repo_id}/resolve/{revision}/{filename}',
+        'HF_HUB_CACHE': str(tmp_path),
+        'HF_HUB_DISABLE_XET': True,
+        'HF_HUB_DISABLE_TELEMETRY': True,
+    }.items():
         monkeypatch.setattr(f'huggingface_hub.constants.{name}', value, raising=False)  # the oldest has no Xet
     monkeypatch.setenv('HF_TOKEN', 'hf_secret')
     monkeypatch.setenv('COLUMNS', '100')

@@ -3,8 +3,8 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, List
 
 import pytest
 
@@ -12,8 +12,17 @@ import t2t_vit
 
 ROOT = Path(t2t_vit.__file__).parent
 LAYERS = [  # a module imports from those above it only
-    ['settings', 'console', 'plots', 'models.recompute', 'models.positions', 'models.own', 'models.pyramid',
-     'reproduce.mobilenet', 'models.kernels'],
+    [
+        'settings',
+        'console',
+        'plots',
+        'models.recompute',
+        'models.positions',
+        'models.own',
+        'models.pyramid',
+        'reproduce.mobilenet',
+        'models.kernels',
+    ],
     ['models.soft_split'],
     ['models.fused'],
     ['data.sources', 'data.augment', 'models.tokens'],
@@ -47,21 +56,28 @@ LAYERS = [  # a module imports from those above it only
 ABOVE_ALL = 't2t_vit'  # for __version__, which the package sets before it imports anything
 LONGEST = 600  # lines
 PACKAGES = ['data', 'export']  # whose __init__ imports
-MODULES = sorted([*PACKAGES, *(
-    str(file.relative_to(ROOT).with_suffix('')).replace('/', '.')
-    for file in ROOT.rglob('*.py') if file.name != '__init__.py')])
+MODULES = sorted(
+    [
+        *PACKAGES,
+        *(
+            str(file.relative_to(ROOT).with_suffix('')).replace('/', '.')
+            for file in ROOT.rglob('*.py')
+            if file.name != '__init__.py'
+        ),
+    ]
+)
 
 
 def imported(module: str) -> Iterator[str]:
     """What a module imports, inside functions too; from its own package without the package's name."""
     file = ROOT / module.replace('.', '/')
-    package = ['t2t_vit', *module.split('.')[:None if module in PACKAGES else -1]]
+    package = ['t2t_vit', *module.split('.')[: None if module in PACKAGES else -1]]
     file = file / '__init__.py' if module in PACKAGES else file.with_suffix('.py')
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            parents = package[:len(package) + 1 - node.level] if node.level else []
+            parents = package[: len(package) + 1 - node.level] if node.level else []
             base = '.'.join([*parents, *([node.module] if node.module else [])])
             for alias in node.names:
                 whole = f'{base}.{alias.name}'.removeprefix('t2t_vit.')
@@ -89,7 +105,11 @@ def test_nothing_imports_tests_and_nothing_is_called_utils():
 def test_the_command_line_alone_imports_little():
     """Each command is imported when it is called."""
     assert {name for name in imported('cli') if name in MODULES} == {
-        'settings', 'train.config', 'train.loop', 'train.state'}
+        'settings',
+        'train.config',
+        'train.loop',
+        'train.state',
+    }
 
 
 @pytest.mark.parametrize('file', sorted(ROOT.rglob('*.py')), ids=lambda file: str(file.relative_to(ROOT)))
@@ -99,15 +119,18 @@ def test_no_file_is_long(file):
 
 def test_every_module_imports_first_and_without_warnings():
     """Each in a fresh interpreter would take minutes: a cycle shows where none of the others is there yet."""
-    check = '\n'.join((
-        'import importlib, sys, warnings',
-        'import accelerate, gradio, jsonargparse, matplotlib.figure, pyarrow, timm, torchmetrics  # their warnings',
-        'warnings.simplefilter("error")',
-        'warnings.simplefilter("ignore", ResourceWarning)  # torch 2.6 leaves a folder behind at exit',
-        'for name in sys.argv[1:]:',
-        '    for loaded in [key for key in sys.modules if key.startswith("t2t_vit")]:',
-        '        del sys.modules[loaded]',
-        '    importlib.import_module(f"t2t_vit.{name}")'))
-    arguments: List[str] = [sys.executable, '-c', check, *MODULES]
+    check = '\n'.join(
+        (
+            'import importlib, sys, warnings',
+            'import accelerate, gradio, jsonargparse, matplotlib.figure, pyarrow, timm, torchmetrics  # their warnings',
+            'warnings.simplefilter("error")',
+            'warnings.simplefilter("ignore", ResourceWarning)  # torch 2.6 leaves a folder behind at exit',
+            'for name in sys.argv[1:]:',
+            '    for loaded in [key for key in sys.modules if key.startswith("t2t_vit")]:',
+            '        del sys.modules[loaded]',
+            '    importlib.import_module(f"t2t_vit.{name}")',
+        )
+    )
+    arguments: list[str] = [sys.executable, '-c', check, *MODULES]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=280)
     assert (done.returncode, done.stderr) == (0, '')

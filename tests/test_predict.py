@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -55,7 +55,7 @@ def run(*words: object) -> int:
     return cli.main([*map(str, words), '--device', 'cpu', '--workers', '0', '--batch_size', '4'])
 
 
-def parquet(path: Path) -> List[Dict[str, Any]]:
+def parquet(path: Path) -> list[dict[str, Any]]:
     return pq.read_table(path).to_pylist()
 
 
@@ -97,11 +97,21 @@ def test_every_format_says_the_same(whole, many, model, tmp_path, capsys):
     assert parquet(tmp_path / 'parts') == rows and len(list((tmp_path / 'parts').glob('part-*'))) == 9
     with (tmp_path / 'a.csv').open() as file:
         table = list(csv.DictReader(file))
-    assert [*table[0]] == ['index', 'image', 'error', 'class_1', 'probability_1', 'class_2', 'probability_2',
-                           'class_3', 'probability_3']
+    assert [*table[0]] == [
+        'index',
+        'image',
+        'error',
+        'class_1',
+        'probability_1',
+        'class_2',
+        'probability_2',
+        'class_3',
+        'probability_3',
+    ]
     assert [row['class_1'] for row in table] == [row['classes'][0] if row['classes'] else '' for row in rows]
     assert [float(row['probability_3'] or -1) for row in table] == pytest.approx(
-        [row['probabilities'][2] if row['classes'] else -1 for row in rows])
+        [row['probabilities'][2] if row['classes'] else -1 for row in rows]
+    )
     assert not [path for path in tmp_path.rglob('.*')] and not (tmp_path / 'a.csv.parts').exists()
 
 
@@ -195,7 +205,8 @@ def test_a_restart_with_other_settings_is_refused(many, model, tmp_path, capsys)
     assert run(*words, '--top_k', 2, '--precision', 'bf16') == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(' is ')[0] for line in lines] == [
-        f't2t-vit: {key}' for key in ('weights', 'precision', 'images', 'image_names', 'shard_size', 'top_k')]
+        f't2t-vit: {key}' for key in ('weights', 'precision', 'images', 'image_names', 'shard_size', 'top_k')
+    ]
     assert f'images is 100 in {tmp_path}/a/_conditions.json, and cannot become 1 there: choose another' in lines[2]
 
 
@@ -244,7 +255,7 @@ def test_without_an_output_rows_go_to_the_screen_batch_by_batch(many, model, mon
     def look(self: Live, done: int, text: str) -> None:
         seen.append((done, capsys.readouterr().out.count('│')))
 
-    seen: List[Any] = []
+    seen: list[Any] = []
     monkeypatch.setattr(Live, 'show', look)
     assert run('predict', many, '--checkpoint', model, '--top_k', 1) == 0
     assert seen[0] == (4, 0) and [done for done, _ in seen] == [*range(4, 101, 4)]
@@ -252,10 +263,18 @@ def test_without_an_output_rows_go_to_the_screen_batch_by_batch(many, model, mon
     assert capsys.readouterr().out.splitlines()[-1].startswith('2 of 100 images cannot be read:')
 
 
-@pytest.mark.parametrize('words, message', [
-    (['--output', 'a.xml', '--top_k', 0, '--shard_size', 0, '--max_pixels', 0], 'top_k is at least 1, got 0|shard_size '
-     'is at least 1, got 0|max_pixels is at least 1, got 0|output is a folder, or a file that ends in .csv, .jsonl, '
-     '.parquet; got a.xml'), (['--precision', 'int8'], '"precision"')])
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        (
+            ['--output', 'a.xml', '--top_k', 0, '--shard_size', 0, '--max_pixels', 0],
+            'top_k is at least 1, got 0|shard_size '
+            'is at least 1, got 0|max_pixels is at least 1, got 0|output is a folder, or a file that ends in .csv, '
+            '.jsonl, .parquet; got a.xml',
+        ),
+        (['--precision', 'int8'], '"precision"'),
+    ],
+)
 def test_mistakes(model, capsys, words, message):
     assert run('predict', 'digits', '--checkpoint', model, *words) == 2
     error = capsys.readouterr().err
@@ -275,13 +294,21 @@ def test_progress_where_there_is_no_terminal(capsys):
 def test_vectors_are_the_models(many, model, tmp_path, kind):
     assert run('embed', many, '--checkpoint', model, '--output', tmp_path / 'a.npy', '--kind', kind) == 0
     vectors, (net, preprocessing, _) = np.load(tmp_path / 'a.npy'), load_model(str(model))
-    images = torch.stack([preprocessing.transform()(preprocessing.convert(Image.open(path)))
-                          for path in many.read_text().split('\n')[:2]])
+    images = torch.stack(
+        [
+            preprocessing.transform()(preprocessing.convert(Image.open(path)))
+            for path in many.read_text().split('\n')[:2]
+        ]
+    )
     tokens = net.forward_features(images)
     expected = {
-        'features': tokens[:, 0], 'class_token': tokens[:, 0], 'pooled': tokens[:, 1:].mean(1),
-        'pyramid': torch.cat([m.mean((2, 3)) for m in net.forward_intermediates(
-            images, indices=[0, 2], intermediates_only=True)], 1)}[kind]
+        'features': tokens[:, 0],
+        'class_token': tokens[:, 0],
+        'pooled': tokens[:, 1:].mean(1),
+        'pyramid': torch.cat(
+            [m.mean((2, 3)) for m in net.forward_intermediates(images, indices=[0, 2], intermediates_only=True)], 1
+        ),
+    }[kind]
     assert vectors.shape == (100, expected.shape[1]) and vectors.dtype == np.float32
     assert np.allclose(vectors[:2], expected.detach(), atol=1e-5)
     assert np.flatnonzero(np.isnan(vectors).all(1)).tolist() == [17, 98]
@@ -305,7 +332,8 @@ def test_models_of_timm(many, tmp_path, capsys):
     place = save_pretrained(timm.create_model('test_resnet', num_classes=3), tmp_path / 'resnet')
     levels = [i['num_chs'] for i in timm.create_model('test_resnet').feature_info]
     swin = timm.create_model(  # its maps have their channels last
-        'swin_tiny_patch4_window7_224', img_size=56, embed_dim=8, depths=(1, 1), num_heads=(1, 1), num_classes=3).eval()
+        'swin_tiny_patch4_window7_224', img_size=56, embed_dim=8, depths=(1, 1), num_heads=(1, 1), num_classes=3
+    ).eval()
     image = torch.randn(1, 3, 56, 56)
     vectors = predict.Embedding(swin, 'pooled', image).parts(image)[0]
     assert torch.equal(vectors, swin.forward_features(image).mean((1, 2)))
@@ -338,8 +366,10 @@ def test_from_an_exported_file(whole, many, model, tmp_path, monkeypatch, capsys
     assert np.allclose(*vectors, atol=1e-5)
     assert len(json.loads((tmp_path / 'b.npy.json').read_text())['settings']['weights']) == 64
     capsys.readouterr()
-    for words, message in ((['--kind', 'pooled'], 'an exported file gives what its head reads, and no more'),
-                           (['--precision', 'bf16'], 'has its own precision: leave out --precision bf16')):
+    for words, message in (
+        (['--kind', 'pooled'], 'an exported file gives what its head reads, and no more'),
+        (['--precision', 'bf16'], 'has its own precision: leave out --precision bf16'),
+    ):
         assert run('embed', 'digits', '--checkpoint', file, '--output', tmp_path / 'd', *words) == 2
         assert message in capsys.readouterr().err
     assert cli.main(['embed', 'digits', '--checkpoint', str(file), '--output', 'd', '--device', 'cuda']) == 2
@@ -383,7 +413,7 @@ def test_the_guide(model, photos, tmp_path, monkeypatch, capsys):
         assert words[0] == 't2t-vit' and cli.main(words[1:]) == 0
     assert len((tmp_path / 'predictions.csv').read_text().splitlines()) > 20
     capsys.readouterr()
-    names: Dict[str, Any] = {}
+    names: dict[str, Any] = {}
     for block in re.findall(r'^```python\n(.*?)^```', guide, re.MULTILINE | re.DOTALL):
         exec(compile(block, 'docs/predict.md', 'exec'), names)
     lines = capsys.readouterr().out.splitlines()

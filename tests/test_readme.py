@@ -14,7 +14,6 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Dict, List
 
 import pytest
 import timm
@@ -29,27 +28,42 @@ README = (ROOT / 'README.md').read_text()
 GUIDES = {file.name: file.read_text() for file in sorted((ROOT / 'docs').glob('*.md'))}
 NOT_RUN = '# not run here: '
 LEARNS = 'backbone.md'  # whose long examples are test_backbone's
-SMOKE = ['--epochs', '1', '--optimizer.warmup_epochs', '0', '--optimizer.cooldown_epochs', '0', '--batch_size', '8',
-         '--model_args.depth', '1', '--data.workers', '0']
+SMOKE = [
+    '--epochs',
+    '1',
+    '--optimizer.warmup_epochs',
+    '0',
+    '--optimizer.cooldown_epochs',
+    '0',
+    '--batch_size',
+    '8',
+    '--model_args.depth',
+    '1',
+    '--data.workers',
+    '0',
+]
 SMOKE_BENCH = ['--rounds', '1', '--seconds', '0.01', '--memory', 'false', '--batch_size', '1', '--img_sizes', '[64]']
 
 
-def blocks(language: str, page: str = README) -> List[str]:
+def blocks(language: str, page: str = README) -> list[str]:
     return re.findall(rf'^```{language}\n(.*?)^```', page, re.MULTILINE | re.DOTALL)
 
 
-def commands(block: str) -> List[List[str]]:
+def commands(block: str) -> list[list[str]]:
     """Its lines as words; one that ends in a backslash goes on."""
     lines = block.replace('\\\n', ' ').splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-def run(words: List[str], folder: Path) -> None:
+def run(words: list[str], folder: Path) -> None:
     """One command line, as far as it can be run small."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith('MAKE')}
     if words[0] == 't2t-vit':
-        smoke = {'train': [] if '--resume' in words else SMOKE, 'bench': SMOKE_BENCH,
-                 'visualize': ['--img_size', '32']}.get(words[1], [])
+        smoke = {
+            'train': [] if '--resume' in words else SMOKE,
+            'bench': SMOKE_BENCH,
+            'visualize': ['--img_size', '32'],
+        }.get(words[1], [])
         assert cli.main(words[1:] + smoke) == 0
     elif words[0] == 'make':
         subprocess.run([*words, '--dry-run'], cwd=ROOT, env=environment, check=True, capture_output=True)
@@ -87,14 +101,14 @@ def test_every_code_block(block, workplace):
 
 @pytest.mark.parametrize('page', [name for name, text in GUIDES.items() if blocks('python', text)])
 def test_code_blocks_of_a_guide(page, workplace):
-    names: Dict[str, object] = {}
+    names: dict[str, object] = {}
     for block in blocks('python', GUIDES[page]):
         code = compile(block, page, 'exec')
         if not block.startswith(NOT_RUN) and not (page == LEARNS and 'optimizer' in block):
             exec(code, names)
 
 
-def parse(words: List[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """One command line of a guide, as far as it can be checked without running it."""
     while '=' in words[0]:  # of the environment
         words = words[1:]
@@ -102,7 +116,7 @@ def parse(words: List[str], monkeypatch: pytest.MonkeyPatch) -> None:
         program = next(i for i, word in enumerate(words) if word in ('t2t_vit.cli',) or (ROOT / word).is_file())
         if words[program] not in ('t2t_vit.cli', 'scripts/train.sbatch'):
             return
-        words = ['t2t-vit', *(['train'] if words[0] == 'sbatch' else []), *words[program + 1:]]
+        words = ['t2t-vit', *(['train'] if words[0] == 'sbatch' else []), *words[program + 1 :]]
     if words[:2] == ['t2t-vit', 'train']:
         options = [word for word in words[2:] if word != '--dry_run']
         assert cli.train([*options, '--print_config']) == 0
@@ -147,7 +161,7 @@ def test_every_page_that_it_points_to(page):
     assert not [name for name in pages if not ((ROOT / page).parent / name).exists()]
 
 
-def row_of(name: str) -> Dict[str, str]:
+def row_of(name: str) -> dict[str, str]:
     """The table's row of a model."""
     with torch.device('meta'):
         variant, model = VARIANTS[name], timm.create_model(name)
@@ -155,9 +169,15 @@ def row_of(name: str) -> Dict[str, str]:
     depth = variant.depth if isinstance(variant.depth, tuple) else (variant.depth,)
     width = f'{variant.embed_dim} to {model.num_features}' if variant.block == 'dense' else f'{variant.embed_dim}'
     return {
-        'model': name, 'tokens': variant.token_layer, 'depth': ' + '.join(map(str, depth)), 'width': width,
-        'heads': f'{variant.num_heads}', 'MLP ratio': f'{variant.mlp_ratio:g}', 'parameters': f'{total:,}',
-        'learned': f'{learned:,}'}
+        'model': name,
+        'tokens': variant.token_layer,
+        'depth': ' + '.join(map(str, depth)),
+        'width': width,
+        'heads': f'{variant.num_heads}',
+        'MLP ratio': f'{variant.mlp_ratio:g}',
+        'parameters': f'{total:,}',
+        'learned': f'{learned:,}',
+    }
 
 
 def test_the_table_of_models():

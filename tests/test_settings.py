@@ -1,7 +1,7 @@
 """What goes over what, and every problem in one message."""
 
 from pathlib import Path
-from typing import Any, List
+from typing import Any
 
 import pytest
 import yaml
@@ -22,11 +22,11 @@ from t2t_vit.settings import (
 from t2t_vit.train.config import Config
 
 
-def settings(**values: Any) -> List[Any]:
+def settings(**values: Any) -> list[Any]:
     return [(f'--{key}', key, value) for key, value in values.items()]
 
 
-def problems(*found: Any) -> List[str]:
+def problems(*found: Any) -> list[str]:
     with pytest.raises(UsageError) as error:
         resolve(Config, [(f'--{key}', key, value) for key, value in found])
     return str(error.value).splitlines()
@@ -41,18 +41,22 @@ def test_later_settings_win():
     assert (config.epochs, config.seed) == (30, 2)
 
 
-@pytest.mark.parametrize('key, text, value', [
-    ('epochs', '20', 20),
-    ('optimizer.lr', '5e-4', 5e-4),
-    ('optimizer.clip_grad', 'null', None),
-    ('augment.auto_augment', 'null', None),
-    ('augment.scale', '[0.5, 1]', (0.5, 1.0)),
-    ('data.img_size', '32', 32),
-    ('data.img_size', '[32, 48]', (32, 48)),
-    ('data.memory', 'true', True),
-    ('trackers', '[]', []),
-    ('model_args.drop_path_rate', '0.1', 0.1),
-    ('model_args.token_layer', 'convolution', 'convolution')])
+@pytest.mark.parametrize(
+    'key, text, value',
+    [
+        ('epochs', '20', 20),
+        ('optimizer.lr', '5e-4', 5e-4),
+        ('optimizer.clip_grad', 'null', None),
+        ('augment.auto_augment', 'null', None),
+        ('augment.scale', '[0.5, 1]', (0.5, 1.0)),
+        ('data.img_size', '32', 32),
+        ('data.img_size', '[32, 48]', (32, 48)),
+        ('data.memory', 'true', True),
+        ('trackers', '[]', []),
+        ('model_args.drop_path_rate', '0.1', 0.1),
+        ('model_args.token_layer', 'convolution', 'convolution'),
+    ],
+)
 def test_words_of_the_command_line_become_values(key, text, value):
     found: Any = resolve(Config, [(f'--{key}', key, text)])
     for name in key.split('.'):
@@ -62,8 +66,14 @@ def test_words_of_the_command_line_become_values(key, text, value):
 
 def test_every_problem_in_one_message():
     assert problems(
-        ('epohcs', 5), ('batch_size', 'x'), ('optimizer.lr', -1), ('optimizer.name', 'adamv'), ('model', 't2t_vit14'),
-        ('augment.auto_augment', 'foo'), ('augment.scale', [0.5, 2])) == [
+        ('epohcs', 5),
+        ('batch_size', 'x'),
+        ('optimizer.lr', -1),
+        ('optimizer.name', 'adamv'),
+        ('model', 't2t_vit14'),
+        ('augment.auto_augment', 'foo'),
+        ('augment.scale', [0.5, 2]),
+    ) == [
         'unknown option --epohcs, did you mean epochs?',
         "--batch_size: Expected a <class 'int'>. Got value: x",
         "unknown model 't2t_vit14', did you mean t2t_vit_14?; `t2t-vit models` lists ours, "
@@ -72,30 +82,62 @@ def test_every_problem_in_one_message():
         'optimizer.lr is above 0, got -1.0',
         'optimizer.min_lr 1e-05 is above the learning rate -1',
         'augment.scale rises within (0, 1], got (0.5, 2.0)',
-        'augment.auto_augment: Unknown AA policy foo']
+        'augment.auto_augment: Unknown AA policy foo',
+    ]
 
 
-@pytest.mark.parametrize('key, value', [
-    ('epochs', 0), ('batch_size', 0), ('batch_size', 63), ('seed', -1), ('ema_decay', 1), ('data.workers', -1),
-    ('data.img_size', 0), ('data.img_size', [32, 0]), ('data.crop_pct', 1.1), ('data.std', [0.0]),
-    ('optimizer.min_lr', 1), ('optimizer.weight_decay', -1), ('optimizer.warmup_epochs', -1),
-    ('optimizer.warmup_epochs', 300), ('optimizer.cooldown_epochs', -1), ('optimizer.layer_decay', 0),
-    ('optimizer.clip_grad', 0), ('augment.scale', [0, 1]), ('augment.ratio', [2, 1]), ('augment.hflip', 2),
-    ('augment.erase', -1), ('augment.erase_mode', 'x'), ('augment.interpolation', 'x'), ('augment.switch', 2),
-    ('augment.rotate', -1), ('augment.color_jitter', -1), ('augment.smoothing', 1), ('augment.mixup', -1),
-    ('augment.cutmix', -1), ('weights', '/nowhere'), ('model_args.num_heads', 7), ('model_args.block', 'x')])
+@pytest.mark.parametrize(
+    'key, value',
+    [
+        ('epochs', 0),
+        ('batch_size', 0),
+        ('batch_size', 63),
+        ('seed', -1),
+        ('ema_decay', 1),
+        ('data.workers', -1),
+        ('data.img_size', 0),
+        ('data.img_size', [32, 0]),
+        ('data.crop_pct', 1.1),
+        ('data.std', [0.0]),
+        ('optimizer.min_lr', 1),
+        ('optimizer.weight_decay', -1),
+        ('optimizer.warmup_epochs', -1),
+        ('optimizer.warmup_epochs', 300),
+        ('optimizer.cooldown_epochs', -1),
+        ('optimizer.layer_decay', 0),
+        ('optimizer.clip_grad', 0),
+        ('augment.scale', [0, 1]),
+        ('augment.ratio', [2, 1]),
+        ('augment.hflip', 2),
+        ('augment.erase', -1),
+        ('augment.erase_mode', 'x'),
+        ('augment.interpolation', 'x'),
+        ('augment.switch', 2),
+        ('augment.rotate', -1),
+        ('augment.color_jitter', -1),
+        ('augment.smoothing', 1),
+        ('augment.mixup', -1),
+        ('augment.cutmix', -1),
+        ('weights', '/nowhere'),
+        ('model_args.num_heads', 7),
+        ('model_args.block', 'x'),
+    ],
+)
 def test_impossible_values(key, value):
     assert key.split('.')[-1] in ' '.join(problems((key, value)))
 
 
 def test_unknown_arguments_of_the_model():
     assert problems(('model_args.depht', 2), ('model_args.in_chans', 1)) == [
-        'unknown option model_args.depht, did you mean depth?', 'unknown option model_args.in_chans']
+        'unknown option model_args.depht, did you mean depth?',
+        'unknown option model_args.in_chans',
+    ]
 
 
 def test_weights_are_for_our_models(tmp_path):
     assert problems(('model', 'resnet18'), ('weights', str(tmp_path))) == [
-        "weights are for models of `t2t-vit models`, not 'resnet18'"]
+        "weights are for models of `t2t-vit models`, not 'resnet18'"
+    ]
 
 
 def test_a_key_below_a_value():
@@ -113,10 +155,32 @@ def test_hyphens_and_flags_without_a_value():
     assert set(flags) >= {'data.memory', 'data.download', 'objective.hard', 'optimizer.decay_all'}
     assert 'data.root' not in flags and 'ema_decay' not in flags
     assert booleans(bench) == ['memory']  # a list of them, as `compiled`, is no flag
-    assert spell_out(['--data.train-images', '5', '--data.memory', '--batch-size=2', '--data.download', 'false', 'a-b',
-                      '--objective.hard', 'word', '-o'], flags) == [
-        '--data.train_images', '5', '--data.memory=true', '--batch_size=2', '--data.download', 'false', 'a-b',
-        '--objective.hard=true', 'word', '-o']
+    assert spell_out(
+        [
+            '--data.train-images',
+            '5',
+            '--data.memory',
+            '--batch-size=2',
+            '--data.download',
+            'false',
+            'a-b',
+            '--objective.hard',
+            'word',
+            '-o',
+        ],
+        flags,
+    ) == [
+        '--data.train_images',
+        '5',
+        '--data.memory=true',
+        '--batch_size=2',
+        '--data.download',
+        'false',
+        'a-b',
+        '--objective.hard=true',
+        'word',
+        '-o',
+    ]
 
 
 def test_weights_that_a_recipe_asks_for():
@@ -146,11 +210,15 @@ def test_require_names_all_that_does_not_hold():
         require([(True, 'a'), (False, 'b'), (False, 'c')])
 
 
-@pytest.mark.parametrize('text, message', [
-    ('epochs: [', 'cannot read .*while parsing'),
-    ('just words', 'holds no settings'),
-    ('', 'holds no settings'),
-    (b'\xff\xfe\xff', 'cannot read')])
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('epochs: [', 'cannot read .*while parsing'),
+        ('just words', 'holds no settings'),
+        ('', 'holds no settings'),
+        (b'\xff\xfe\xff', 'cannot read'),
+    ],
+)
 def test_files_that_are_no_settings(tmp_path, text, message):
     (tmp_path / 'a.yaml').write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UsageError, match=message):

@@ -15,8 +15,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PIECES = {
-    'config.yaml', 'model.safetensors', 'config.json', 'README.md', 'metrics.jsonl', 'curves.png',
-    'predictions.png', 'scores.json', 'confusion.png', 'checkpoints/step-00000396.pt'}
+    'config.yaml',
+    'model.safetensors',
+    'config.json',
+    'README.md',
+    'metrics.jsonl',
+    'curves.png',
+    'predictions.png',
+    'scores.json',
+    'confusion.png',
+    'checkpoints/step-00000396.pt',
+}
 
 
 @pytest.fixture(scope='module')
@@ -24,8 +33,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built wheel; without isolation where the build backend is there, so that no network is needed."""
     folder = tmp_path_factory.mktemp('dist')
     offline = ['--no-isolation'] if importlib.util.find_spec('hatchling') else []
-    subprocess.run([sys.executable, '-m', 'build', '--wheel', *offline, '--outdir', folder, ROOT],
-                   check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, '-m', 'build', '--wheel', *offline, '--outdir', folder, ROOT], check=True, capture_output=True
+    )
     return next(folder.glob('*.whl'))
 
 
@@ -39,8 +49,23 @@ def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(folder, with_pip=False)
     site = folder / 'lib' / f'python{sys.version_info.major}.{sys.version_info.minor}' / 'site-packages'
     (site / 'dependencies.pth').write_text(sysconfig.get_path('purelib') + '\n')
-    subprocess.run([folder / 'bin' / 'python', '-m', 'pip', 'install', '--no-deps', '--no-index', '--quiet',
-                    '--force-reinstall', '--prefix', folder, wheel], check=True, capture_output=True)
+    subprocess.run(
+        [
+            folder / 'bin' / 'python',
+            '-m',
+            'pip',
+            'install',
+            '--no-deps',
+            '--no-index',
+            '--quiet',
+            '--force-reinstall',
+            '--prefix',
+            folder,
+            wheel,
+        ],
+        check=True,
+        capture_output=True,
+    )
     return folder
 
 
@@ -53,8 +78,13 @@ def test_recipes_travel_and_tests_do_not(wheel):
 
 
 def test_the_sources_are_out_of_sight(clean, tmp_path):
-    where = subprocess.run([clean / 'bin' / 'python', '-c', 'import t2t_vit; print(t2t_vit.__file__)'],
-                           check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    where = subprocess.run(
+        [clean / 'bin' / 'python', '-c', 'import t2t_vit; print(t2t_vit.__file__)'],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    ).stdout
     assert Path(where.strip()).is_relative_to(clean)
 
 
@@ -62,8 +92,14 @@ def test_the_sources_are_out_of_sight(clean, tmp_path):
 def test_quickstart(clean, tmp_path):
     """The Makefile's own commands, from an empty folder."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith('MAKE')}
-    plan = subprocess.run(['make', '--dry-run', 'quickstart', f'BIN={clean / "bin"}', 'RUN=run'],
-                          cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+    plan = subprocess.run(
+        ['make', '--dry-run', 'quickstart', f'BIN={clean / "bin"}', 'RUN=run'],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
     commands = [words for words in map(shlex.split, plan.splitlines()) if words[0].endswith('/t2t-vit')]
     assert [words[1] for words in commands] == ['train', 'eval', 'predict']
     for words in commands:

@@ -10,6 +10,14 @@ from .models.tokens import TokenLayer
 from .reproduce import mobilenet as _registered  # noqa: F401  # so that the runs of a comparison load
 
 __all__ = [
-    'PUBLISHED', 'VARIANTS', 'Block', 'CheckpointError', 'Pyramid', 'T2TViT', 'TokenLayer', '__version__',
-    'convert_state_dict', 'load_weights',
+    'PUBLISHED',
+    'VARIANTS',
+    'Block',
+    'CheckpointError',
+    'Pyramid',
+    'T2TViT',
+    'TokenLayer',
+    '__version__',
+    'convert_state_dict',
+    'load_weights',
 ]

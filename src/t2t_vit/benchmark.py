@@ -13,11 +13,12 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Literal, Optional, Sequence, Tuple
+from typing import Any, Literal
 
 import timm
 import torch
@@ -50,8 +51,8 @@ class Row:
     ratio: float  # to the baseline, round by round; above 1 is faster
     ratio_low: float
     ratio_high: float
-    memory_mb: Optional[float]
-    memory_ratio: Optional[float]
+    memory_mb: float | None
+    memory_ratio: float | None
     parameters: int
     gmacs: float
     gmacs_weights: float
@@ -80,7 +81,7 @@ class AllTokens(nn.Module):
         return self.model.forward_head(self.model.forward_features(x))  # type: ignore[operator]
 
 
-def count_macs(model: nn.Module, img_size: int, in_chans: int = 3) -> Tuple[float, float]:
+def count_macs(model: nn.Module, img_size: int, in_chans: int = 3) -> tuple[float, float]:
     """Multiply-adds for one image, in units of 1: (all, those with weights only).
 
     The difference is the products of attention, softmax's two and the kernel's, which the paper counts and most
@@ -110,16 +111,18 @@ def _autocast(device: torch.device, precision: Precision) -> AbstractContextMana
 
 
 def work(
-        model: nn.Module, mode: Mode, compiled: bool, images: torch.Tensor, precision: Precision,
+    model: nn.Module, mode: Mode, compiled: bool, images: torch.Tensor, precision: Precision
 ) -> Callable[[], None]:
     """What is timed: a forward pass, or a whole training step with AdamW."""
     device = images.device
     model = model.to(device).train(mode == 'train')
     call = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     if mode == 'infer':
+
         def infer() -> None:
             with torch.inference_mode(not compiled), torch.no_grad(), _autocast(device, precision):
                 call(images)
+
         return infer
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     labels = torch.arange(len(images), device=device)
@@ -132,6 +135,7 @@ def work(
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+
     return train
 
 
@@ -140,7 +144,7 @@ def _synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize()
 
 
-def peak_memory_cpu(name: str, mode: Mode, batch_size: int, img_size: int, precision: Precision) -> Optional[float]:
+def peak_memory_cpu(name: str, mode: Mode, batch_size: int, img_size: int, precision: Precision) -> float | None:
     """Peak resident memory that a step of a model adds to it, in MB, in a process of its own; None but on Linux.
 
     That process gives every freed tensor back at once, so that the figure is what is in use, as an accelerator's
@@ -159,7 +163,8 @@ def peak_memory_cpu(name: str, mode: Mode, batch_size: int, img_size: int, preci
 
 
 def _peak_memory_cpu(
-        name: str, mode: Mode, batch_size: int, img_size: int, precision: Precision, threads: int) -> Optional[float]:
+    name: str, mode: Mode, batch_size: int, img_size: int, precision: Precision, threads: int
+) -> float | None:
     torch.set_num_threads(threads)
     status, reset = Path('/proc/self/status'), Path('/proc/self/clear_refs')
     if not reset.exists():
@@ -180,24 +185,24 @@ def _peak_memory_cpu(
 
 
 def measure(
-        names: Sequence[str],
-        baseline: str,
-        mode: Mode,
-        compiled: bool,
-        precision: Precision,
-        batch_size: int,
-        img_size: int,
-        device: torch.device,
-        rounds: int,
-        seconds: float = 1.0,
-        memory: bool = True,
-) -> List[Row]:
+    names: Sequence[str],
+    baseline: str,
+    mode: Mode,
+    compiled: bool,
+    precision: Precision,
+    batch_size: int,
+    img_size: int,
+    device: torch.device,
+    rounds: int,
+    seconds: float = 1.0,
+    memory: bool = True,
+) -> list[Row]:
     """Time all models in turn, `rounds` times; each turn takes about `seconds`."""
     torch.compiler.reset()  # every model is compiled anew, or torch takes all for one that changes
     images = torch.randn(batch_size, 3, img_size, img_size, device=device)
-    works: Dict[str, Callable[[], None]] = {}
-    sizes: Dict[str, Tuple[int, float, float]] = {}
-    peaks: Dict[str, Optional[float]] = {}
+    works: dict[str, Callable[[], None]] = {}
+    sizes: dict[str, tuple[int, float, float]] = {}
+    peaks: dict[str, float | None] = {}
     for name in names:
         sizes[name] = count_parameters(build(name, img_size))[1], *count_macs(build(name, img_size), img_size)
         call = work(build(name, img_size), mode, compiled, images, precision)
@@ -213,7 +218,7 @@ def measure(
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
             works[name]()
-            peaks[name] = (torch.cuda.max_memory_allocated() - held) / 2 ** 20
+            peaks[name] = (torch.cuda.max_memory_allocated() - held) / 2**20
         elif memory and device.type == 'cpu' and not compiled:
             peaks[name] = peak_memory_cpu(name, mode, batch_size, img_size, precision)
 
@@ -225,24 +230,45 @@ def measure(
         ratios = [a / b for a, b in zip(speeds[name], speeds[baseline])]
         peak, base_peak = peaks[name], peaks[baseline]
         parameters, macs, macs_weights = sizes[name]
-        rows.append(Row(
-            name, mode, compiled, *spread(speeds[name]), *spread(ratios), peak,
-            peak / base_peak if peak and base_peak else None, parameters, macs / 1e9, macs_weights / 1e9, batch_size,
-            img_size, precision, device_name(device), torch.get_num_threads(), rounds, torch.__version__,
-            timm.__version__, ' '.join(['t2t-vit', *sys.argv[1:]])))
+        rows.append(
+            Row(
+                name,
+                mode,
+                compiled,
+                *spread(speeds[name]),
+                *spread(ratios),
+                peak,
+                peak / base_peak if peak and base_peak else None,
+                parameters,
+                macs / 1e9,
+                macs_weights / 1e9,
+                batch_size,
+                img_size,
+                precision,
+                device_name(device),
+                torch.get_num_threads(),
+                rounds,
+                torch.__version__,
+                timm.__version__,
+                ' '.join(['t2t-vit', *sys.argv[1:]]),
+            )
+        )
     return rows
 
 
 def interleave(
-        works: Dict[str, Callable[[], None]], batch_size: int, rounds: int, seconds: float,
-        device: torch.device = torch.device('cpu'),
-) -> Dict[str, List[float]]:
+    works: dict[str, Callable[[], None]],
+    batch_size: int,
+    rounds: int,
+    seconds: float,
+    device: torch.device = torch.device('cpu'),
+) -> dict[str, list[float]]:
     """Images per second of each work, which does `batch_size` of them, in every round; all have a turn in a round.
 
     A turn takes about `seconds`. Each work should have run before.
     """
-    speeds: Dict[str, List[float]] = {name: [] for name in works}
-    repeats: Dict[str, int] = {}
+    speeds: dict[str, list[float]] = {name: [] for name in works}
+    repeats: dict[str, int] = {}
     for name, call in works.items():
         begun = time.perf_counter()
         call()
@@ -265,11 +291,11 @@ def keep_freed_memory() -> None:
     pages that have to be had again cost up to a twentieth of the time. Nothing where there is no glibc.
     """
     if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2 ** 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
-def spread(values: List[float]) -> Tuple[float, float, float]:
+def spread(values: list[float]) -> tuple[float, float, float]:
     """Median and quartiles."""
     if len(values) < 2:
         return values[0], values[0], values[0]
@@ -288,32 +314,48 @@ def device_name(device: torch.device) -> str:
 
 
 TOP1 = {  # ImageNet at 224², trained on it alone: ours by the release; resnet50 and mobilenetv2 by its recipe
-    't2t_vit_7': 71.7, 't2t_vit_10': 75.2, 't2t_vit_12': 76.5, 't2t_vit_14': 81.5, 't2t_vit_19': 81.9,
-    't2t_vit_24': 82.3, 't2t_vit_t_14': 81.7, 't2t_vit_t_19': 82.4, 't2t_vit_t_24': 82.6,
-    'deit_tiny_patch16_224': 72.2, 'deit_small_patch16_224': 79.9,  # Touvron et al. 2021, Table 5
-    'resnet50': 79.1, 'resnet101': 79.9, 'mobilenetv2_100': 72.8,  # the paper, Table 2
+    't2t_vit_7': 71.7,
+    't2t_vit_10': 75.2,
+    't2t_vit_12': 76.5,
+    't2t_vit_14': 81.5,
+    't2t_vit_19': 81.9,
+    't2t_vit_24': 82.3,
+    't2t_vit_t_14': 81.7,
+    't2t_vit_t_19': 82.4,
+    't2t_vit_t_24': 82.6,
+    'deit_tiny_patch16_224': 72.2,
+    'deit_small_patch16_224': 79.9,  # Touvron et al. 2021, Table 5
+    'resnet50': 79.1,
+    'resnet101': 79.9,
+    'mobilenetv2_100': 72.8,  # the paper, Table 2
 }
 PEERS = [  # ours, and what users would take instead
-    't2t_vit_7', 't2t_vit_14', 't2t_vit_t_14', 'vit_tiny_patch16_224', 'deit_small_patch16_224',
-    'vit_little_patch16_reg1_gap_256', 'resnet50', 'mobilenetv2_100',
+    't2t_vit_7',
+    't2t_vit_14',
+    't2t_vit_t_14',
+    'vit_tiny_patch16_224',
+    'deit_small_patch16_224',
+    'vit_little_patch16_reg1_gap_256',
+    'resnet50',
+    'mobilenetv2_100',
 ]
 
 
 def bench(
-        models: Sequence[str] = (),
-        baseline: str = 'vit_small_patch16_224',
-        modes: Sequence[Mode] = ('infer', 'train'),
-        compiled: Sequence[bool] = (False,),
-        precision: Precision = 'float32',
-        batch_size: int = 8,
-        img_sizes: Sequence[int] = (224,),
-        device: str = 'auto',
-        threads: Optional[int] = None,
-        rounds: int = 10,
-        seconds: float = 1.0,
-        memory: bool = True,
-        output: Optional[str] = None,
-) -> List[Row]:
+    models: Sequence[str] = (),
+    baseline: str = 'vit_small_patch16_224',
+    modes: Sequence[Mode] = ('infer', 'train'),
+    compiled: Sequence[bool] = (False,),
+    precision: Precision = 'float32',
+    batch_size: int = 8,
+    img_sizes: Sequence[int] = (224,),
+    device: str = 'auto',
+    threads: int | None = None,
+    rounds: int = 10,
+    seconds: float = 1.0,
+    memory: bool = True,
+    output: str | None = None,
+) -> list[Row]:
     """Compare models in speed, memory and size: one process, interleaved rounds, the ratio to a baseline.
 
     Args:
@@ -334,9 +376,11 @@ def bench(
     """
     names = [baseline, *(name for name in models or PEERS if name != baseline)]
     numbers = dict(batch_size=batch_size, rounds=rounds, threads=1 if threads is None else threads)
-    require([(value >= 1, f'{name} is at least 1, got {value}') for name, value in numbers.items()]
-            + [(size >= 1, f'img_sizes are at least 1, got {size}') for size in img_sizes]
-            + [(seconds > 0, f'seconds is above 0, got {seconds}')])
+    require(
+        [(value >= 1, f'{name} is at least 1, got {value}') for name, value in numbers.items()]
+        + [(size >= 1, f'img_sizes are at least 1, got {size}') for size in img_sizes]
+        + [(seconds > 0, f'seconds is above 0, got {seconds}')]
+    )
     for name in names:
         build(name, img_sizes[0])  # says what is no model, before any is timed
     if threads:
@@ -347,8 +391,9 @@ def bench(
     for img_size in img_sizes:
         for mode in modes:
             for is_compiled in compiled:
-                found = measure(names, baseline, mode, is_compiled, precision, batch_size, img_size, target, rounds,
-                                seconds, memory)
+                found = measure(
+                    names, baseline, mode, is_compiled, precision, batch_size, img_size, target, rounds, seconds, memory
+                )
                 screen.print(as_table(found))
                 rows += found
                 if output:
@@ -356,7 +401,7 @@ def bench(
     return rows
 
 
-def as_table(rows: List[Row]) -> Table:
+def as_table(rows: list[Row]) -> Table:
     """Rows of one set of conditions, for a terminal."""
     first = rows[0]
     table = Table(title=conditions(first))
@@ -367,23 +412,31 @@ def as_table(rows: List[Row]) -> Table:
     return table
 
 
-def cells(row: Row) -> List[str]:
+def cells(row: Row) -> list[str]:
     """A row's figures as they are shown."""
     return [
-        row.model, f'{row.images_per_second:.1f}', f'{row.ratio:.3f}', f'{row.ratio_low:.3f}–{row.ratio_high:.3f}',
+        row.model,
+        f'{row.images_per_second:.1f}',
+        f'{row.ratio:.3f}',
+        f'{row.ratio_low:.3f}–{row.ratio_high:.3f}',
         '–' if row.memory_mb is None else f'{row.memory_mb:.0f}',
         '–' if row.memory_ratio is None else f'{row.memory_ratio:.2f}',
-        f'{row.parameters / 1e6:.1f}', f'{row.gmacs:.2f}', f'{row.gmacs_weights:.2f}']
+        f'{row.parameters / 1e6:.1f}',
+        f'{row.gmacs:.2f}',
+        f'{row.gmacs_weights:.2f}',
+    ]
 
 
 def conditions(row: Row) -> str:
     """What a row's figures hold for."""
-    return (f'{"training step" if row.mode == "train" else "inference"}, {"compiled" if row.compiled else "eager"}, '
-            f'{row.precision}, batch {row.batch_size}, {row.img_size}², {row.device}, {row.threads} threads, '
-            f'torch {row.torch}, {row.rounds} rounds')
+    return (
+        f'{"training step" if row.mode == "train" else "inference"}, {"compiled" if row.compiled else "eager"}, '
+        f'{row.precision}, batch {row.batch_size}, {row.img_size}², {row.device}, {row.threads} threads, '
+        f'torch {row.torch}, {row.rounds} rounds'
+    )
 
 
-def save(rows: List[Row], folder: Path) -> None:
+def save(rows: list[Row], folder: Path) -> None:
     """bench.csv with everything, README.md with a table for each set of conditions, and pictures.
 
     Inference over several image sizes is drawn as curves (sizes.png); at one size, models whose top-1 is known are
@@ -396,17 +449,22 @@ def save(rows: List[Row], folder: Path) -> None:
         writer.writerows(asdict(row) for row in rows)
     lines = [f'# Benchmark, {date.today()}', '']
     for title in dict.fromkeys(map(conditions, rows)):
-        lines += [f'## {title}', '',
-                  '| model | images/s | ratio | quartiles | memory MB | ratio | M params | GMAC | weights only |',
-                  '|---|---|---|---|---|---|---|---|---|']
+        lines += [
+            f'## {title}',
+            '',
+            '| model | images/s | ratio | quartiles | memory MB | ratio | M params | GMAC | weights only |',
+            '|---|---|---|---|---|---|---|---|---|',
+        ]
         lines += ['| ' + ' | '.join(cells(row)) + ' |' for row in rows if conditions(row) == title] + ['']
     (folder / 'README.md').write_text('\n'.join(lines))
     first = next((row for row in rows if row.mode == 'infer'), None)
     if first is None:
         return
     alike = [row for row in rows if row.mode == first.mode and row.compiled == first.compiled]
-    curves = {row.model: [(r.img_size, 1000 / r.images_per_second, r.memory_mb) for r in alike if r.model == row.model]
-              for row in alike}
+    curves = {
+        row.model: [(r.img_size, 1000 / r.images_per_second, r.memory_mb) for r in alike if r.model == row.model]
+        for row in alike
+    }
     if len(curves[first.model]) > 1:
         (folder / 'speed.png').unlink(missing_ok=True)  # of the first size alone
         plot_sizes(curves, conditions(first).replace(f', {first.img_size}²', ''), folder / 'sizes.png')

@@ -4,7 +4,7 @@ import argparse
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 from . import __version__
 
@@ -22,22 +22,32 @@ COMMANDS = {  # what it is for, where its function stands
     'explore': ('open a page to look inside a model', 'explore.command:explore'),
     'reproduce': ("the paper's tables and claims, again, at a scale of your own", 'reproduce.command:reproduce'),
 }
-INPUTS = {'inputs': dict(
-    nargs='+', help='images: files, folders, patterns, tars, Parquet files, lists, digits, or samples (two photos)')}
-POSITIONAL: Dict[str, Dict[str, Dict[str, Any]]] = {  # arguments that need no --name
+INPUTS = {
+    'inputs': dict(
+        nargs='+', help='images: files, folders, patterns, tars, Parquet files, lists, digits, or samples (two photos)'
+    )
+}
+POSITIONAL: dict[str, dict[str, dict[str, Any]]] = {  # arguments that need no --name
     'predict': INPUTS,
     'embed': INPUTS,
     'push': {'run': dict(help="a run's folder"), 'repo': dict(help='USER/NAME')},
     'bench': {'models': dict(nargs='*', help='names that timm knows, or FILE.py:FUNCTION; by default a choice')},
     'models': {'pattern': dict(nargs='?', default='*', help='only names that match, as t2t_vit_t_*')},
-    'reproduce': {'what': dict(choices=['structures', 'accuracy', 'report'], help='structures: sizes beside the '
-                               'printed ones; accuracy: train the arms and compare; report: tables of what is done')},
+    'reproduce': {
+        'what': dict(
+            choices=['structures', 'accuracy', 'report'],
+            help='structures: sizes beside the '
+            'printed ones; accuracy: train the arms and compare; report: tables of what is done',
+        )
+    },
     'convert': {'file': dict(help='a checkpoint in any published layout')},
     'visualize': {'images': {**INPUTS['inputs'], 'nargs': '*'}},
 }
 SEVERAL = {  # options that take several words
-    'visualize': {'models': 'run folders, names that timm knows, NAME=FILE, hf-hub:USER/NAME, or FILE.py:FUNCTION',
-                  'runs': 'folders of runs whose curves to compare'},
+    'visualize': {
+        'models': 'run folders, names that timm knows, NAME=FILE, hf-hub:USER/NAME, or FILE.py:FUNCTION',
+        'runs': 'folders of runs whose curves to compare',
+    },
     'explore': {'compare': 'more models, to be seen beside it: as visualize --models takes them'},
 }
 FLAGS = ('print_config', 'dry_run')
@@ -45,7 +55,7 @@ SPECIAL = ('recipe', 'config', 'resume', *FLAGS)  # of train, beside its configu
 SHORT = {'convert': {'output': '-o'}, 'export': {'output': '-o'}}
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run one command; gives 0, 1 for a failed check, 2 for a user's mistake, 130 for a run stopped and saved."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ('-h', '--help'):
@@ -56,10 +66,12 @@ def main(argv: Optional[List[str]] = None) -> int:
         print(__version__)
         return 0
     from .settings import UsageError, nearest
+
     try:
         if argv[0] not in COMMANDS:
-            raise UsageError(f'unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; '
-                             f'commands: {", ".join(COMMANDS)}')
+            raise UsageError(
+                f'unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; commands: {", ".join(COMMANDS)}'
+            )
         return train(argv[1:]) if argv[0] == 'train' else call(argv[0], argv[1:])
     except (ValueError, OSError, FloatingPointError) as error:
         print('\n'.join(f't2t-vit: {line}' for line in str(error).splitlines()), file=sys.stderr)
@@ -69,7 +81,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 130
 
 
-def call(command: str, argv: List[str]) -> int:
+def call(command: str, argv: list[str]) -> int:
     """Run a command whose options are the arguments of its function."""
     from jsonargparse import ArgumentParser
 
@@ -107,7 +119,7 @@ def call(command: str, argv: List[str]) -> int:
     return 0
 
 
-def train(argv: List[str]) -> int:
+def train(argv: list[str]) -> int:
     """`t2t-vit train`: a recipe, then a configuration file, then options, each over the ones before."""
     from jsonargparse import ArgumentParser
 
@@ -115,12 +127,18 @@ def train(argv: List[str]) -> int:
     from .train.config import Config
 
     if {'-h', '--help'} & set(argv):
-        parser = ArgumentParser(prog='t2t-vit train', description='Options go over the file, the file over the recipe. '
-                                'A name may have - for _, --data is short for --data.root, and a flag needs no value.')
+        parser = ArgumentParser(
+            prog='t2t-vit train',
+            description='Options go over the file, the file over the recipe. '
+            'A name may have - for _, --data is short for --data.root, and a flag needs no value.',
+        )
         parser.add_argument('--recipe', help=f'a shipped configuration to begin with: {", ".join(recipes())}')
         parser.add_argument('--config', help='a YAML file of the options below, as every run folder has one')
-        parser.add_argument('--resume', help='the folder of a run, or a state file of one, to go on with, with its own '
-                            'configuration; auto: what stands in --output where it holds a run, else a new one')
+        parser.add_argument(
+            '--resume',
+            help='the folder of a run, or a state file of one, to go on with, with its own '
+            'configuration; auto: what stands in --output where it holds a run, else a new one',
+        )
         parser.add_argument('--dry_run', action='store_true', help='say what would be done, and stop')
         parser.add_argument('--print_config', action='store_true', help='print the resolved configuration, and stop')
         parser.add_class_arguments(Config)
@@ -133,13 +151,16 @@ def train(argv: List[str]) -> int:
         settings += saved_settings(Path(special['resume']))
     if 'recipe' in special:
         if special['recipe'] not in recipes():
-            raise UsageError(f'unknown recipe {special["recipe"]!r}{nearest(special["recipe"], recipes())}; '
-                             f'recipes: {", ".join(recipes())}')
+            raise UsageError(
+                f'unknown recipe {special["recipe"]!r}{nearest(special["recipe"], recipes())}; '
+                f'recipes: {", ".join(recipes())}'
+            )
         settings += read_settings(recipes()[special['recipe']])
     if 'config' in special:
         settings += read_settings(Path(special['config']))
-    settings += [(f'--{key}', 'data.root' if key == 'data' else key, value)
-                 for key, value in found if key not in SPECIAL]
+    settings += [
+        (f'--{key}', 'data.root' if key == 'data' else key, value) for key, value in found if key not in SPECIAL
+    ]
     config = resolve(Config, settings, problems)
     if 'print_config' in special:
         print(config.to_yaml(), end='')
@@ -147,6 +168,7 @@ def train(argv: List[str]) -> int:
 
     from .train.loop import Interrupted
     from .train.loop import train as run
+
     try:
         run(config, special.get('resume'), 'dry_run' in special)
     except Interrupted as stop:
@@ -155,7 +177,7 @@ def train(argv: List[str]) -> int:
     return 0
 
 
-def saved_settings(place: Path) -> List[Any]:
+def saved_settings(place: Path) -> list[Any]:
     """What the run in a folder, or of a state file, was configured as; its own state is what it starts from.
 
     Where it stood then is left out: a folder may have been moved.

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import Any, Dict, Optional
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -10,25 +10,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 def console(stderr: bool = False) -> Console:
     """Where tables are printed; in a pipe or a file, wide enough that none is cut."""
-    plain: Dict[str, Any] = dict(highlight=False, markup=False, emoji=False, stderr=stderr)  # names are no markup
+    plain: dict[str, Any] = dict(highlight=False, markup=False, emoji=False, stderr=stderr)  # names are no markup
     return Console(**plain) if (sys.stderr if stderr else sys.stdout).isatty() else Console(**plain, width=200)
 
 
 class Live:
     """While it is entered, where a long job is: a bar on a terminal, a line every `interval` seconds elsewhere."""
 
-    def __init__(self, screen: Console, unit: str, total: int, done: int = 0, interval: float = 10,
-                 quiet: bool = False) -> None:
+    def __init__(
+        self, screen: Console, unit: str, total: int, done: int = 0, interval: float = 10, quiet: bool = False
+    ) -> None:
         self.screen, self.unit, self.total, self.first, self.interval = screen, unit, total, done, interval
         self.quiet = quiet
-        self.progress: Optional[Progress] = None
+        self.progress: Progress | None = None
         self.begun = self.last = time.monotonic()
 
     def __enter__(self) -> 'Live':
         self.begun = self.last = time.monotonic()
         if self.screen.is_terminal and not self.quiet:
-            self.progress = Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
-                                     TimeRemainingColumn(), console=self.screen)
+            self.progress = Progress(
+                TextColumn('{task.description}'),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=self.screen,
+            )
             self.progress.add_task('', total=self.total, completed=self.first)
             self.progress.start()
         return self
@@ -52,8 +58,9 @@ class Live:
             self.progress.update(self.progress.task_ids[0], completed=done, description=text)
         elif not self.quiet and time.monotonic() - self.last >= self.interval:
             self.last = time.monotonic()
-            self.screen.print(f'{self.unit} {done}/{self.total}  {text}  {self.left(done)} left',
-                              markup=False, soft_wrap=True)
+            self.screen.print(
+                f'{self.unit} {done}/{self.total}  {text}  {self.left(done)} left', markup=False, soft_wrap=True
+            )
 
 
 def duration(seconds: float) -> str:

@@ -5,7 +5,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Literal, Optional
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ class Scores:
     confusion: torch.Tensor
 
     @property
-    def per_class(self) -> List[Optional[float]]:
+    def per_class(self) -> list[float | None]:
         """Share of each class's images that were recognised; None where there were none."""
         counts = self.confusion.sum(1)
         return [(self.confusion[i, i] / n).item() if n else None for i, n in enumerate(counts)]
@@ -46,11 +46,13 @@ def score(model: nn.Module, batches: 'DiskBatches | MemoryBatches', num_classes:
     """
     training, device = model.training, next(model.parameters()).device
     model.eval()
-    metrics = MetricCollection({
-        'top1': MulticlassAccuracy(num_classes, average='micro'),
-        'top5': MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average='micro'),
-        'confusion': MulticlassConfusionMatrix(num_classes),
-    }).to(device)
+    metrics = MetricCollection(
+        {
+            'top1': MulticlassAccuracy(num_classes, average='micro'),
+            'top5': MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average='micro'),
+            'confusion': MulticlassConfusionMatrix(num_classes),
+        }
+    ).to(device)
     loss = MeanMetric(nan_strategy=math.nan).to(device)  # what is not a number stays so
     for images, labels, *_ in batches.epoch():
         logits = model(images.to(device)).float()
@@ -66,17 +68,17 @@ def score(model: nn.Module, batches: 'DiskBatches | MemoryBatches', num_classes:
 
 
 def evaluate(
-        checkpoint: str,
-        data: str = 'digits',
-        model: Optional[str] = None,
-        split: Literal['train', 'val'] = 'val',
-        batch_size: int = 128,
-        workers: int = 2,
-        device: str = 'auto',
-        cache: Optional[str] = None,
-        download: bool = False,
-        output: Optional[str] = None,
-) -> Dict[str, Any]:
+    checkpoint: str,
+    data: str = 'digits',
+    model: str | None = None,
+    split: Literal['train', 'val'] = 'val',
+    batch_size: int = 128,
+    workers: int = 2,
+    device: str = 'auto',
+    cache: str | None = None,
+    download: bool = False,
+    output: str | None = None,
+) -> dict[str, Any]:
     """Score a trained model on labelled images; of a data set, only the split asked for is needed.
 
     Args:
@@ -92,8 +94,12 @@ def evaluate(
         download: Fetch a torch/ set that is not there.
         output: Folder for scores.json and confusion.png; by default the run's own, none for a file.
     """
-    require(((batch_size >= 1, f'batch_size is at least 1, got {batch_size}'),
-             (workers >= 0, f'workers is at least 0, got {workers}')))
+    require(
+        (
+            (batch_size >= 1, f'batch_size is at least 1, got {batch_size}'),
+            (workers >= 0, f'workers is at least 0, got {workers}'),
+        )
+    )
     target = pick_device(device)
     source = open_source(data, split, cache, download)
     net, preprocessing, names = load_model(checkpoint, model)
@@ -112,14 +118,25 @@ def evaluate(
     for name, share, n in zip(source.classes, scores.per_class, scores.confusion.sum(1).tolist()):
         table.add_row(name, str(n), '-' if share is None else f'{100 * share:.1f} %')
     screen.print(table)
-    screen.print(f'top-1 {100 * scores.top1:.2f} %   top-5 {100 * scores.top5:.2f} %   loss {scores.loss:.4f}   '
-                 f'{scores.count / seconds:.0f} images/s   {scores.count} images of {data} ({split})', soft_wrap=True)
+    screen.print(
+        f'top-1 {100 * scores.top1:.2f} %   top-5 {100 * scores.top5:.2f} %   loss {scores.loss:.4f}   '
+        f'{scores.count / seconds:.0f} images/s   {scores.count} images of {data} ({split})',
+        soft_wrap=True,
+    )
     if batches.damaged:
         damaged = ', '.join(batches.damaged[:5])
         screen.print(f'{len(batches.damaged)} damaged images left out: {damaged}', soft_wrap=True)
     result = dict(
-        checkpoint=checkpoint, data=data, split=split, images=scores.count, top1=scores.top1, top5=scores.top5,
-        loss=scores.loss, per_class=dict(zip(source.classes, scores.per_class)), damaged=batches.damaged)
+        checkpoint=checkpoint,
+        data=data,
+        split=split,
+        images=scores.count,
+        top1=scores.top1,
+        top5=scores.top5,
+        loss=scores.loss,
+        per_class=dict(zip(source.classes, scores.per_class)),
+        damaged=batches.damaged,
+    )
     folder = Path(output) if output else Path(checkpoint) if Path(checkpoint).is_dir() else None
     if folder:
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -43,51 +43,107 @@ class Card:
     """
 
     data: str = 'Not recorded.'
-    dataset: Optional[str] = None
-    recipe: Optional[str] = None
-    scores: Dict[str, float] = field(default_factory=dict)
+    dataset: str | None = None
+    recipe: str | None = None
+    scores: dict[str, float] = field(default_factory=dict)
     note: str = ''
-    weights: Optional[str] = None
-    license: Optional[str] = None
+    weights: str | None = None
+    license: str | None = None
 
     def text(self, model: nn.Module) -> str:
         """The card in Markdown, with the metadata that the Hub reads."""
         cfg: Any = model.pretrained_cfg
         name, size = cfg['architecture'], 'x'.join(map(str, cfg['input_size']))
         total, learned = count_parameters(model)
-        results = [EvalResult(
-            task_type='image-classification', dataset_type=self.dataset, dataset_name=self.dataset,
-            dataset_split='validation', metric_type='accuracy', metric_name='top-1',
-            metric_value=round(self.scores['top-1'], 4))] if self.dataset and 'top-1' in self.scores else None
+        results = (
+            [
+                EvalResult(
+                    task_type='image-classification',
+                    dataset_type=self.dataset,
+                    dataset_name=self.dataset,
+                    dataset_split='validation',
+                    metric_type='accuracy',
+                    metric_name='top-1',
+                    metric_value=round(self.scores['top-1'], 4),
+                )
+            ]
+            if self.dataset and 'top-1' in self.scores
+            else None
+        )
         data = ModelCardData(
-            library_name='timm', pipeline_tag='image-classification', tags=['image-classification', 'timm', 't2t-vit'],
-            license=self.license, model_name=name, eval_results=results,
-            datasets=self.dataset.removeprefix('hfds/') if self.dataset and self.dataset.startswith('hfds/') else None)
+            library_name='timm',
+            pipeline_tag='image-classification',
+            tags=['image-classification', 'timm', 't2t-vit'],
+            license=self.license,
+            model_name=name,
+            eval_results=results,
+            datasets=self.dataset.removeprefix('hfds/') if self.dataset and self.dataset.startswith('hfds/') else None,
+        )
         title = f'# {name}, trained on {self.dataset}' if self.dataset else f'# {name}'
         lines = [
-            '---', data.to_yaml(), '---', '', title, '',
+            '---',
+            data.to_yaml(),
+            '---',
+            '',
+            title,
+            '',
             f'An image classifier of {model.num_classes} classes for images of {size}, {total:,} parameters, '
-            f'{learned:,} of them learned. Made with t2t-vit {__version__}.', '', '## Data', '', self.data, '']
+            f'{learned:,} of them learned. Made with t2t-vit {__version__}.',
+            '',
+            '## Data',
+            '',
+            self.data,
+            '',
+        ]
         if self.scores:
-            lines += ['## Scores', '', '| | validation |', '|---|---|', *(
-                f'| {key} | {value:.4f} |' if key == 'loss' else f'| {key} | {100 * value:.2f} % |'
-                for key, value in self.scores.items()), '', self.note, '']
+            lines += [
+                '## Scores',
+                '',
+                '| | validation |',
+                '|---|---|',
+                *(
+                    f'| {key} | {value:.4f} |' if key == 'loss' else f'| {key} | {100 * value:.2f} % |'
+                    for key, value in self.scores.items()
+                ),
+                '',
+                self.note,
+                '',
+            ]
         if self.recipe:
             start = f'the weights {self.weights}' if self.weights else 'scratch'
-            lines += ['## Recipe', '', f'From {start}, by `t2t-vit train --config` with', '',
-                      '```yaml', self.recipe.rstrip(), '```', '']
+            lines += [
+                '## Recipe',
+                '',
+                f'From {start}, by `t2t-vit train --config` with',
+                '',
+                '```yaml',
+                self.recipe.rstrip(),
+                '```',
+                '',
+            ]
         licence = f'{self.license}.' if self.license else UNSTATED
         if self.weights:
             licence += f' The weights that they started from, {self.weights}, have a licence that holds on.'
         lines += [
-            HEADING, '', licence, '', '## Use', '', '```python', 'import timm',
-            'import t2t_vit  # registers the models', '',
-            f"model = timm.create_model('hf-hub:{PLACE}', pretrained=True).eval()", '```', '',
-            f'or `t2t-vit predict IMAGES --checkpoint hf-hub:{PLACE}`.']
+            HEADING,
+            '',
+            licence,
+            '',
+            '## Use',
+            '',
+            '```python',
+            'import timm',
+            'import t2t_vit  # registers the models',
+            '',
+            f"model = timm.create_model('hf-hub:{PLACE}', pretrained=True).eval()",
+            '```',
+            '',
+            f'or `t2t-vit predict IMAGES --checkpoint hf-hub:{PLACE}`.',
+        ]
         return '\n'.join(lines) + '\n'
 
 
-def licence_of(weights: Optional[str]) -> Optional[str]:
+def licence_of(weights: str | None) -> str | None:
     """The licence of weights to start from: the release's for its files, a run folder's own; None where unknown."""
     if weights is None:
         return None
@@ -97,7 +153,7 @@ def licence_of(weights: Optional[str]) -> Optional[str]:
     return RELEASE_LICENCE if path.name in {published.file for published in PUBLISHED.values()} else None
 
 
-def relicense(text: str, license: str, before: Optional[str]) -> str:
+def relicense(text: str, license: str, before: str | None) -> str:
     """A card that states this licence; that of the weights which it started from stays, and is said on the screen."""
     head, heading, rest = text.partition(f'{HEADING}\n\n')
     old, gap, tail = rest.partition('\n\n## ')
@@ -109,9 +165,9 @@ def relicense(text: str, license: str, before: Optional[str]) -> str:
     return f'{head}{heading}{said}{gap}{tail}' if heading else f'{text.rstrip()}\n\n{HEADING}\n\n{said}\n'
 
 
-def public(settings: List[Any]) -> Dict[str, Any]:
+def public(settings: list[Any]) -> dict[str, Any]:
     """Settings of a run, as [(dotted key, value)], without what is of one machine: paths become names."""
-    tree: Dict[str, Any] = {}
+    tree: dict[str, Any] = {}
     for key, value in settings:
         if key not in PRIVATE:
             path = isinstance(value, str) and os.sep in value and os.path.exists(os.path.expanduser(value))
@@ -120,8 +176,8 @@ def public(settings: List[Any]) -> Dict[str, Any]:
 
 
 def save_pretrained(
-        model: nn.Module, folder: 'str | Path', card: Optional[Card] = None,
-        model_args: Optional[Dict[str, Any]] = None) -> Path:
+    model: nn.Module, folder: 'str | Path', card: Card | None = None, model_args: dict[str, Any] | None = None
+) -> Path:
     """Write a model with its card into a folder, which `from_pretrained`, timm's `local-dir:` and `push` take.
 
     Args:
@@ -145,12 +201,12 @@ def save_pretrained(
 
 
 def push(
-        run: str,
-        repo: str,
-        license: Optional[str] = None,
-        private: bool = False,
-        revision: Optional[str] = None,
-        message: str = 'Add model',
+    run: str,
+    repo: str,
+    license: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    message: str = 'Add model',
 ) -> str:
     """Publish a run on the Hub: weights, configuration and model card, nothing else of its folder. Gives the address.
 
@@ -178,10 +234,15 @@ def push(
     try:
         repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
         done = api.create_commit(
-            repo, commit_message=message, revision=revision, operations=[
+            repo,
+            commit_message=message,
+            revision=revision,
+            operations=[
                 CommitOperationAdd(CARD, text.encode()),
                 CommitOperationAdd(CONFIG, json.dumps(config, indent=2).encode()),
-                CommitOperationAdd(WEIGHTS, folder / WEIGHTS)])
+                CommitOperationAdd(WEIGHTS, folder / WEIGHTS),
+            ],
+        )
     except (HfHubHTTPError, LocalTokenNotFoundError, ValueError):  # which say what is wrong
         raise
     except Exception as error:  # of whichever HTTP client the Hub's library has

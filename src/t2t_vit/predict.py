@@ -1,10 +1,11 @@
 """What a trained model says of images, few or millions: their classes, or vectors that stand for them."""
 
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Literal, Optional, Protocol, Tuple
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -24,33 +25,35 @@ from .trained import hash_weights, load_model, pick_device, spoken_names
 
 Kind = Literal['features', 'class_token', 'pooled', 'pyramid']
 Precision = Literal['no', 'bf16', 'fp16']
-Row = Dict[str, Any]
+Row = dict[str, Any]
 SHOWN, NAMED = 24, 5  # images in a picture, and damaged ones in a message
 
 
 class Head(Protocol):
     """What is asked of a model: columns of these types."""
 
-    types: Dict[str, pa.DataType]
+    types: dict[str, pa.DataType]
     width: int  # of each of these lists
 
-    def __call__(self, images: torch.Tensor) -> Dict[str, pa.Array]:
+    def __call__(self, images: torch.Tensor) -> dict[str, pa.Array]:
         """Columns with a value for each of (B, C, H, W)."""
 
 
 class TopK:
     """The most probable classes: columns `classes` and `probabilities`, k of each in falling order."""
 
-    def __init__(self, net: Callable[[torch.Tensor], torch.Tensor], names: List[str], k: int) -> None:
+    def __init__(self, net: Callable[[torch.Tensor], torch.Tensor], names: list[str], k: int) -> None:
         self.net, self.names, self.k = net, np.array(names), min(k, len(names))
         self.types = {'classes': pa.list_(pa.string()), 'probabilities': pa.list_(pa.float32())}
         self.width = self.k
 
-    def __call__(self, images: torch.Tensor) -> Dict[str, pa.Array]:
+    def __call__(self, images: torch.Tensor) -> dict[str, pa.Array]:
         """Columns with a value for each of (B, C, H, W)."""
         values, classes = self.net(images).float().softmax(-1).topk(self.k)
-        return {'classes': as_lists(self.names[classes.cpu().numpy()], pa.string()),
-                'probabilities': as_lists(values.cpu().numpy(), pa.float32())}
+        return {
+            'classes': as_lists(self.names[classes.cpu().numpy()], pa.string()),
+            'probabilities': as_lists(values.cpu().numpy(), pa.float32()),
+        }
 
 
 class Embedding:
@@ -81,11 +84,12 @@ class Embedding:
         self.types = {'embedding': pa.list_(pa.float32())}
         self.width = sum(self.levels)
 
-    def parts(self, images: torch.Tensor) -> List[torch.Tensor]:
+    def parts(self, images: torch.Tensor) -> list[torch.Tensor]:
         """The pieces of the vectors, each (B, d)."""
         if self.kind == 'pyramid':
             maps = self.net.forward_intermediates(
-                images, indices=self.indices, intermediates_only=True, output_fmt='NCHW')
+                images, indices=self.indices, intermediates_only=True, output_fmt='NCHW'
+            )
             return [level.float().mean((2, 3)) for level in maps]
         if isinstance(self.net, ExportedModel):
             return [self.net.features(images)]
@@ -97,9 +101,9 @@ class Embedding:
             return [tokens[:, 0]]
         if tokens.ndim == 4:  # Swin's maps and their kin's have their channels last
             return [tokens.mean((1, 2) if getattr(self.net, 'output_fmt', 'NCHW') == 'NHWC' else (2, 3))]
-        return [tokens[:, getattr(self.net, 'num_prefix_tokens', 0):].mean(1)]
+        return [tokens[:, getattr(self.net, 'num_prefix_tokens', 0) :].mean(1)]
 
-    def __call__(self, images: torch.Tensor) -> Dict[str, pa.Array]:
+    def __call__(self, images: torch.Tensor) -> dict[str, pa.Array]:
         """Columns with a value for each of (B, C, H, W)."""
         return {'embedding': as_lists(torch.cat(self.parts(images), 1).cpu().numpy(), pa.float32())}
 
@@ -114,10 +118,10 @@ def as_lists(values: np.ndarray, kind: pa.DataType) -> pa.Array:
 class Job:
     """What `predict` and `embed` have in common; see their arguments."""
 
-    inputs: List[str]
+    inputs: list[str]
     checkpoint: str
-    model: Optional[str]
-    output: Optional[str]
+    model: str | None
+    output: str | None
     batch_size: int
     workers: int
     device: str
@@ -125,47 +129,66 @@ class Job:
     shard_size: int
     max_pixels: int
 
-    def check(self, files: Tuple[str, ...], rules: Tuple[Tuple[bool, str], ...] = ()) -> None:
+    def check(self, files: tuple[str, ...], rules: tuple[tuple[bool, str], ...] = ()) -> None:
         """UsageError with all that is wrong; `files` are the kinds of file that the output may be."""
         problems = check_place(self.output, files) if self.output else []
-        require((
-            *rules,
-            (self.batch_size >= 1, f'batch_size is at least 1, got {self.batch_size}'),
-            (self.workers >= 0, f'workers is at least 0, got {self.workers}'),
-            (self.shard_size >= 1, f'shard_size is at least 1, got {self.shard_size}'),
-            (self.max_pixels >= 1, f'max_pixels is at least 1, got {self.max_pixels}'),
-            *((False, problem) for problem in problems)))
+        require(
+            (
+                *rules,
+                (self.batch_size >= 1, f'batch_size is at least 1, got {self.batch_size}'),
+                (self.workers >= 0, f'workers is at least 0, got {self.workers}'),
+                (self.shard_size >= 1, f'shard_size is at least 1, got {self.shard_size}'),
+                (self.max_pixels >= 1, f'max_pixels is at least 1, got {self.max_pixels}'),
+                *((False, problem) for problem in problems),
+            )
+        )
         self.rank, self.world = (number(name, default) for name, default in (('RANK', 0), ('WORLD_SIZE', 1)))
-        require((
-            (0 <= self.rank < self.world, f'RANK is at least 0 and below WORLD_SIZE, got {self.rank} of {self.world}'),
-            (self.world == 1 or bool(self.output), f'{self.world} processes need an --output to write to')))
+        require(
+            (
+                (
+                    0 <= self.rank < self.world,
+                    f'RANK is at least 0 and below WORLD_SIZE, got {self.rank} of {self.world}',
+                ),
+                (self.world == 1 or bool(self.output), f'{self.world} processes need an --output to write to'),
+            )
+        )
         if is_exported(self.checkpoint) and self.device not in ('auto', 'cpu'):
             raise UsageError(f'exported files run on the CPU here, not on {self.device}')
         self.target = pick_device('cpu' if is_exported(self.checkpoint) else self.device)
         if self.world > 1 and self.target.type == 'cuda' and ':' not in self.device:
             self.target = torch.device('cuda', number('LOCAL_RANK', self.rank) % torch.cuda.device_count())
 
-    def load(self) -> Tuple[Any, List[str]]:
+    def load(self) -> tuple[Any, list[str]]:
         """The model on its device, and its classes; `opener` is then what prepares images for it."""
         self.images = find_images(self.inputs)
         net, self.preprocessing, names, identity = self.open_model()
         self.opener = Opener(self.images, self.preprocessing, self.max_pixels)
         names = spoken_names(names)
         self.settings: Row = dict(
-            **identity, classes=names,
-            preprocessing=self.preprocessing.as_cfg(), precision=self.precision, max_pixels=self.max_pixels,
-            images=len(self.images), image_names=self.images.digest(), shard_size=self.shard_size)
+            **identity,
+            classes=names,
+            preprocessing=self.preprocessing.as_cfg(),
+            precision=self.precision,
+            max_pixels=self.max_pixels,
+            images=len(self.images),
+            image_names=self.images.digest(),
+            shard_size=self.shard_size,
+        )
         return net, names
 
-    def open_model(self) -> Tuple[Any, Preprocessing, List[str], Row]:
+    def open_model(self) -> tuple[Any, Preprocessing, list[str], Row]:
         """A model on its device or an exported file, its preprocessing, its classes, and what tells it from others."""
         if is_exported(self.checkpoint):
             if self.precision != 'no':
                 raise UsageError(f'{self.checkpoint} has its own precision: leave out --precision {self.precision}')
             file = load_exported(self.checkpoint)
             sha = ' '.join(map(hash_file, files_of(self.checkpoint)))
-            return file, file.preprocessing, file.class_names, dict(
-                model=file.metadata.model, weights=sha, export=f'{file.runtime}, {file.metadata.precision}')
+            return (
+                file,
+                file.preprocessing,
+                file.class_names,
+                dict(model=file.metadata.model, weights=sha, export=f'{file.runtime}, {file.metadata.precision}'),
+            )
         net, preprocessing, names = load_model(self.checkpoint, self.model)
         cfg: Any = net.pretrained_cfg
         return net.to(self.target), preprocessing, names, dict(model=cfg['architecture'], weights=hash_weights(net))
@@ -173,13 +196,23 @@ class Job:
     def environment(self) -> Row:
         """What may be another at a restart."""
         return dict(
-            inputs=self.inputs, checkpoint=self.checkpoint, device=str(self.target), batch_size=self.batch_size,
-            processes=self.world, version=__version__, torch=torch.__version__, timm=timm.__version__)
+            inputs=self.inputs,
+            checkpoint=self.checkpoint,
+            device=str(self.target),
+            batch_size=self.batch_size,
+            processes=self.world,
+            version=__version__,
+            torch=torch.__version__,
+            timm=timm.__version__,
+        )
 
-    def rows(self, head: Head, pieces: List[Piece]) -> Iterator[Tuple[Opened, pa.Table]]:
+    def rows(self, head: Head, pieces: list[Piece]) -> Iterator[tuple[Opened, pa.Table]]:
         """The rows of these pieces, batch by batch, none of which goes beyond its piece."""
-        batches = ((start, min(start + self.batch_size, stop))
-                   for begin, stop in pieces for start in range(begin, stop, self.batch_size))
+        batches = (
+            (start, min(start + self.batch_size, stop))
+            for begin, stop in pieces
+            for start in range(begin, stop, self.batch_size)
+        )
         count = sum(-(-(stop - begin) // self.batch_size) for begin, stop in pieces)
         workers = max(0, min(self.workers, count - 1))  # for a single batch they do not pay
         kind = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(self.precision)
@@ -190,15 +223,19 @@ class Job:
                     columns = head(opened.images.to(self.target, non_blocking=True))
             yield opened, self.table(opened, columns)
 
-    def table(self, opened: Opened, columns: Dict[str, pa.Array]) -> pa.Table:
+    def table(self, opened: Opened, columns: dict[str, pa.Array]) -> pa.Table:
         """Columns of the images that could be read, as rows of all."""
         span = range(opened.start, opened.stop)
         places = {index: i for i, index in enumerate(opened.good)}
         order = pa.array([places.get(index) for index in span], pa.int64())
-        return pa.table({
-            'index': pa.array(span, pa.int64()), 'image': pa.array([self.images.name(i) for i in span], pa.string()),
-            'error': pa.array([opened.errors.get(i) for i in span], pa.string()),
-            **{name: column.take(order) for name, column in columns.items()}})
+        return pa.table(
+            {
+                'index': pa.array(span, pa.int64()),
+                'image': pa.array([self.images.name(i) for i in span], pa.string()),
+                'error': pa.array([opened.errors.get(i) for i in span], pa.string()),
+                **{name: column.take(order) for name, column in columns.items()},
+            }
+        )
 
 
 def number(name: str, default: int) -> int:
@@ -229,7 +266,7 @@ def follow(job: Job, head: Head, settings: Row) -> Iterator[pa.Table]:
         own = range(job.rank, len(results.parts), job.world)
         before = sum(len(range(*results.piece(part))) for part in own) - sum(len(range(*piece)) for piece in pieces)
     read = damaged = 0
-    held: List[pa.Table] = []
+    held: list[pa.Table] = []
     total = before + sum(len(range(*piece)) for piece in pieces)
     with Live(console(stderr=True), 'image', total, before, quiet=job.rank > 0) as live:
         try:
@@ -247,25 +284,35 @@ def follow(job: Job, head: Head, settings: Row) -> Iterator[pa.Table]:
     if not results:
         return
     whole = results.finish()
-    speed = f'{read:,} images in {duration(seconds)}, {read / seconds:.1f} images/s, {damaged:,} of them damaged; ' \
-        if read else 'nothing left to do; '
-    console().print(speed + (f'all {len(job.images):,} are in {job.output}' if whole else
-                             f'this was the share of process {job.rank + 1} of {job.world}'), soft_wrap=True)
+    speed = (
+        f'{read:,} images in {duration(seconds)}, {read / seconds:.1f} images/s, {damaged:,} of them damaged; '
+        if read
+        else 'nothing left to do; '
+    )
+    console().print(
+        speed
+        + (
+            f'all {len(job.images):,} are in {job.output}'
+            if whole
+            else f'this was the share of process {job.rank + 1} of {job.world}'
+        ),
+        soft_wrap=True,
+    )
 
 
 def predict(
-        inputs: List[str],
-        checkpoint: str,
-        model: Optional[str] = None,
-        output: Optional[str] = None,
-        top_k: int = 5,
-        batch_size: int = 32,
-        workers: int = 2,
-        device: str = 'auto',
-        precision: Precision = 'no',
-        shard_size: int = 1024,
-        max_pixels: int = MAX_PIXELS,
-        picture: Optional[str] = None,
+    inputs: list[str],
+    checkpoint: str,
+    model: str | None = None,
+    output: str | None = None,
+    top_k: int = 5,
+    batch_size: int = 32,
+    workers: int = 2,
+    device: str = 'auto',
+    precision: Precision = 'no',
+    shard_size: int = 1024,
+    max_pixels: int = MAX_PIXELS,
+    picture: str | None = None,
 ) -> None:
     """Name what is in images: the most probable classes of each.
 
@@ -291,12 +338,12 @@ def predict(
     net, names = job.load()
     head = TopK(net, names, top_k)
     screen, total, good = console(), len(job.images), 0
-    shown: List[Row] = []
-    damaged: List[str] = []
+    shown: list[Row] = []
+    damaged: list[str] = []
     for table in follow(job, head, dict(top_k=head.k)):
         good += table.column('error').null_count
         rows = table.to_pylist() if not output or picture and len(shown) < SHOWN else []
-        shown += [row for row in rows if picture and row['error'] is None][:SHOWN - len(shown)]
+        shown += [row for row in rows if picture and row['error'] is None][: SHOWN - len(shown)]
         if not output:
             errors = (f'{row["image"]} ({row["error"]})' for row in rows if row['error'] is not None)
             damaged += islice(errors, NAMED - len(damaged))
@@ -307,32 +354,47 @@ def predict(
         screen.print(f'{total - good} of {total} images cannot be read: {", ".join(damaged)}', soft_wrap=True)
     if picture and shown:
         Path(picture).parent.mkdir(parents=True, exist_ok=True)
-        plot_predictions([(job.opener.show(row['index']), row['classes'][0], row['probabilities'][0],
-                           job.images.truth(row['index'])) for row in shown], Path(picture))
+        plot_predictions(
+            [
+                (
+                    job.opener.show(row['index']),
+                    row['classes'][0],
+                    row['probabilities'][0],
+                    job.images.truth(row['index']),
+                )
+                for row in shown
+            ],
+            Path(picture),
+        )
         screen.print(f'the picture is {picture}', soft_wrap=True)
 
 
-def as_table(rows: List[Row], k: int) -> Table:
+def as_table(rows: list[Row], k: int) -> Table:
     """Rows for the screen."""
     table = Table('image', *(f'{i + 1}.' for i in range(k)))
     for row in rows:
-        table.add_row(row['image'], *('–' if row['error'] is not None else f'{row["classes"][i]} '
-                                      f'{100 * row["probabilities"][i]:.1f} %' for i in range(k)))
+        table.add_row(
+            row['image'],
+            *(
+                '–' if row['error'] is not None else f'{row["classes"][i]} {100 * row["probabilities"][i]:.1f} %'
+                for i in range(k)
+            ),
+        )
     return table
 
 
 def embed(
-        inputs: List[str],
-        checkpoint: str,
-        output: str,
-        model: Optional[str] = None,
-        kind: Kind = 'features',
-        batch_size: int = 32,
-        workers: int = 2,
-        device: str = 'auto',
-        precision: Precision = 'no',
-        shard_size: int = 1024,
-        max_pixels: int = MAX_PIXELS,
+    inputs: list[str],
+    checkpoint: str,
+    output: str,
+    model: str | None = None,
+    kind: Kind = 'features',
+    batch_size: int = 32,
+    workers: int = 2,
+    device: str = 'auto',
+    precision: Precision = 'no',
+    shard_size: int = 1024,
+    max_pixels: int = MAX_PIXELS,
 ) -> None:
     """Turn images into vectors, to search, group or learn from.
 

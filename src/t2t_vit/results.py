@@ -3,10 +3,11 @@
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -44,7 +45,7 @@ class Results:
     of them when the last one is there. Beside either stands under which `settings` the rows were made.
     """
 
-    def __init__(self, place: Path, count: int, shard_size: int, settings: Dict[str, Any]) -> None:
+    def __init__(self, place: Path, count: int, shard_size: int, settings: dict[str, Any]) -> None:
         self.place, self.count, self.shard_size, self.settings = place, count, shard_size, settings
         self.one_file = place.suffix in WRITERS
         self.folder = place.with_name(f'{place.name}.parts') if self.one_file else place
@@ -53,7 +54,7 @@ class Results:
         total = -(-count // shard_size)
         self.parts = [self.folder / f'part-{i:05d}-of-{total:05d}.parquet' for i in range(total)]
 
-    def begin(self, environment: Dict[str, Any]) -> None:
+    def begin(self, environment: dict[str, Any]) -> None:
         """Make the place, with a record of the settings and of what else there is to know.
 
         Raises:
@@ -69,12 +70,18 @@ class Results:
         try:
             before = dict(flatten(json.loads(self.record.read_text())['settings']))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UsageError(f'{self.record} is no record of `t2t-vit predict` or `embed`, or it is damaged: choose '
-                             'another output') from None
+            raise UsageError(
+                f'{self.record} is no record of `t2t-vit predict` or `embed`, or it is damaged: choose another output'
+            ) from None
         saved, asked = before, dict(flatten(json.loads(json.dumps(self.settings))))
         if changed := [key for key in {**saved, **asked} if saved.get(key) != asked.get(key)]:
-            raise UsageError('\n'.join(f'{key} is {brief(saved.get(key))} in {self.record}, and cannot become '
-                                       f'{brief(asked.get(key))} there: choose another output' for key in changed))
+            raise UsageError(
+                '\n'.join(
+                    f'{key} is {brief(saved.get(key))} in {self.record}, and cannot become '
+                    f'{brief(asked.get(key))} there: choose another output'
+                    for key in changed
+                )
+            )
 
     def piece(self, part: int) -> Piece:
         """The images of a part."""
@@ -85,7 +92,7 @@ class Results:
         """Whether the one file is there."""
         return self.one_file and self.place.exists()
 
-    def missing(self) -> List[int]:
+    def missing(self) -> list[int]:
         """The parts that are still to be made."""
         if self.complete:
             return []
@@ -131,7 +138,8 @@ class Results:
                 raise DataError(f'{path} cannot be read: remove it, and start again ({error})') from None
             if table.num_rows != stop - start:
                 raise DataError(
-                    f'{path} has {table.num_rows} rows instead of {stop - start}: remove it, and start again')
+                    f'{path} has {table.num_rows} rows instead of {stop - start}: remove it, and start again'
+                )
             yield table
 
 
@@ -169,9 +177,16 @@ def stream(tables: Iterable[pa.Table], make: Callable[[pa.Schema], Any]) -> None
 def spread(table: pa.Table) -> pa.Table:
     """A table whose lists are columns: class_1, probability_1, class_2, …"""
     lists = {name: column for name, column in zip(table.column_names, table.columns) if name not in NAMES}
-    return pa.table({**{name: table.column(name) for name in NAMES}, **{
-        f'{SINGULAR[name]}_{i + 1}': pc.list_element(column, i)
-        for i in range(int(table.schema.metadata[WIDTH])) for name, column in lists.items()}})
+    return pa.table(
+        {
+            **{name: table.column(name) for name in NAMES},
+            **{
+                f'{SINGULAR[name]}_{i + 1}': pc.list_element(column, i)
+                for i in range(int(table.schema.metadata[WIDTH]))
+                for name, column in lists.items()
+            },
+        }
+    )
 
 
 def write_jsonl(tables: Tables, count: int, place: Path) -> None:
@@ -198,19 +213,26 @@ def write_npy(tables: Tables, count: int, place: Path) -> None:
                 shape = (count, int(table.schema.metadata[WIDTH]))
                 vectors = np.lib.format.open_memmap(draft, 'w+', np.dtype('float32'), shape)
             there = np.flatnonzero(column.is_valid())
-            vectors[start:start + len(column)] = np.nan
+            vectors[start : start + len(column)] = np.nan
             vectors[start + there] = column.drop_null().flatten().to_numpy().reshape(len(there), -1)
             start += len(column)
         if vectors is not None:
             vectors.flush()
 
 
-WRITERS: Dict[str, Callable[[Tables, int, Path], None]] = {
-    '.csv': write_csv, '.jsonl': write_jsonl, '.parquet': write_parquet, '.npy': write_npy}
+WRITERS: dict[str, Callable[[Tables, int, Path], None]] = {
+    '.csv': write_csv,
+    '.jsonl': write_jsonl,
+    '.parquet': write_parquet,
+    '.npy': write_npy,
+}
 
 
-def check_place(place: str, files: Sequence[str]) -> List[str]:
+def check_place(place: str, files: Sequence[str]) -> list[str]:
     """What is wrong with an output's name, in a sentence."""
     suffix = Path(place).suffix
-    return [] if suffix in ('', *files) else [
-        f'output is a folder, or a file that ends in {", ".join(files)}; got {place}']
+    return (
+        []
+        if suffix in ('', *files)
+        else [f'output is a folder, or a file that ends in {", ".join(files)}; got {place}']
+    )

@@ -3,18 +3,19 @@
 import argparse
 import difflib
 import os
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Type, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
 
 T = TypeVar('T')
 MOST_VALUES = 10_000  # of a file
-Setting = Tuple[str, str, Any]  # where it stands, its dotted key, its value
+Setting = tuple[str, str, Any]  # where it stands, its dotted key, its value
 
 
 class UsageError(ValueError):
@@ -27,32 +28,32 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f', did you mean {near[0]}?' if near else ''
 
 
-def require(rules: Iterable[Tuple[bool, str]]) -> None:
+def require(rules: Iterable[tuple[bool, str]]) -> None:
     """UsageError with the sentence of every rule that does not hold."""
     if problems := [sentence for holds, sentence in rules if not holds]:
         raise UsageError('\n'.join(problems))
 
 
-def recipes() -> Dict[str, Path]:
+def recipes() -> dict[str, Path]:
     """The shipped recipes by name."""
     files = Path(str(resources.files(__package__) / 'recipes')).glob('*.yaml')
     return {file.stem: file for file in sorted(files, key=lambda file: file.stem)}
 
 
-def booleans(kind: Any, prefix: str = '') -> List[str]:
+def booleans(kind: Any, prefix: str = '') -> list[str]:
     """The dotted names of a dataclass's fields, or a function's arguments, that are true or false."""
-    names: List[str] = []
+    names: list[str] = []
     for name, hint in get_type_hints(kind).items():
         if is_dataclass(hint):
             names += booleans(hint, f'{prefix}{name}.')
-        elif hint in (bool, Optional[bool]):
+        elif hint in (bool, bool | None):
             names.append(f'{prefix}{name}')
     return names
 
 
-def spell_out(argv: Sequence[str], flags: Sequence[str]) -> List[str]:
+def spell_out(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
     """The words of a command with `_` for `-` in the options' names, and `true` for flags that stand alone."""
-    spelled: List[str] = []
+    spelled: list[str] = []
     for word, following in zip(argv, [*argv[1:], '']):
         key, equals, value = word.partition('=')
         if word.startswith('--'):
@@ -63,9 +64,9 @@ def spell_out(argv: Sequence[str], flags: Sequence[str]) -> List[str]:
     return spelled
 
 
-def options(argv: Sequence[str]) -> Tuple[List[Tuple[str, Any]], List[str]]:
+def options(argv: Sequence[str]) -> tuple[list[tuple[str, Any]], list[str]]:
     """`--key value` and `--key=value` in their order; and what is wrong with them."""
-    found: List[Tuple[str, Any]] = []
+    found: list[tuple[str, Any]] = []
     problems, words = [], list(argv)
     while words:
         word = words.pop(0)
@@ -81,7 +82,7 @@ def options(argv: Sequence[str]) -> Tuple[List[Tuple[str, Any]], List[str]]:
     return found, problems
 
 
-def read_settings(file: Path, above: Sequence[Path] = ()) -> List[Setting]:
+def read_settings(file: Path, above: Sequence[Path] = ()) -> list[Setting]:
     """The leaves of a YAML file, behind those of the recipe that it names as its `base`.
 
     `base` is a shipped recipe's name, or a file beside this one. `above` are the files on the way here.
@@ -95,12 +96,13 @@ def read_settings(file: Path, above: Sequence[Path] = ()) -> List[Setting]:
         raise UsageError(f'cannot read {str(file)[:200]}: {str(error)[:200]}') from None
     tree = parse_settings(text, str(file))
     base = tree.pop('base', None)
-    settings: List[Setting] = []
+    settings: list[Setting] = []
     if base is not None:
         beside = file.parent / str(base)
         if str(base) not in recipes() and not os.path.isfile(beside):  # Path.is_file raises where a name is too long
             raise UsageError(
-                f'base in {file}: no recipe and no file {str(base)[:200]!r}{nearest(str(base), recipes())}')
+                f'base in {file}: no recipe and no file {str(base)[:200]!r}{nearest(str(base), recipes())}'
+            )
         source = recipes().get(str(base), beside)
         if source in (*above, file):
             raise UsageError(f'base in {file}: {base} leads back to itself')
@@ -108,7 +110,7 @@ def read_settings(file: Path, above: Sequence[Path] = ()) -> List[Setting]:
     return settings + [(f'{key} in {file}', key, value) for key, value in flatten(tree)]
 
 
-def parse_settings(text: str, place: str) -> Dict[str, Any]:
+def parse_settings(text: str, place: str) -> dict[str, Any]:
     """A YAML mapping, with nothing executed; `place` is where it stands, for messages.
 
     Raises:
@@ -126,7 +128,7 @@ def parse_settings(text: str, place: str) -> Dict[str, Any]:
     return tree
 
 
-def count_values(node: Any, known: Dict[int, int]) -> int:
+def count_values(node: Any, known: dict[int, int]) -> int:
     """Values of nested dicts and lists, those behind YAML's aliases counted as often as they appear.
 
     Raises:
@@ -140,21 +142,22 @@ def count_values(node: Any, known: Dict[int, int]) -> int:
         raise ValueError('an alias leads back to itself')
     if id(node) not in known:
         known[id(node)] = 0
-        known[id(node)] = 1 + sum(count_values(child, known) for child in (
-            node.values() if isinstance(node, dict) else node))
+        known[id(node)] = 1 + sum(
+            count_values(child, known) for child in (node.values() if isinstance(node, dict) else node)
+        )
     return known[id(node)]
 
 
-def flatten(tree: Dict[str, Any], prefix: str = '') -> List[Tuple[str, Any]]:
+def flatten(tree: dict[str, Any], prefix: str = '') -> list[tuple[str, Any]]:
     """{'a': {'b': 1}} -> [('a.b', 1)]."""
-    leaves: List[Tuple[str, Any]] = []
+    leaves: list[tuple[str, Any]] = []
     for key, value in tree.items():
         name = f'{prefix}{key}'
         leaves += flatten(value, f'{name}.') if isinstance(value, dict) and value else [(name, value)]
     return leaves
 
 
-def nest(tree: Dict[str, Any], key: str, value: Any) -> Dict[str, Any]:
+def nest(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     """Set `tree['a']['b']` for 'a.b'; gives the tree."""
     *parents, name = key.split('.')
     branch = tree
@@ -166,7 +169,7 @@ def nest(tree: Dict[str, Any], key: str, value: Any) -> Dict[str, Any]:
     return tree
 
 
-def resolve(kind: Type[T], settings: Sequence[Setting], problems: Sequence[str] = ()) -> T:
+def resolve(kind: type[T], settings: Sequence[Setting], problems: Sequence[str] = ()) -> T:
     """A `kind` with these settings, later ones over earlier ones, and its defaults for the rest.
 
     `kind` is a dataclass with a method `problems`, which names what is wrong with its values; `problems` are those
@@ -180,7 +183,7 @@ def resolve(kind: Type[T], settings: Sequence[Setting], problems: Sequence[str] 
     known = [key.partition('.')[2] for key in vars(parser.get_defaults().as_flat())]
 
     def parse(some: Sequence[Setting], defaults: bool = True) -> Any:
-        tree: Dict[str, Any] = {}
+        tree: dict[str, Any] = {}
         for _, key, value in some:
             nest(tree, f'config.{key}', value)
         return parser.parse_object(tree, defaults=defaults)

@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import timm
 import torch
@@ -23,7 +23,7 @@ from .settings import UsageError
 WEIGHTS, CONFIG, CARD = 'model.safetensors', 'config.json', 'README.md'
 
 
-def save_folder(model: nn.Module, folder: Path, model_args: Dict[str, Any], card: Optional[str] = None) -> None:
+def save_folder(model: nn.Module, folder: Path, model_args: dict[str, Any], card: str | None = None) -> None:
     """Write a model's weights and configuration into `folder`, each beside and renamed; `local-dir:` loads it.
 
     `model_args` are what it was built with, besides its name and what its pretrained_cfg says; `card` is its model
@@ -64,7 +64,7 @@ def from_pretrained(place: str, **kwargs: Any) -> Any:
     return timm.create_model(place, pretrained=True, **kwargs)
 
 
-def load_model(checkpoint: str, model: Optional[str] = None) -> Tuple[nn.Module, Preprocessing, List[str]]:
+def load_model(checkpoint: str, model: str | None = None) -> tuple[nn.Module, Preprocessing, list[str]]:
     """A trained model in evaluation mode, its preprocessing, and its class names (numbers where they are unknown).
 
     Args:
@@ -89,7 +89,7 @@ def load_model(checkpoint: str, model: Optional[str] = None) -> Tuple[nn.Module,
     return describe(net)
 
 
-def load_folder(path: Path) -> Tuple[nn.Module, Preprocessing, List[str]]:
+def load_folder(path: Path) -> tuple[nn.Module, Preprocessing, list[str]]:
     """`load_model` of a run's folder, or of one that timm's or the Hub's tools wrote.
 
     Raises:
@@ -103,47 +103,53 @@ def load_folder(path: Path) -> Tuple[nn.Module, Preprocessing, List[str]]:
                 draft = timm.create_model(f'local-dir:{path}')
             found = convert_state_dict(read_checkpoint(path / WEIGHTS), draft)
             if missing := [name for name in draft.state_dict() if name not in found]:
-                raise CheckpointError(f'{path / WEIGHTS} is not of {config["architecture"]} with {draft.num_classes} '
-                                      f'classes: {few(missing)} missing')
+                raise CheckpointError(
+                    f'{path / WEIGHTS} is not of {config["architecture"]} with {draft.num_classes} '
+                    f'classes: {few(missing)} missing'
+                )
         return describe(timm.create_model(f'local-dir:{path}', pretrained=True))
     except CheckpointError as error:
         raise CheckpointError(str(error) if str(path) in str(error) else f'{path}: {error}') from None
     except Exception as error:  # whatever timm and the model make of damaged settings
-        raise CheckpointError(f'{path} does not hold a whole model, see {path / CONFIG}: '
-                              f'{type(error).__name__} {few([str(error)])}') from error
+        raise CheckpointError(
+            f'{path} does not hold a whole model, see {path / CONFIG}: {type(error).__name__} {few([str(error)])}'
+        ) from error
 
 
-def describe(net: Any) -> Tuple[nn.Module, Preprocessing, List[str]]:
+def describe(net: Any) -> tuple[nn.Module, Preprocessing, list[str]]:
     """What `load_model` gives, of a model that timm built."""
     names = class_names(net)
     if len(names) != net.num_classes or not all(isinstance(name, str) for name in names):
         raise CheckpointError(
-            f'label_names are {net.num_classes} names, one for each class, got {few(map(str, names))}')
+            f'label_names are {net.num_classes} names, one for each class, got {few(map(str, names))}'
+        )
     return net.eval(), Preprocessing.of(net.pretrained_cfg), names
 
 
-def class_names(net: nn.Module) -> List[str]:
+def class_names(net: nn.Module) -> list[str]:
     """As its configuration has them, or numbers."""
     cfg = getattr(net, 'pretrained_cfg', {})
     return list(cfg.get('label_names') or map(str, range(int(getattr(net, 'num_classes', 0)))))
 
 
-def has_classes(net: nn.Module, classes: List[str]) -> bool:
+def has_classes(net: nn.Module, classes: list[str]) -> bool:
     """Whether its outputs may be these classes: the same names in the same order, or as many where it knows none."""
     names = class_names(net)
     return names == classes or len(names) == len(classes) and not net.pretrained_cfg.get('label_names')  # type: ignore
 
 
-def other_classes(net: nn.Module, classes: List[str], data: str) -> str:
+def other_classes(net: nn.Module, classes: list[str], data: str) -> str:
     """What to say of data whose classes the model has not; nothing where it may have them."""
     if has_classes(net, classes):
         return ''
     names = class_names(net)
-    return (f'the model knows {len(names)} classes ({", ".join(names[:3])}, …), '
-            f'{data} has {len(classes)} ({", ".join(classes[:3])}, …)')
+    return (
+        f'the model knows {len(names)} classes ({", ".join(names[:3])}, …), '
+        f'{data} has {len(classes)} ({", ".join(classes[:3])}, …)'
+    )
 
 
-def spoken_names(names: List[str]) -> List[str]:
+def spoken_names(names: list[str]) -> list[str]:
     """Class names for people: of a model for a thousand classes without names, ImageNet-1k's, by timm's list.
 
     The first word of each synset; where two have the same (two kinds of crane), with the synset's number.

@@ -8,9 +8,9 @@ Two things differ from timm: everything is resampled bilinearly, and a crop is t
 
 import itertools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -38,13 +38,13 @@ class Augment:
         smoothing: Label smoothing.
     """
 
-    scale: Tuple[float, float] = (0.08, 1.0)
-    ratio: Tuple[float, float] = (0.75, 1.3333)
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (0.75, 1.3333)
     pad: int = 0
     hflip: float = 0.5
     rotate: float = 0.0
     color_jitter: float = 0.0
-    auto_augment: Optional[str] = 'rand-m9-mstd0.5-inc1'
+    auto_augment: str | None = 'rand-m9-mstd0.5-inc1'
     interpolation: str = 'random'
     erase: float = 0.25
     erase_mode: str = 'pixel'
@@ -213,7 +213,7 @@ def enhance_away(magnitude: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
     return (1 + sign * magnitude / 10 * 0.9).clamp(min=0.1)
 
 
-OPERATIONS: Dict[str, Tuple[Operation, Level]] = {  # by timm's names; those that end in Increasing are its `inc1`
+OPERATIONS: dict[str, tuple[Operation, Level]] = {  # by timm's names; those that end in Increasing are its `inc1`
     'AutoContrast': (auto_contrast, signed(0)),
     'Equalize': (equalize, signed(0)),
     'Invert': (invert, signed(0)),
@@ -240,11 +240,11 @@ OPERATIONS: Dict[str, Tuple[Operation, Level]] = {  # by timm's names; those tha
 
 
 def apply_drawn(
-        images: torch.Tensor,
-        drawn: torch.Tensor,
-        arguments: torch.Tensor,
-        operations: Sequence[Operation],
-        fill: torch.Tensor,
+    images: torch.Tensor,
+    drawn: torch.Tensor,
+    arguments: torch.Tensor,
+    operations: Sequence[Operation],
+    fill: torch.Tensor,
 ) -> torch.Tensor:
     """To each image the operation whose number it drew, (B,), none at -1, with its argument, (B,); in place.
 
@@ -290,8 +290,11 @@ class RandAugment:
         if self.spread == math.inf:
             magnitude = self.magnitude * u
         else:
-            magnitude = self.magnitude + self.spread * torch.special.ndtri(u) if self.spread else \
-                torch.full_like(u, self.magnitude)
+            magnitude = (
+                self.magnitude + self.spread * torch.special.ndtri(u)
+                if self.spread
+                else torch.full_like(u, self.magnitude)
+            )
         magnitude = magnitude.clamp(0, self.most)
         table = torch.stack([level(magnitude, sign) for level in self.levels], 1)
         return table.gather(1, drawn[:, None])[:, 0]
@@ -314,7 +317,7 @@ def jitter(images: torch.Tensor, strength: float, chances: torch.Tensor, fill: t
 # Crop, mirror, rotation, padding, erasing.
 
 
-def _box(area: torch.Tensor, log_ratio: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+def _box(area: torch.Tensor, log_ratio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Height and width, as shares of the image, of a box with this share of its area."""
     return (area * (-log_ratio).exp()).sqrt().clamp(max=1), (area * log_ratio.exp()).sqrt().clamp(max=1)
 
@@ -340,10 +343,13 @@ def resample(images: torch.Tensor, augment: Augment, boxes: torch.Tensor, chance
         return torch.where(mirrored.bool()[:, None, None, None], images.flip(-1), images)
     angle = (2 * chances[:, 2] - 1) * math.radians(augment.rotate)
     mirror, aspect = 1 - 2 * mirrored, images.shape[-2] / images.shape[-1]
-    theta = torch.stack([
-        torch.stack([width * mirror * angle.cos(), -height * aspect * angle.sin(), 2 * left + width - 1], 1),
-        torch.stack([width * mirror * angle.sin() / aspect, height * angle.cos(), 2 * top + height - 1], 1),
-    ], 1)  # output place -> input place, both in [-1, 1]: (B, 2, 3)
+    theta = torch.stack(
+        [
+            torch.stack([width * mirror * angle.cos(), -height * aspect * angle.sin(), 2 * left + width - 1], 1),
+            torch.stack([width * mirror * angle.sin() / aspect, height * angle.cos(), 2 * top + height - 1], 1),
+        ],
+        1,
+    )  # output place -> input place, both in [-1, 1]: (B, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode='bilinear', padding_mode='border', align_corners=False)
 
@@ -359,8 +365,8 @@ def shift_box(boxes: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, size:
 
 
 def pad_and_crop(
-        images: torch.Tensor, pad: int, boxes: torch.Tensor, chances: torch.Tensor,
-) -> Tuple[torch.Tensor, torch.Tensor]:
+    images: torch.Tensor, pad: int, boxes: torch.Tensor, chances: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A window of each image with `pad` black pixels around it, and the boxes of what is seen; chances (B, 2)."""
     size = images.shape[-2:]
     rows, cols = (chances * (2 * pad + 1)).long().unbind(1)
@@ -417,13 +423,15 @@ class BatchAugment:
         self.policy = RandAugment(augment.auto_augment) if augment.auto_augment else None
         self.widths = [12, 2, self.policy.columns if self.policy else 4]  # crop and erasing, padding, colours
 
-    def chances(self, count: int, generators: List[torch.Generator]) -> torch.Tensor:
+    def chances(self, count: int, generators: list[torch.Generator]) -> torch.Tensor:
         """A row of random numbers for every sample, on the CPU; generators: for crop and erasing, for the rest."""
         first, *rest = self.widths
-        return torch.cat([torch.rand(count, first, generator=generators[0]),
-                          torch.rand(count, sum(rest), generator=generators[1])], 1)
+        return torch.cat(
+            [torch.rand(count, first, generator=generators[0]), torch.rand(count, sum(rest), generator=generators[1])],
+            1,
+        )
 
-    def __call__(self, images: torch.Tensor, chances: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, images: torch.Tensor, chances: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised images (B, C, H, W) of uint8 ones, and boxes (B, 5) of what is seen, but for the rotation."""
         places, shifts, colors = chances.split(self.widths, dim=1)
         places = places.to(images.device)

@@ -13,8 +13,9 @@ import math
 import random
 import signal
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,10 +47,10 @@ class Batch(NamedTuple):
 class Preprocessing:
     """How an image becomes a tensor, in timm's words; travels with a model as its pretrained_cfg."""
 
-    size: Tuple[int, int]
+    size: tuple[int, int]
     channels: int
-    mean: Tuple[float, ...]
-    std: Tuple[float, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     interpolation: str = 'bicubic'
     crop_pct: float = 0.9
     crop_mode: str = 'center'
@@ -59,19 +60,32 @@ class Preprocessing:
             raise DataError(f'images are read with 1 or 3 channels, the model has {self.channels}')
 
     @classmethod
-    def of(cls, cfg: Dict[str, Any]) -> 'Preprocessing':
+    def of(cls, cfg: dict[str, Any]) -> 'Preprocessing':
         """What a model's pretrained_cfg says."""
         channels, height, width = cfg['input_size']
         mean, std = tuple(cfg['mean']), tuple(cfg['std'])
         if len(mean) != channels:  # an RGB model rebuilt for another number of channels
             mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
-        return cls((height, width), channels, mean, std, cfg['interpolation'], cfg['crop_pct'],
-                   cfg.get('crop_mode') or 'center')
+        return cls(
+            (height, width),
+            channels,
+            mean,
+            std,
+            cfg['interpolation'],
+            cfg['crop_pct'],
+            cfg.get('crop_mode') or 'center',
+        )
 
-    def as_cfg(self) -> Dict[str, Any]:
+    def as_cfg(self) -> dict[str, Any]:
         """The same for a pretrained_cfg."""
-        return dict(input_size=(self.channels, *self.size), mean=self.mean, std=self.std, crop_pct=self.crop_pct,
-                    interpolation=self.interpolation, crop_mode=self.crop_mode)
+        return dict(
+            input_size=(self.channels, *self.size),
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop_pct,
+            interpolation=self.interpolation,
+            crop_mode=self.crop_mode,
+        )
 
     def convert(self, image: Image.Image) -> Image.Image:
         """To the model's channels: grey for 1, RGB for 3."""
@@ -80,17 +94,23 @@ class Preprocessing:
     def transform(self, normalize: bool = True) -> Callable[[Image.Image], torch.Tensor]:
         """For evaluation: resize, crop, normalise; without the last, uint8."""
         return create_transform(
-            (self.channels, *self.size), mean=self.mean, std=self.std, interpolation=self.interpolation,
-            crop_pct=self.crop_pct, crop_mode=self.crop_mode, normalize=normalize)
+            (self.channels, *self.size),
+            mean=self.mean,
+            std=self.std,
+            interpolation=self.interpolation,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+            normalize=normalize,
+        )
 
-    def resized(self, image: Image.Image) -> Tuple[int, int]:
+    def resized(self, image: Image.Image) -> tuple[int, int]:
         """Height and width that `transform` gives an image before it crops; a strip may become long."""
         factors = [size / self.crop_pct / side for size, side in zip(self.size, (image.height, image.width))]
         if self.crop_mode != 'squash':
             factors = [min(factors) if self.crop_mode == 'border' else max(factors)] * 2
         return int(image.height * factors[0]), int(image.width * factors[1])
 
-    def kept(self, image: Image.Image) -> Tuple[float, ...]:
+    def kept(self, image: Image.Image) -> tuple[float, ...]:
         """The box that `transform` keeps of an image, to within a pixel: top, left, height, width, 0 for unmirrored.
 
         In the crop mode `border` it reaches out of the image.
@@ -106,14 +126,24 @@ class TrainTransform:
 
     def __init__(self, preprocessing: Preprocessing, augment: Augment) -> None:
         primary, self.secondary, self.final = create_transform(
-            (preprocessing.channels, *preprocessing.size), is_training=True, mean=preprocessing.mean,
-            std=preprocessing.std, scale=augment.scale, ratio=augment.ratio, hflip=augment.hflip,
-            color_jitter=augment.color_jitter, auto_augment=augment.auto_augment,
-            interpolation=augment.interpolation, re_prob=augment.erase, re_mode=augment.erase_mode, separate=True)
+            (preprocessing.channels, *preprocessing.size),
+            is_training=True,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            scale=augment.scale,
+            ratio=augment.ratio,
+            hflip=augment.hflip,
+            color_jitter=augment.color_jitter,
+            auto_augment=augment.auto_augment,
+            interpolation=augment.interpolation,
+            re_prob=augment.erase,
+            re_mode=augment.erase_mode,
+            separate=True,
+        )
         self.crop, self.size = primary.transforms[0], preprocessing.size
         self.pad, self.hflip = augment.pad, augment.hflip
 
-    def __call__(self, image: Image.Image) -> Tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
         """The image as (C, H, W), and the box of what it shows, (5,)."""
         top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
         modes = self.crop.interpolation
@@ -167,10 +197,10 @@ class Steps:
         steps = self.count / (self.batch_size * self.world)
         return math.floor(steps) if self.training else math.ceil(steps)
 
-    def epoch(self, epoch: int, start: int) -> List[torch.Tensor]:
+    def epoch(self, epoch: int, start: int) -> list[torch.Tensor]:
         """The samples of each step from the `start`-th on."""
         order = epoch_order(self.count, self.seed, epoch) if self.training else torch.arange(self.count)
-        steps = order.split(self.batch_size * self.world)[start:len(self)]
+        steps = order.split(self.batch_size * self.world)[start : len(self)]
         own = (step.tensor_split(self.world)[self.rank] for step in steps)
         return [samples for samples in own if len(samples)]
 
@@ -185,33 +215,48 @@ class DiskBatches:
     """
 
     def __init__(
-            self,
-            source: Source,
-            preprocessing: Preprocessing,
-            batch_size: int,
-            augment: Optional[Augment] = None,
-            workers: int = 2,
-            seed: int = 0,
-            device: torch.device = torch.device('cpu'),
-            rank: int = 0,
-            world: int = 1,
+        self,
+        source: Source,
+        preprocessing: Preprocessing,
+        batch_size: int,
+        augment: Augment | None = None,
+        workers: int = 2,
+        seed: int = 0,
+        device: torch.device = torch.device('cpu'),
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.source, self.batch_size, self.augment, self.device = source, batch_size, augment, device
-        self.damaged: List[str] = []
+        self.damaged: list[str] = []
         self.steps = Steps(len(source.labels), batch_size, augment is not None, seed, rank, world)
         self.order, self.opener = _Order(self.steps), _Opener(source, preprocessing, augment, seed)
         self.loader = DataLoader(
-            self.opener, batch_sampler=self.order, num_workers=workers,
-            collate_fn=_collate, pin_memory=device.type == 'cuda', worker_init_fn=leave_signals,
-            persistent_workers=workers > 0, generator=torch.Generator())  # which gives workers seeds that nobody uses
+            self.opener,
+            batch_sampler=self.order,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=device.type == 'cuda',
+            worker_init_fn=leave_signals,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),
+        )  # which gives workers seeds that nobody uses
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def smaller(self, batch_size: int = 8) -> 'DiskBatches':
         """The same images in small batches by other workers: to measure, since these come at once."""
-        return DiskBatches(self.source, self.opener.preprocessing, batch_size, self.augment, self.loader.num_workers,
-                           self.steps.seed, self.device, self.steps.rank, self.steps.world)
+        return DiskBatches(
+            self.source,
+            self.opener.preprocessing,
+            batch_size,
+            self.augment,
+            self.loader.num_workers,
+            self.steps.seed,
+            self.device,
+            self.steps.rank,
+            self.steps.world,
+        )
 
     def close(self) -> None:
         """End the workers. They answer no signal, so a process that ends before them would wait for ever."""
@@ -230,36 +275,35 @@ class DiskBatches:
                 raise DataError('not one training image can be read')
 
 
-class _Order(Sampler[List[Tuple[int, int]]]):
+class _Order(Sampler[list[tuple[int, int]]]):
     """What the workers are sent: for every step a list of (epoch, index)."""
 
     def __init__(self, steps: Steps) -> None:
         self.steps, self.epoch, self.start = steps, 0, 0
 
-    def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return iter(self.lists(self.epoch, self.steps.epoch(self.epoch, self.start)))
 
     @staticmethod
-    def lists(epoch: int, steps: Sequence[torch.Tensor]) -> Iterator[List[Tuple[int, int]]]:
+    def lists(epoch: int, steps: Sequence[torch.Tensor]) -> Iterator[list[tuple[int, int]]]:
         """Each when it is asked for: a million numbers as Python's take long."""
         for samples in steps:
             yield [(epoch, index) for index in samples.tolist()]
 
 
-Sample = Tuple[Optional[Tuple[torch.Tensor, int, int, torch.Tensor]], List[str]]  # as in Batch; names of damaged images
+Sample = tuple[tuple[torch.Tensor, int, int, torch.Tensor] | None, list[str]]  # as in Batch; names of damaged images
 
 
 class _Opener(Dataset[Sample]):
     """What a worker process runs: (epoch, index) -> sample."""
 
-    def __init__(
-            self, source: Source, preprocessing: Preprocessing, augment: Optional[Augment], seed: int) -> None:
+    def __init__(self, source: Source, preprocessing: Preprocessing, augment: Augment | None, seed: int) -> None:
         self.source, self.preprocessing, self.seed = source, preprocessing, seed
         self.train = TrainTransform(preprocessing, augment) if augment else None
         self.evaluate = preprocessing.transform()
-        self.damaged: Set[int] = set()  # opened once, not again
+        self.damaged: set[int] = set()  # opened once, not again
 
-    def __getitem__(self, place: Tuple[int, int]) -> Sample:
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
         epoch, index = place
         count, names = len(self.source.labels), []
         for i in range(index, index + (count if self.train else 1)):
@@ -275,7 +319,7 @@ class _Opener(Dataset[Sample]):
             return (tensor, self.source.labels[i], i, box), names
         return None, names
 
-    def transformed(self, image: Image.Image, epoch: int, index: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    def transformed(self, image: Image.Image, epoch: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The image and its box, by random numbers of the sample's own; the main process keeps its state."""
         if self.train is None:
             return self.evaluate(image), torch.tensor(self.preprocessing.kept(image))
@@ -292,7 +336,7 @@ class _Opener(Dataset[Sample]):
         return sample
 
 
-def _collate(samples: List[Sample]) -> Tuple[Optional[Batch], List[str]]:
+def _collate(samples: list[Sample]) -> tuple[Batch | None, list[str]]:
     names = [name for _, damaged in samples for name in damaged]
     good = [sample for sample, _ in samples if sample is not None]
     if not good:
@@ -314,24 +358,27 @@ class MemoryBatches:
     """
 
     def __init__(
-            self,
-            source: Source,
-            preprocessing: Preprocessing,
-            batch_size: int,
-            augment: Optional[Augment] = None,
-            workers: int = 0,
-            seed: int = 0,
-            device: torch.device = torch.device('cpu'),
-            rank: int = 0,
-            world: int = 1,
+        self,
+        source: Source,
+        preprocessing: Preprocessing,
+        batch_size: int,
+        augment: Augment | None = None,
+        workers: int = 0,
+        seed: int = 0,
+        device: torch.device = torch.device('cpu'),
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         if augment and not in_memory(augment):
-            raise DataError(f'augment.auto_augment {augment.auto_augment} has operations for single images only: '
-                            'set data.memory to false, or take a policy as rand-m9-mstd0.5-inc1')
+            raise DataError(
+                f'augment.auto_augment {augment.auto_augment} has operations for single images only: '
+                'set data.memory to false, or take a policy as rand-m9-mstd0.5-inc1'
+            )
         self.batch_size, self.seed, self.device = batch_size, seed, device
-        self.damaged: List[str] = []
-        whole = transforms.Compose([
-            transforms.Resize(preprocessing.size, transforms.InterpolationMode.BICUBIC), transforms.PILToTensor()])
+        self.damaged: list[str] = []
+        whole = transforms.Compose(
+            [transforms.Resize(preprocessing.size, transforms.InterpolationMode.BICUBIC), transforms.PILToTensor()]
+        )
         prepare = whole if augment else preprocessing.transform(normalize=False)
         images, indices, boxes = [], [], []
         for i in range(len(source.labels)):
@@ -362,8 +409,13 @@ class MemoryBatches:
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Batches of one epoch from the `start`-th on."""
-        chances = self.augment.chances(len(self.labels), [
-            torch.Generator().manual_seed(derive(self.seed, epoch, key)) for key in (2, 4)]) if self.augment else None
+        chances = (
+            self.augment.chances(
+                len(self.labels), [torch.Generator().manual_seed(derive(self.seed, epoch, key)) for key in (2, 4)]
+            )
+            if self.augment
+            else None
+        )
         for samples in self.steps.epoch(epoch, start):
             chosen = samples.to(self.device, non_blocking=True)
             if self.augment and chances is not None:
@@ -392,16 +444,16 @@ def small_images(source: Source, preprocessing: Preprocessing, training: bool) -
 
 
 def open_batches(
-        source: Source,
-        preprocessing: Preprocessing,
-        batch_size: int,
-        augment: Optional[Augment],
-        memory: Optional[bool],
-        workers: int = 2,
-        seed: int = 0,
-        device: torch.device = torch.device('cpu'),
-        rank: int = 0,
-        world: int = 1,
+    source: Source,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    augment: Augment | None,
+    memory: bool | None,
+    workers: int = 2,
+    seed: int = 0,
+    device: torch.device = torch.device('cpu'),
+    rank: int = 0,
+    world: int = 1,
 ) -> 'DiskBatches | MemoryBatches':
     """The loader that fits: in memory where asked for, or where `memory` is None and the set is of small images.
 
@@ -426,7 +478,8 @@ def open_batches(
 
 
 def measure_input(
-        batches: 'DiskBatches | MemoryBatches', seconds: float = 5.0, epochs: Optional[Iterable[int]] = None) -> float:
+    batches: 'DiskBatches | MemoryBatches', seconds: float = 5.0, epochs: Iterable[int] | None = None
+) -> float:
     """Images per second that the input side alone delivers.
 
     The first batch of every worker is not counted: workers start with it. Epochs follow each other until the time is
@@ -437,8 +490,11 @@ def measure_input(
     """
     if not len(batches):
         raise DataError(f'the images make no batch of {batches.batch_size}')
-    counts = (len(batch.labels) for epoch in (itertools.count() if epochs is None else epochs)
-              for batch in batches.epoch(epoch))
+    counts = (
+        len(batch.labels)
+        for epoch in (itertools.count() if epochs is None else epochs)
+        for batch in batches.epoch(epoch)
+    )
     workers = batches.loader.num_workers if isinstance(batches, DiskBatches) else 0
     return images_per_second(counts, batches.device, seconds, max(1, workers))
 

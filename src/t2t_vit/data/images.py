@@ -6,10 +6,11 @@ import hashlib
 import os
 import warnings
 from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, groupby, islice
 from pathlib import Path
-from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Protocol, Sequence, Tuple
+from typing import NamedTuple, Protocol
 
 import pyarrow as pa
 import torch
@@ -23,7 +24,7 @@ TABLES, LISTS = ('.tar', '.parquet'), ('.csv', '.txt')
 PATH_COLUMNS = ('image', 'path', 'file', 'filename', 'file_name', 'filepath', 'image_path')
 MAX_PIXELS = 100_000_000  # of an image, before and after it is resized
 AT_ONCE = 100_000  # names that are held as Python's strings
-Piece = Tuple[int, int]  # of consecutive images: the first, and the one behind the last
+Piece = tuple[int, int]  # of consecutive images: the first, and the one behind the last
 
 
 class Part(Protocol):
@@ -70,8 +71,9 @@ class Tar:
     def __init__(self, path: str) -> None:
         self.path = path
         members = (member for member, kind, _ in tar_members(Path(path)) if is_image(kind))
-        rows = ((os.fsencode(member.name).decode(errors='replace'), member.offset_data, member.size)
-                for member in members)
+        rows = (
+            (os.fsencode(member.name).decode(errors='replace'), member.offset_data, member.size) for member in members
+        )
         chunks = []
         while chunk := list(islice(rows, AT_ONCE)):
             chunks.append(pa.table(list(map(list, zip(*chunk))), names=['name', 'offset', 'size']))
@@ -133,7 +135,7 @@ class Sample:
         return self.source.classes[self.source.labels[self.chosen[index]]]
 
 
-EMBEDDED: Dict[str, Callable[[], Part]] = {'digits': Sample, 'samples': Photos}
+EMBEDDED: dict[str, Callable[[], Part]] = {'digits': Sample, 'samples': Photos}
 
 
 class Images:
@@ -146,7 +148,7 @@ class Images:
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
-    def locate(self, index: int) -> Tuple[Part, int]:
+    def locate(self, index: int) -> tuple[Part, int]:
         """The part that holds the image, and the image's place in it."""
         part = bisect_right(self.ends, index)
         return self.parts[part], index - (self.ends[part - 1] if part else 0)
@@ -186,8 +188,8 @@ def find_images(inputs: Sequence[str]) -> Images:
     Raises:
         DataError: naming everything that is not there; for a torn tar or Parquet file; if no image is found.
     """
-    places: List[str] = []
-    missing: List[str] = []
+    places: list[str] = []
+    missing: list[str] = []
     for name in inputs:
         found = [name] if name in EMBEDDED or os.path.exists(name) else sorted(glob.glob(name, recursive=True))
         places += found
@@ -208,8 +210,12 @@ def walk_all(places: Iterable[str]) -> Iterator[str]:
 
 def gather(places: Iterable[str]) -> Iterator[Part]:
     """Parts in the order of their places; image files that follow each other are one."""
-    for kind, group in groupby(places, lambda place: place if place in EMBEDDED else Path(place).suffix.lower()
-                               if place.lower().endswith(TABLES + LISTS) else ''):
+    for kind, group in groupby(
+        places,
+        lambda place: (
+            place if place in EMBEDDED else Path(place).suffix.lower() if place.lower().endswith(TABLES + LISTS) else ''
+        ),
+    ):
         if kind == '':
             yield Files(group)
         elif kind in LISTS:
@@ -231,8 +237,11 @@ def listed(file: Path) -> Iterator[str]:
     """
     with file.open(newline='', encoding='utf-8-sig') as stream:
         try:
-            paths = ((line.rstrip('\r\n') for line in stream) if file.suffix.lower() == '.txt' else
-                     column_of_paths(csv.reader(stream), file))
+            paths = (
+                (line.rstrip('\r\n') for line in stream)
+                if file.suffix.lower() == '.txt'
+                else column_of_paths(csv.reader(stream), file)
+            )
             folder = None
             for path in filter(None, paths):
                 if folder is None:
@@ -242,7 +251,7 @@ def listed(file: Path) -> Iterator[str]:
             raise DataError(f'{file} is no list of paths: {error}') from None
 
 
-def column_of_paths(rows: Iterator[List[str]], file: Path) -> Iterator[str]:
+def column_of_paths(rows: Iterator[list[str]], file: Path) -> Iterator[str]:
     """The cells that name files."""
     header = next(rows, [])
     names = [name.strip().lower() for name in header]
@@ -275,8 +284,8 @@ class Opened(NamedTuple):
     start: int
     stop: int
     images: torch.Tensor
-    good: List[int]
-    errors: Dict[int, str]
+    good: list[int]
+    errors: dict[int, str]
 
 
 class Opener(Dataset[Opened]):
@@ -285,8 +294,7 @@ class Opener(Dataset[Opened]):
     An image of more than `max_pixels`, or one so narrow that it would have as many once it is resized, is refused.
     """
 
-    def __init__(
-            self, images: 'Images | Source', preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, images: 'Images | Source', preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> None:
         self.images, self.preprocessing, self.max_pixels = images, preprocessing, max_pixels
         self.transform = preprocessing.transform()
 
@@ -296,8 +304,10 @@ class Opener(Dataset[Opened]):
             image = self.images.open(index)
         height, width = self.preprocessing.resized(image)
         if height * width > self.max_pixels:
-            raise DataError(f'{image.width}x{image.height} pixels would be resized to {width}x{height}, more than '
-                            f'{self.max_pixels} in all')
+            raise DataError(
+                f'{image.width}x{image.height} pixels would be resized to {width}x{height}, more than '
+                f'{self.max_pixels} in all'
+            )
         return self.preprocessing.convert(image)
 
     def __getitem__(self, piece: Piece) -> Opened:
@@ -321,10 +331,18 @@ class _Pieces(Sampler[Piece]):
 
 
 def open_pieces(
-        opener: Opener, pieces: Iterable[Piece], workers: int, device: Optional[torch.device] = None,
+    opener: Opener, pieces: Iterable[Piece], workers: int, device: torch.device | None = None
 ) -> Iterator[Opened]:
     """The pieces, opened ahead in `workers` processes (0 for none); no more than two of each are held."""
     pinned = device is not None and device.type == 'cuda'
-    return iter(DataLoader(
-        opener, batch_size=None, sampler=_Pieces(pieces), num_workers=workers, pin_memory=pinned,
-        worker_init_fn=leave_signals, generator=torch.Generator()))
+    return iter(
+        DataLoader(
+            opener,
+            batch_size=None,
+            sampler=_Pieces(pieces),
+            num_workers=workers,
+            pin_memory=pinned,
+            worker_init_fn=leave_signals,
+            generator=torch.Generator(),
+        )
+    )

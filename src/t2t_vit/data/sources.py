@@ -11,10 +11,11 @@ import os
 import tarfile
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -43,7 +44,7 @@ class DataError(ValueError):
 class Source(Protocol):
     """Labelled images."""
 
-    classes: List[str]
+    classes: list[str]
     labels: Sequence[int]
 
     def open(self, index: int) -> Image.Image:
@@ -61,8 +62,9 @@ class Digits:
         from sklearn.model_selection import train_test_split
 
         digits = load_digits()
-        chosen = train_test_split(
-            np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)[split != 'train']
+        chosen = train_test_split(np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)[
+            split != 'train'
+        ]
         self.classes = [str(digit) for digit in range(10)]
         self.indices = np.sort(chosen)
         self.labels: Sequence[int] = digits.target[self.indices].tolist()
@@ -114,7 +116,8 @@ class Rows:
         column = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
         if column is None:
             raise DataError(
-                f'{path} has the columns {schema.names}; expected one of images, {", ".join(IMAGE_COLUMNS)}')
+                f'{path} has the columns {schema.names}; expected one of images, {", ".join(IMAGE_COLUMNS)}'
+            )
         kind = schema.field(column).type
         if pa.types.is_struct(kind) and kind.get_field_index('bytes') < 0:
             raise DataError(f'{path} has images of {kind}; expected bytes, or {{bytes, path}}')
@@ -122,7 +125,7 @@ class Rows:
         groups = list(range(metadata.num_row_groups))
         self.groups = [groups] if whole else [[group] for group in groups]
         self.ends = list(accumulate(sum(metadata.row_group(i).num_rows for i in some) for some in self.groups))
-        self.held: Tuple[int, Any] = (-1, None)
+        self.held: tuple[int, Any] = (-1, None)
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -167,7 +170,7 @@ class Parquet:
         self.classes, self.labels = number_labels(table.column(label).to_pylist(), names, self.files[0], label)
 
     @staticmethod
-    def class_names(metadata: Dict[bytes, bytes], label: str) -> List[str]:
+    def class_names(metadata: dict[bytes, bytes], label: str) -> list[str]:
         """The names that the Hub's library writes into the schema, if it did."""
         try:
             names = json.loads(metadata.get(b'huggingface', b'{}'))['info']['features'][label]['names']
@@ -175,7 +178,7 @@ class Parquet:
             return []
         return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 
-    def locate(self, index: int) -> Tuple[Rows, int]:
+    def locate(self, index: int) -> tuple[Rows, int]:
         """The file that holds the image, and the image's row in it."""
         part = bisect_right(self.ends, index)
         return self.parts[part], index - (self.ends[part - 1] if part else 0)
@@ -192,14 +195,17 @@ class Parquet:
 class TorchSet:
     """One of torchvision's small sets, by timm's create_dataset; it is held decoded."""
 
-    def __init__(self, name: str, split: str, cache: Optional[str], download: bool) -> None:
+    def __init__(self, name: str, split: str, cache: str | None, download: bool) -> None:
         if name not in TORCH_SETS:
-            raise DataError(f'unknown set torch/{name}{nearest(name, TORCH_SETS)}; '
-                            f'there are {", ".join(f"torch/{known}" for known in TORCH_SETS)}')
+            raise DataError(
+                f'unknown set torch/{name}{nearest(name, TORCH_SETS)}; '
+                f'there are {", ".join(f"torch/{known}" for known in TORCH_SETS)}'
+            )
         folder = Path(cache or CACHE).expanduser()
         try:
             self.images = create_dataset(
-                f'torch/{name}', str(folder), 'train' if split == 'train' else 'validation', download=download)
+                f'torch/{name}', str(folder), 'train' if split == 'train' else 'validation', download=download
+            )
         except (RuntimeError, OSError) as error:  # not there, or torn; or there is no network
             hint = 'cannot download it' if download else '--data.download true fetches it, --data.cache says where to'
             raise DataError(f'no torch/{name} in {folder}: {hint} ({error})') from error
@@ -217,7 +223,7 @@ class TorchSet:
 class HubSet:
     """A data set of the Hub's, by timm's reader of the package `datasets`."""
 
-    def __init__(self, name: str, split: str, cache: Optional[str]) -> None:
+    def __init__(self, name: str, split: str, cache: str | None) -> None:
         if find_spec('datasets') is None:
             raise DataError(f'hfds/{name} needs the package datasets: pip install datasets')
         from datasets import load_dataset_builder
@@ -230,14 +236,15 @@ class HubSet:
         found = list(info.splits or SPLITS[split])
         chosen = next((known for known in SPLITS[split] if known in found), None)
         if chosen is None:
-            raise DataError(f'hfds/{name} has the splits {", ".join(found)}; '
-                            f'expected one of {", ".join(SPLITS[split])}')
+            raise DataError(
+                f'hfds/{name} has the splits {", ".join(found)}; expected one of {", ".join(SPLITS[split])}'
+            )
         image, label = find_columns(list(info.features or ('image', 'label')), f'hfds/{name}')
-        self.reader = create_dataset(
-            f'hfds/{name}', folder, chosen, input_key=image, target_key=label).reader
+        self.reader = create_dataset(f'hfds/{name}', folder, chosen, input_key=image, target_key=label).reader
         numbers = self.reader.class_to_idx  # empty where the labels are bare numbers or text
         self.classes, self.labels = number_labels(
-            list(self.reader.dataset[label]), sorted(numbers, key=numbers.get), f'hfds/{name}', label)
+            list(self.reader.dataset[label]), sorted(numbers, key=numbers.get), f'hfds/{name}', label
+        )
         self.place = f'hfds/{name}/{chosen}'
 
     def open(self, index: int) -> Image.Image:
@@ -248,7 +255,7 @@ class HubSet:
         return f'{self.place}[{index}]'
 
 
-def read_lines(file: Path) -> List[str]:
+def read_lines(file: Path) -> list[str]:
     """Lines of a text file; DataError where it is none."""
     try:
         return file.read_text(encoding='utf-8').splitlines()
@@ -268,7 +275,7 @@ class Shards:
     one of class folders reads all bytes for its index, keeps it unchecked, and shares open files among workers.
     """
 
-    def __init__(self, files: Sequence[Path], cache: Optional[str]) -> None:
+    def __init__(self, files: Sequence[Path], cache: str | None) -> None:
         self.files, folder = list(files), files[0].parent
         self.index = load_index(self.files, Path(cache or CACHE).expanduser())
         if not self.index.num_rows:
@@ -276,9 +283,14 @@ class Shards:
         names = folder / 'classes.txt'
         numbered = self.index.column('numbered').to_pylist()
         self.classes, self.labels = number_labels(
-            [int(label) if number else label
-             for label, number in zip(self.index.column('label').to_pylist(), numbered)],
-            read_lines(names) if names.exists() and all(numbered) else [], str(self.files[0]), 'label')
+            [
+                int(label) if number else label
+                for label, number in zip(self.index.column('label').to_pylist(), numbered)
+            ],
+            read_lines(names) if names.exists() and all(numbered) else [],
+            str(self.files[0]),
+            'label',
+        )
 
     def open(self, index: int) -> Image.Image:
         shard, offset, size = (self.index.column(name)[index].as_py() for name in ('shard', 'offset', 'size'))
@@ -306,8 +318,18 @@ def load_index(files: Sequence[Path], cache: Path) -> pa.Table:
             return table
     table = pa.Table.from_pylist(
         [row for shard, file in enumerate(files) for row in index_tar(file, shard)],
-        pa.schema([('name', pa.string()), ('shard', pa.int32()), ('offset', pa.int64()), ('size', pa.int64()),
-                   ('label', pa.string()), ('numbered', pa.bool_())], {b'stamp': stamp}))
+        pa.schema(
+            [
+                ('name', pa.string()),
+                ('shard', pa.int32()),
+                ('offset', pa.int64()),
+                ('size', pa.int64()),
+                ('label', pa.string()),
+                ('numbered', pa.bool_()),
+            ],
+            {b'stamp': stamp},
+        ),
+    )
     for path in places:
         draft = path.with_name(f'{path.name}.{os.getpid()}')
         try:
@@ -320,25 +342,34 @@ def load_index(files: Sequence[Path], cache: Path) -> pa.Table:
     return table
 
 
-def index_tar(path: Path, shard: int) -> List[Dict[str, Any]]:
+def index_tar(path: Path, shard: int) -> list[dict[str, Any]]:
     """Where the images of a tar are, and their labels.
 
     Raises:
         DataError: for a torn tar, and for images without a label.
     """
-    images: List[tarfile.TarInfo] = []
-    labels: Dict[str, Any] = {}
+    images: list[tarfile.TarInfo] = []
+    labels: dict[str, Any] = {}
     for member, kind, content in tar_members(path, read=('cls', 'json')):
         if is_image(kind):
             images.append(member)
         elif kind in ('cls', 'json'):
             found = read_label(content, kind, f'{path}/{member.name}')
             labels.update({sample_key(member.name): found} if found is not None else {})
-    return [dict(name=image.name, shard=shard, offset=image.offset_data, size=image.size, label=str(label),
-                 numbered=isinstance(label, int)) for image, label in zip(images, label_images(images, labels, path))]
+    return [
+        dict(
+            name=image.name,
+            shard=shard,
+            offset=image.offset_data,
+            size=image.size,
+            label=str(label),
+            numbered=isinstance(label, int),
+        )
+        for image, label in zip(images, label_images(images, labels, path))
+    ]
 
 
-def tar_members(path: Path, read: Sequence[str] = ()) -> Iterator[Tuple[tarfile.TarInfo, str, bytes]]:
+def tar_members(path: Path, read: Sequence[str] = ()) -> Iterator[tuple[tarfile.TarInfo, str, bytes]]:
     """The visible files of a tar: member, what follows the first dot of its name, and of the kinds in `read` its bytes.
 
     Raises:
@@ -389,25 +420,28 @@ def read_label(content: bytes, kind: str, name: str) -> 'int | str | None':
     return value
 
 
-def label_images(images: Sequence[tarfile.TarInfo], labels: Dict[str, Any], path: Path) -> List[Any]:
+def label_images(images: Sequence[tarfile.TarInfo], labels: dict[str, Any], path: Path) -> list[Any]:
     """The label of each image: the one beside it where the tar has such, else the name of its folder."""
     if not labels:
         folders = [Path(image.name).parent.name for image in images]
         if bare := [image.name for image, folder in zip(images, folders) if not folder]:
-            raise DataError(f'{path} has {len(bare)} images without a label, as {bare[0]}; '
-                            'expected CLASS/IMAGE, or KEY.cls or KEY.json with "label" beside KEY.jpg')
+            raise DataError(
+                f'{path} has {len(bare)} images without a label, as {bare[0]}; '
+                'expected CLASS/IMAGE, or KEY.cls or KEY.json with "label" beside KEY.jpg'
+            )
         return folders
     keys = [sample_key(image.name) for image in images]
     if bare := [image.name for image, key in zip(images, keys) if key not in labels]:
-        raise DataError(f'{path} has labels in .cls or .json files, but none for {len(bare)} of {len(images)} images, '
-                        f'as {bare[0]}')
+        raise DataError(
+            f'{path} has labels in .cls or .json files, but none for {len(bare)} of {len(images)} images, as {bare[0]}'
+        )
     if len({*keys}) < len(keys):
         double = Counter(keys).most_common(1)[0][0]
         raise DataError(f'{path} has several images of the name {double}; a label belongs to one')
     return [labels[key] for key in keys]
 
 
-def find_columns(columns: Sequence[str], place: str) -> Tuple[str, str]:
+def find_columns(columns: Sequence[str], place: str) -> tuple[str, str]:
     """The columns of images and of labels in a table.
 
     Raises:
@@ -418,11 +452,12 @@ def find_columns(columns: Sequence[str], place: str) -> Tuple[str, str]:
     if image is None or label is None:
         raise DataError(
             f'{place} has the columns {list(columns)}; expected one of images (image, img, jpg or png) and '
-            'one of labels (label, labels, fine_label, cls or target)')
+            'one of labels (label, labels, fine_label, cls or target)'
+        )
     return image, label
 
 
-def number_labels(values: Sequence[Any], names: List[str], place: str, column: str) -> Tuple[List[str], Sequence[int]]:
+def number_labels(values: Sequence[Any], names: list[str], place: str, column: str) -> tuple[list[str], Sequence[int]]:
     """The classes, and each label as a place among them; without names, classes are the labels found, sorted.
 
     Raises:
@@ -430,8 +465,10 @@ def number_labels(values: Sequence[Any], names: List[str], place: str, column: s
     """
     kinds = {type(value) for value in values}
     if kinds not in ({str}, {int}, {bool}):
-        raise DataError(f'{place} has no integer or text label for every image: {column} holds '
-                        f'{", ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"}')
+        raise DataError(
+            f'{place} has no integer or text label for every image: {column} holds '
+            f'{", ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"}'
+        )
     found = {*values}
     if names and isinstance(values[0], int):
         if outside := sorted(found - {*range(len(names))}):
@@ -441,7 +478,7 @@ def number_labels(values: Sequence[Any], names: List[str], place: str, column: s
     return [str(value) for value in places], [places[value] for value in values]
 
 
-def list_images(folder: Path) -> List[Path]:
+def list_images(folder: Path) -> list[Path]:
     """The images of a folder and those in it, sorted; hidden files are none."""
     return sorted(map(Path, walk(folder, SUFFIXES)))
 
@@ -450,8 +487,11 @@ def walk(folder: 'Path | str', suffixes: Sequence[str]) -> Iterator[str]:
     """The visible files of a folder and those in it that end so, folder by folder, in the order of their names."""
     for place, folders, files in os.walk(folder):
         folders.sort()
-        yield from (os.path.join(place, name) for name in sorted(files)
-                    if name.lower().endswith(tuple(suffixes)) and not name.startswith('.'))
+        yield from (
+            os.path.join(place, name)
+            for name in sorted(files)
+            if name.lower().endswith(tuple(suffixes)) and not name.startswith('.')
+        )
 
 
 def decode(file: Any) -> Image.Image:
@@ -479,7 +519,7 @@ def decode_slice(path: 'Path | str', offset: int, size: int) -> Image.Image:
         return decode(io.BytesIO(file.read(size)))
 
 
-def open_source(root: str, split: str, cache: Optional[str] = None, download: bool = False) -> Source:
+def open_source(root: str, split: str, cache: str | None = None, download: bool = False) -> Source:
     """The images of one split.
 
     Args:
@@ -504,15 +544,19 @@ def open_source(root: str, split: str, cache: Optional[str] = None, download: bo
     if prefix == 'hfds' and name and not path.exists():
         return HubSet(name, split, cache)
     if not path.exists():
-        raise DataError(f"no data at {path}{nearest(prefix, ('torch', 'hfds', 'digits'))}; data.root is 'digits', "
-                        "'torch/NAME', 'hfds/NAME', a folder with train/ and val/ of class folders, "
-                        'or a folder with train*.parquet and val*.parquet, or train*.tar and val*.tar')
+        raise DataError(
+            f"no data at {path}{nearest(prefix, ('torch', 'hfds', 'digits'))}; data.root is 'digits', "
+            "'torch/NAME', 'hfds/NAME', a folder with train/ and val/ of class folders, "
+            'or a folder with train*.parquet and val*.parquet, or train*.tar and val*.tar'
+        )
     if path.is_file():
         if path.suffix not in ('.parquet', '.tar'):
             raise DataError(f'{path} is a file but not .parquet or .tar')
         if split == 'train':
-            raise DataError(f'{path} is one file, which leaves nothing to validate on; '
-                            f'expected a folder with train*{path.suffix} and val*{path.suffix}')
+            raise DataError(
+                f'{path} is one file, which leaves nothing to validate on; '
+                f'expected a folder with train*{path.suffix} and val*{path.suffix}'
+            )
         return Parquet([path]) if path.suffix == '.parquet' else Shards([path], cache)
     for name in SPLITS[split]:
         if files := split_files(path, name, '.parquet'):
@@ -523,11 +567,13 @@ def open_source(root: str, split: str, cache: Optional[str] = None, download: bo
             return Folder(path / name)
     if split == 'val' and not any((path / name).is_dir() for name in SPLITS['train']):
         return Folder(path)
-    raise DataError(f'{path} has no {split} split: '
-                    f'expected {path}/{split}/CLASS/IMAGE, {path}/{split}*.parquet or {path}/{split}*.tar')
+    raise DataError(
+        f'{path} has no {split} split: '
+        f'expected {path}/{split}/CLASS/IMAGE, {path}/{split}*.parquet or {path}/{split}*.tar'
+    )
 
 
-def split_files(folder: Path, name: str, suffix: str) -> List[Path]:
+def split_files(folder: Path, name: str, suffix: str) -> list[Path]:
     """The files of a split, as train.tar or train-000000.tar, in their order."""
     return sorted(p for p in folder.glob(f'*{suffix}') if p.stem.split('-')[0] == name)
 
@@ -557,9 +603,15 @@ def check_same_classes(train: Source, val: Source) -> None:
     """Raises DataError where train and val do not have the same classes, and says which are on one side only."""
     if train.classes == val.classes:
         return
-    only = [f'only in {side}: {", ".join(names[:5])}' + (f' and {len(names) - 5} more' if len(names) > 5 else '')
-            for side, names in (('train', sorted(set(train.classes) - set(val.classes))),
-                                ('val', sorted(set(val.classes) - set(train.classes)))) if names]
+    only = [
+        f'only in {side}: {", ".join(names[:5])}' + (f' and {len(names) - 5} more' if len(names) > 5 else '')
+        for side, names in (
+            ('train', sorted(set(train.classes) - set(val.classes))),
+            ('val', sorted(set(val.classes) - set(train.classes))),
+        )
+        if names
+    ]
     raise DataError(
         f'train has {len(train.classes)} classes and val {len(val.classes)}, and they differ '
-        f'({"; ".join(only) or "the same names in another order"}); every score would be wrong')
+        f'({"; ".join(only) or "the same names in another order"}); every score would be wrong'
+    )

@@ -4,10 +4,11 @@ import os
 import signal
 import tempfile
 import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Awaitable, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any
 
 from PIL import Image
 
@@ -26,23 +27,29 @@ SESSIONS = 64  # whose images are held; the oldest makes room
 TRAINED = 'digits-explore'  # the run that is made where there is none
 CLOSED = ('component_server', 'deep_link', 'proxy=', 'run-history', 'runs')  # routes of Gradio's, by which something
 # is kept or fetched
-HEADERS = ((b'content-security-policy', b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
-            b"frame-ancestors 'self'"), (b'x-content-type-options', b'nosniff'), (b'referrer-policy', b'no-referrer'))
+HEADERS = (
+    (
+        b'content-security-policy',
+        b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'",
+    ),
+    (b'x-content-type-options', b'nosniff'),
+    (b'referrer-policy', b'no-referrer'),
+)
 
 
 def explore(
-        checkpoint: Optional[str] = None,
-        model: Optional[str] = None,
-        compare: Sequence[str] = (),
-        runs: str = 'runs',
-        pretrained: bool = False,
-        host: str = '127.0.0.1',
-        port: Optional[int] = None,
-        device: str = 'auto',
-        max_megabytes: float = 20.0,
-        max_megapixels: float = 50.0,
-        max_seconds: float = 60.0,
-        browser: bool = False,
+    checkpoint: str | None = None,
+    model: str | None = None,
+    compare: Sequence[str] = (),
+    runs: str = 'runs',
+    pretrained: bool = False,
+    host: str = '127.0.0.1',
+    port: int | None = None,
+    device: str = 'auto',
+    max_megabytes: float = 20.0,
+    max_megapixels: float = 50.0,
+    max_seconds: float = 60.0,
+    browser: bool = False,
 ) -> None:
     """Open a page to look inside a model: what it answers, and what it sees on the way.
 
@@ -62,10 +69,14 @@ def explore(
         max_seconds: For one request.
         browser: Open the page in the browser.
     """
-    require(((port is None or 0 < port < 65536, f'port is from 1 to 65535, got {port}'),
-             (max_megabytes > 0, f'max_megabytes is more than 0, got {max_megabytes:g}'),
-             (max_megapixels > 0, f'max_megapixels is more than 0, got {max_megapixels:g}'),
-             (max_seconds > 0, f'max_seconds is more than 0, got {max_seconds:g}')))
+    require(
+        (
+            (port is None or 0 < port < 65536, f'port is from 1 to 65535, got {port}'),
+            (max_megabytes > 0, f'max_megabytes is more than 0, got {max_megabytes:g}'),
+            (max_megapixels > 0, f'max_megapixels is more than 0, got {max_megapixels:g}'),
+            (max_seconds > 0, f'max_seconds is more than 0, got {max_seconds:g}'),
+        )
+    )
     target = pick_device(device)
     check_gradio()
     text = checkpoint or str(last_run(Path(runs)) or train_digits(Path(runs) / TRAINED))
@@ -86,7 +97,7 @@ def check_gradio() -> None:
         raise UsageError("the page needs Gradio: pip install 't2t-vit[explore]'") from None
 
 
-def last_run(folder: Path) -> Optional[Path]:
+def last_run(folder: Path) -> Path | None:
     """The run under a folder whose model was saved last."""
     found = [file.parent for file in folder.glob(f'*/{WEIGHTS}') if (file.parent / CONFIG).is_file()]
     return max(found, key=lambda run: (run / WEIGHTS).stat().st_mtime, default=None)
@@ -94,30 +105,32 @@ def last_run(folder: Path) -> Optional[Path]:
 
 def train_digits(folder: Path) -> Path:
     """Train the quick start's model into a folder; gives it."""
-    console().print(f'There is no run yet: training on the embedded digits into {folder}, some minutes.',
-                    soft_wrap=True)
+    console().print(
+        f'There is no run yet: training on the embedded digits into {folder}, some minutes.', soft_wrap=True
+    )
     train(resolve(Config, [*read_settings(recipes()['digits']), ('--output', 'output', str(folder))]), 'auto')
     return folder
 
 
-def offer(texts: Sequence[str], pretrained: bool = False) -> Dict[str, Callable[[], OpenModel]]:
+def offer(texts: Sequence[str], pretrained: bool = False) -> dict[str, Callable[[], OpenModel]]:
     """How to open each model that a person may choose, by name; the first is opened here, to fail early.
 
     A trained one has itself untrained beside it.
     """
     first = open_model(texts[0], pretrained)
     others = [partial(open_model, text, pretrained) for text in texts[1:]]
-    openers: List[Callable[[], OpenModel]] = [lambda: first, *others]
+    openers: list[Callable[[], OpenModel]] = [lambda: first, *others]
     names = unique([Path(text.partition('=')[0].removeprefix('hf-hub:')).name for text in texts])
-    found: Dict[str, Callable[[], OpenModel]] = dict(zip(names, openers))
+    found: dict[str, Callable[[], OpenModel]] = dict(zip(names, openers))
     if first.weights != 'random weights':
         found[f'{names[0]}, untrained'] = lambda: untrained(first)
     return found
 
 
 @contextmanager
-def serving(explorer: Explorer, host: str = '127.0.0.1', port: Optional[int] = None, browser: bool = False,
-            ) -> Iterator[str]:
+def serving(
+    explorer: Explorer, host: str = '127.0.0.1', port: int | None = None, browser: bool = False
+) -> Iterator[str]:
     """The page at an address, for as long as the block lasts; all its files stand in a folder that goes with it.
 
     Raises:
@@ -144,14 +157,34 @@ def serving(explorer: Explorer, host: str = '127.0.0.1', port: Optional[int] = N
         ended = threading.Event()
         try:
             _, address, _ = blocks.launch(
-                server_name=host, server_port=port, inbrowser=browser, quiet=True, prevent_thread_lock=True,
-                share=False, show_error=True, ssr_mode=False, run_history=False, footer_links=[], max_file_size=size,
-                state_session_capacity=SESSIONS, allowed_paths=[], css=CSS, theme=plain,
-                enable_monitoring=False, pwa=False, mcp_server=False,
+                server_name=host,
+                server_port=port,
+                inbrowser=browser,
+                quiet=True,
+                prevent_thread_lock=True,
+                share=False,
+                show_error=True,
+                ssr_mode=False,
+                run_history=False,
+                footer_links=[],
+                max_file_size=size,
+                state_session_capacity=SESSIONS,
+                allowed_paths=[],
+                css=CSS,
+                theme=plain,
+                enable_monitoring=False,
+                pwa=False,
+                mcp_server=False,
                 app_kwargs=dict(
-                    middleware=[Middleware(Bounds, size=size)], docs_url=None, redoc_url=None,
-                    routes=[Route('/gradio_api/upload', uploads.receive, methods=['POST']),  # before Gradio's own
-                            Route('/gradio_api/upload_progress', uploads.progress)]))
+                    middleware=[Middleware(Bounds, size=size)],
+                    docs_url=None,
+                    redoc_url=None,
+                    routes=[
+                        Route('/gradio_api/upload', uploads.receive, methods=['POST']),  # before Gradio's own
+                        Route('/gradio_api/upload_progress', uploads.progress),
+                    ],
+                ),
+            )
             threading.Thread(target=each_minute, args=(uploads.sweep, ended), daemon=True).start()
             yield address
         finally:
@@ -165,7 +198,7 @@ def each_minute(work: Callable[[], None], ended: threading.Event) -> None:
         work()
 
 
-def examples() -> List[Photo]:
+def examples() -> list[Photo]:
     """scikit-learn's two photos, and a test image of each digit, large enough to be looked at."""
     digits = open_source('digits', 'val')
     found = open_images(['samples'])
@@ -185,8 +218,9 @@ class Bounds:
     def __init__(self, app: Callable[..., Awaitable[None]], size: int) -> None:
         self.app, self.most = app, size + 65536
 
-    async def __call__(self, scope: Dict[str, Any], receive: Callable[[], Awaitable[Any]],
-                       send: Callable[[Any], Awaitable[None]]) -> None:
+    async def __call__(
+        self, scope: dict[str, Any], receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]
+    ) -> None:
         """One request."""
         if scope['type'] != 'http':
             return await self.app(scope, receive, send)
@@ -200,8 +234,11 @@ class Bounds:
         if path.startswith(CLOSED):
             return await self.refuse(answer, 404, 'There is nothing here.')
         length = headers.get(b'content-length', b'0')
-        if not length.isdigit() or int(length) > self.most or (
-                b'chunked' in headers.get(b'transfer-encoding', b'').lower()):
+        if (
+            not length.isdigit()
+            or int(length) > self.most
+            or (b'chunked' in headers.get(b'transfer-encoding', b'').lower())
+        ):
             left = 10 * self.most  # most clients send all before they listen
             while left > 0 and (part := await receive()).get('more_body'):
                 left -= len(part.get('body', b''))

@@ -6,11 +6,12 @@ import hashlib
 import sys
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock, local
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, ImageOps
@@ -58,8 +59,10 @@ def read_photo(file: Path, limits: Limits) -> Photo:
         with pixel_limit(int(limits.megapixels * 1e6)), Image.open(file, formats=FORMATS) as image:
             width, height = image.size
             if max(width, height) > SLIM * min(width, height):
-                raise DataError(f'{name} is too narrow: {width}×{height} pixels, its longer side may be at most {SLIM} '
-                                'times the shorter one.')
+                raise DataError(
+                    f'{name} is too narrow: {width}×{height} pixels, its longer side may be at most {SLIM} '
+                    'times the shorter one.'
+                )
             image.draft('RGB', (SIDE, SIDE))  # a JPEG is decoded at the size it is needed in
             image.load()
             upright = ImageOps.exif_transpose(image)
@@ -68,8 +71,9 @@ def read_photo(file: Path, limits: Limits) -> Photo:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(f'{name} is too large: it has more than {limits.megapixels:g} million pixels.') from None
     except Image.UnidentifiedImageError:
-        raise DataError(f'{name} is not an image that can be read here; JPEG, PNG, WebP, GIF, BMP and TIFF can.'
-                        ) from None
+        raise DataError(
+            f'{name} is not an image that can be read here; JPEG, PNG, WebP, GIF, BMP and TIFF can.'
+        ) from None
     except Exception:  # whatever a decoder may raise over damaged bytes
         raise DataError(f'{name} is damaged: it begins as an image and cannot be read to its end.') from None
     if upright.mode in ('RGBA', 'LA', 'PA') or 'transparency' in upright.info:
@@ -100,7 +104,7 @@ class Seen(NamedTuple):
     images: torch.Tensor  # (1, C, H, W), as the model sees it
     shown: torch.Tensor  # (H, W, 3), 0 to 1: the same crop for people
     trace: Trace
-    measures: List[LayerMeasure]
+    measures: list[LayerMeasure]
 
 
 class Explorer:
@@ -109,10 +113,10 @@ class Explorer:
     One pass at a time: what it holds is bounded by KEPT passes and by the models that were offered.
     """
 
-    def __init__(self, openers: Dict[str, Callable[[], OpenModel]], device: torch.device, limits: Limits) -> None:
+    def __init__(self, openers: dict[str, Callable[[], OpenModel]], device: torch.device, limits: Limits) -> None:
         self.openers, self.device, self.limits = openers, device, limits
-        self.opened: Dict[str, OpenModel] = {}
-        self.passes: 'OrderedDict[Tuple[str, str], Seen]' = OrderedDict()
+        self.opened: dict[str, OpenModel] = {}
+        self.passes: OrderedDict[tuple[str, str], Seen] = OrderedDict()
         self.lock = Lock()
         self.clock = local()
 

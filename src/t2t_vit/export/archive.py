@@ -9,7 +9,8 @@ import math
 import pickle
 import re
 import zipfile
-from typing import Any, Iterator, NoReturn, Sequence, Tuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 import torch
 
@@ -20,33 +21,85 @@ EXPECTED = re.compile(
     r'([^/]+)/(?:archive_format|archive_version|byteorder|version|\.data/\w+|extra/\w+|models/model\.json'
     r'|data/weights/(?:weight_\d+|model_weights_config\.json)|data/constants/(?:tensor_\d+|model_constants_config\.json)'
     r'|data/sample_inputs/model\.pt)'
-    r'|version|extra_files/\w+|serialized_\w+\.(?:json|pt)', re.ASCII)  # up to torch 2.7
+    r'|version|extra_files/\w+|serialized_\w+\.(?:json|pt)',
+    re.ASCII,
+)  # up to torch 2.7
 EMPTY = ('data/sample_inputs/model.pt', 'serialized_example_inputs.pt')  # torch makes guards of example inputs
 RECORD = re.compile(r'(weight|tensor)_\d+', re.ASCII)
 
 # the sizes of tensors, as Mul(Symbol('s0', positive=True, integer=True), Integer(3))
-FUNCTIONS = {'Symbol', 'Integer', 'Add', 'Mul', 'Max', 'Min', 'FloorDiv', 'CleanDiv', 'Mod', 'PythonMod', 'Pow',
-             'Rational'}
+FUNCTIONS = {
+    'Symbol',
+    'Integer',
+    'Add',
+    'Mul',
+    'Max',
+    'Min',
+    'FloorDiv',
+    'CleanDiv',
+    'Mod',
+    'PythonMod',
+    'Pow',
+    'Rational',
+}
 SYMBOL = re.compile(r'[su]\d+', re.ASCII)
-ARITHMETIC = (ast.Expression, ast.Load, ast.keyword, ast.UnaryOp, ast.USub, ast.BinOp, ast.Add, ast.Sub, ast.Mult,
-              ast.Div, ast.FloorDiv, ast.Mod)
+ARITHMETIC = (
+    ast.Expression,
+    ast.Load,
+    ast.keyword,
+    ast.UnaryOp,
+    ast.USub,
+    ast.BinOp,
+    ast.Add,
+    ast.Sub,
+    ast.Mult,
+    ast.Div,
+    ast.FloorDiv,
+    ast.Mod,
+)
 SMALL_POWER = re.compile(r'Pow\(.*, Integer\(-?[1-9]\)\)')
-LONGEST, LARGEST = 2000, 2 ** 63  # letters of a size, and a number in it
+LONGEST, LARGEST = 2000, 2**63  # letters of a size, and a number in it
 
 # operations on tensors and on sizes, with arguments of these kinds: some of aten's take the name of a file
 TARGET = re.compile(
     r'torch\.ops\.aten\.\w+\.\w+|torch\.sym_(not|int|float|ite|max|min|sqrt)|math\.trunc'
-    r'|_operator\.(eq|ne|le|ge|lt|gt|neg|pos|mul|add|sub|floordiv|mod|truediv|and_|or_)', re.ASCII)
-ARGUMENTS = {f'as_{kind}' for kind in (
-    'tensor', 'tensors', 'optional_tensor', 'optional_tensors', 'none', 'int', 'ints', 'float', 'floats', 'bool',
-    'bools', 'sym_int', 'sym_ints', 'sym_float', 'sym_bool', 'sym_bools', 'expr', 'name', 'string', 'scalar_type',
-    'memory_format', 'layout', 'device')}
+    r'|_operator\.(eq|ne|le|ge|lt|gt|neg|pos|mul|add|sub|floordiv|mod|truediv|and_|or_)',
+    re.ASCII,
+)
+ARGUMENTS = {
+    f'as_{kind}'
+    for kind in (
+        'tensor',
+        'tensors',
+        'optional_tensor',
+        'optional_tensors',
+        'none',
+        'int',
+        'ints',
+        'float',
+        'floats',
+        'bool',
+        'bools',
+        'sym_int',
+        'sym_ints',
+        'sym_float',
+        'sym_bool',
+        'sym_bools',
+        'expr',
+        'name',
+        'string',
+        'scalar_type',
+        'memory_format',
+        'layout',
+        'device',
+    )
+}
 MODES = {'none', 'tanh', 'floor', 'trunc', 'constant', 'reflect', 'replicate', 'circular', 'same', 'valid'}
 NAME = re.compile(r'[\w.+]*', re.ASCII)
 CONTAINERS = {None, 'builtins.tuple', 'builtins.list', 'builtins.dict'}
 
 
-def leaves(tree: Any, keys: Tuple[str, ...] = ()) -> Iterator[Tuple[Tuple[str, ...], Any]]:
+def leaves(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Every value of a tree of JSON that is no dict or list, and every key, with the keys above it."""
     if isinstance(tree, dict):
         for key, branch in tree.items():
@@ -75,8 +128,11 @@ def is_size(text: str) -> bool:
             good = isinstance(node.value, int) and abs(node.value) < LARGEST
         elif isinstance(node, ast.Call):
             call = ast.unparse(node)
-            good = isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS and (
-                node.func.id != 'Pow' or call.count('Pow') == 1 and re.fullmatch(SMALL_POWER, call))
+            good = (
+                isinstance(node.func, ast.Name)
+                and node.func.id in FUNCTIONS
+                and (node.func.id != 'Pow' or call.count('Pow') == 1 and re.fullmatch(SMALL_POWER, call))
+            )
         else:
             good = isinstance(node, ARITHMETIC)
         if not good:
@@ -88,10 +144,11 @@ def is_plain(text: str) -> bool:
     """Whether a structure is of plain containers: torch imports others by their names."""
     found = [*leaves(json.loads(text))]
     return all(value in CONTAINERS for keys, value in found if keys[-1:] == ('type',)) and all(
-        value in (None, 'null', '[]') for keys, value in found if keys[-1:] == ('context',))
+        value in (None, 'null', '[]') for keys, value in found if keys[-1:] == ('context',)
+    )
 
 
-def is_harmless(keys: Tuple[str, ...], value: Any) -> bool:
+def is_harmless(keys: tuple[str, ...], value: Any) -> bool:
     """Whether a value may stand under these keys."""
     key = keys[-1] if keys else ''
     if 'guards_code' in keys or any(name.startswith('as_') and name not in ARGUMENTS for name in keys):
@@ -136,8 +193,10 @@ def read_archive(path: PathLike) -> io.BytesIO:
                         if not is_harmless(keys, value):
                             refuse(path, f'{str(value)[:80]!r} as {keys[-1][:80] if keys else "a key"}')
                     if name.endswith('_config.json'):  # a tensor may have a shape and no bytes
-                        claimed += 4 * sum(abs(math.prod(size['as_int'] for size in entry['tensor_meta']['sizes']))
-                                           for entry in tree['config'].values())
+                        claimed += 4 * sum(
+                            abs(math.prod(size['as_int'] for size in entry['tensor_meta']['sizes']))
+                            for entry in tree['config'].values()
+                        )
         check_growth(path, claimed)
     except CheckpointError:
         raise

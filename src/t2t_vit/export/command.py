@@ -1,9 +1,10 @@
 """`t2t-vit export`: a model as a file for another runtime, and the proof that it is the same model."""
 
 import shlex
+from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Literal, Optional, Tuple, Union
+from typing import Any, Literal
 
 import timm
 import torch
@@ -33,19 +34,31 @@ class OutsideTolerance(ValueError):
 
 
 def describe(
-        model: nn.Module, class_names: List[str], preprocessing: Preprocessing, precision: Precision, pixels: Pixels,
-        batch: Optional[int], dynamic: Dynamic,
+    model: nn.Module,
+    class_names: list[str],
+    preprocessing: Preprocessing,
+    precision: Precision,
+    pixels: Pixels,
+    batch: int | None,
+    dynamic: Dynamic,
 ) -> Metadata:
     """What the exported file will say of itself."""
-    cfg: Dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
+    cfg: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
     cfg = {key: value for key, value in cfg.items() if value is not None and key not in PRIVATE}
     cfg.update(preprocessing.as_cfg(), num_classes=len(class_names))
     return Metadata(
-        str(cfg['architecture']), class_names, cfg, precision, pixels, None if dynamic != 'none' else batch,
-        None if dynamic == 'all' else preprocessing.size, {'t2t_vit': __version__, 'torch': torch.__version__})
+        str(cfg['architecture']),
+        class_names,
+        cfg,
+        precision,
+        pixels,
+        None if dynamic != 'none' else batch,
+        None if dynamic == 'all' else preprocessing.size,
+        {'t2t_vit': __version__, 'torch': torch.__version__},
+    )
 
 
-def load(checkpoint: Optional[str], model: Optional[str]) -> Tuple[nn.Module, Preprocessing, List[str]]:
+def load(checkpoint: str | None, model: str | None) -> tuple[nn.Module, Preprocessing, list[str]]:
     """The model to export; untrained where only its name is given."""
     if checkpoint:
         return load_model(checkpoint, model)
@@ -58,7 +71,7 @@ def load(checkpoint: Optional[str], model: Optional[str]) -> Tuple[nn.Module, Pr
     return net, Preprocessing.of(net.pretrained_cfg), [str(i) for i in range(net.num_classes)]
 
 
-def resize(net: nn.Module, cfg: Preprocessing, img_size: Union[int, Tuple[int, int], None]) -> None:
+def resize(net: nn.Module, cfg: Preprocessing, img_size: int | tuple[int, int] | None) -> None:
     """Set a model and its preprocessing to another image size."""
     if img_size is not None:
         cfg.size = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -66,8 +79,9 @@ def resize(net: nn.Module, cfg: Preprocessing, img_size: Union[int, Tuple[int, i
             net.set_input_size(img_size=cfg.size)  # type: ignore[operator]
 
 
-def quantizer(metadata: Metadata, form: str, images: List[Any], kept: List[str]) -> Callable[[Any], Any]:
+def quantizer(metadata: Metadata, form: str, images: list[Any], kept: list[str]) -> Callable[[Any], Any]:
     """What makes the graph of a format int8; the names of the operations that stay in float go to `kept`."""
+
     def quantize(model: Any) -> Any:
         graph = int8.onnx_graph(model) if form == 'onnx' else int8.openvino_graph(model)
         kept.extend(int8.kept_in_float(graph))
@@ -75,15 +89,16 @@ def quantizer(metadata: Metadata, form: str, images: List[Any], kept: List[str])
             return int8.quantize(model, graph, images)
         except Exception as error:  # of NNCF and of the runtimes that it calls
             raise UsageError(f'NNCF cannot quantise {metadata.model} to int8: {reason(error)}') from error
+
     return quantize
 
 
-def filled(images: torch.Tensor, batch: Optional[int]) -> torch.Tensor:
+def filled(images: torch.Tensor, batch: int | None) -> torch.Tensor:
     """(B, …) as the (batch, …) that a file takes, the images repeated where there are fewer."""
     return images if batch is None else images[torch.arange(batch) % len(images)]
 
 
-def calibrate(name: str, split: str, given: Optional[str], cache: Optional[str]) -> Tuple[Pictures, str]:
+def calibrate(name: str, split: str, given: str | None, cache: str | None) -> tuple[Pictures, str]:
     """Where int8's ranges come from, and what it is called: the train split where there is one."""
     try:
         return open_images(name, 'train', cache), f'{name} (train)' if name != 'samples' else name
@@ -92,25 +107,25 @@ def calibrate(name: str, split: str, given: Optional[str], cache: Optional[str])
 
 
 def export(
-        output: str,
-        checkpoint: Optional[str] = None,
-        model: Optional[str] = None,
-        precision: Precision = 'float32',
-        dynamic: Dynamic = 'batch',
-        pixels: Pixels = 'float',
-        img_size: Union[int, Tuple[int, int], None] = None,
-        batch_size: int = 8,
-        data: str = 'samples',
-        split: Literal['train', 'val'] = 'val',
-        max_images: Optional[int] = None,
-        calibration: Optional[str] = None,
-        calibration_images: int = 128,
-        runtime: Optional[Runtime] = None,
-        threads: Optional[int] = None,
-        tolerance: Optional[float] = None,
-        rounds: int = 7,
-        seconds: float = 0.5,
-        cache: Optional[str] = None,
+    output: str,
+    checkpoint: str | None = None,
+    model: str | None = None,
+    precision: Precision = 'float32',
+    dynamic: Dynamic = 'batch',
+    pixels: Pixels = 'float',
+    img_size: int | tuple[int, int] | None = None,
+    batch_size: int = 8,
+    data: str = 'samples',
+    split: Literal['train', 'val'] = 'val',
+    max_images: int | None = None,
+    calibration: str | None = None,
+    calibration_images: int = 128,
+    runtime: Runtime | None = None,
+    threads: int | None = None,
+    tolerance: float | None = None,
+    rounds: int = 7,
+    seconds: float = 0.5,
+    cache: str | None = None,
 ) -> Report:
     """Write a model as one file for another runtime, and compare that file with the model.
 
@@ -144,10 +159,14 @@ def export(
     given = {key: value for key, value in locals().items() if value != signature(export).parameters[key].default}
     command = 't2t-vit export ' + shlex.join(f'--{key}={value}' for key, value in given.items())
     path = Path(output)
-    require(((batch_size >= 1, f'batch_size is at least 1, got {batch_size}'),
-             (calibration_images >= 1, f'calibration_images is at least 1, got {calibration_images}'),
-             (max_images is None or max_images >= 1, f'max_images is at least 1, got {max_images}'),
-             (rounds >= 0, f'rounds is at least 0, got {rounds}')))
+    require(
+        (
+            (batch_size >= 1, f'batch_size is at least 1, got {batch_size}'),
+            (calibration_images >= 1, f'calibration_images is at least 1, got {calibration_images}'),
+            (max_images is None or max_images >= 1, f'max_images is at least 1, got {max_images}'),
+            (rounds >= 0, f'rounds is at least 0, got {rounds}'),
+        )
+    )
     form = kind(path)
     check_precision(path, precision)
     need(*EXTRAS[form], *(('nncf',) if precision == 'int8' else ()), *((runtime,) if runtime else ()))
@@ -161,7 +180,7 @@ def export(
     if pictures.note:
         screen.print(pictures.note, soft_wrap=True)
 
-    kept: List[str] = []
+    kept: list[str] = []
     quantize, calibrated = None, None
     if precision == 'int8':
         ranges, calibrated = calibrate(calibration or data, split, calibration, cache)
@@ -173,20 +192,39 @@ def export(
     export_model(net, path, metadata, dynamic, quantize)
     exported = load_exported(path, runtime, torch.get_num_threads())
 
-    damaged: List[str] = []
+    damaged: list[str] = []
     found, sizes = compare(net, exported, batches(pictures, cfg, batch_size, max_images, damaged))
     limit = TOLERANCES[precision]
     top1 = [right / found.labelled if found.labelled else None for right in found.right]
     first = filled(next(batches(pictures, cfg, batch_size, batch_size, [])).images, batch_size)
     report = Report(
-        path.name, sum(file.stat().st_size for file in files_of(path)), metadata.model, precision, exported.runtime,
-        pixels, dynamic, metadata.batch, metadata.size, data + (' (labels not read)' if pictures.note else ''),
-        found.images, found.largest, found.broken, found.worst,
-        sum(found.relative) / len(found.relative) if found.relative else found.worst, found.agreed / found.images,
-        top1[0], top1[1], damaged, sizes, kept, calibrated,
+        path.name,
+        sum(file.stat().st_size for file in files_of(path)),
+        metadata.model,
+        precision,
+        exported.runtime,
+        pixels,
+        dynamic,
+        metadata.batch,
+        metadata.size,
+        data + (' (labels not read)' if pictures.note else ''),
+        found.images,
+        found.largest,
+        found.broken,
+        found.worst,
+        sum(found.relative) / len(found.relative) if found.relative else found.worst,
+        found.agreed / found.images,
+        top1[0],
+        top1[1],
+        damaged,
+        sizes,
+        kept,
+        calibrated,
         measure_speed(net, exported, first, rounds, seconds) if rounds else None,
         limit if tolerance is None else limit._replace(difference=tolerance),
-        versions(metadata, exported.runtime), command)
+        versions(metadata, exported.runtime),
+        command,
+    )
     files = save(report, path)
     screen.print(as_markdown(report), soft_wrap=True)
     screen.print(f'the file is {path}, its report {files[0].name} and {files[1].name}', soft_wrap=True)

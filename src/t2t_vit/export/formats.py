@@ -7,8 +7,9 @@ import copy
 import os
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, Literal, Optional, Tuple
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ MISSING = {
     ('onnx', 'bf16'): "onnxruntime's kernels for the CPU have no bf16",
     ('torch', 'int8'): 'torch has no fast int8 kernels of its own; write .xml or .onnx',
     ('openvino', 'bf16'): 'OpenVINO computes a float32 or fp16 file in bf16 where the chip has it, if the hint '
-                          'INFERENCE_PRECISION_HINT asks for it',
+    'INFERENCE_PRECISION_HINT asks for it',
 }
 
 
@@ -53,7 +54,7 @@ class Exportable(nn.Module):
         self.register_buffer('mean', torch.tensor(cfg.mean).view(1, -1, 1, 1) * 255)
         self.register_buffer('std', torch.tensor(cfg.std).view(1, -1, 1, 1) * 255)
 
-    def forward(self, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, C, H, W), or uint8 (B, H, W, C) -> (B, classes), (B, D)."""
         if self.pixels == 'uint8-nhwc':
             images = images.permute(0, 3, 1, 2)
@@ -66,8 +67,10 @@ class Exportable(nn.Module):
 def check_precision(path: Path, precision: str) -> None:
     """Raises UsageError where a format is not written in this precision, and says why."""
     if precision not in PRECISIONS[kind(path)]:
-        raise UsageError(f'{path.suffix} is not written in {precision}: {MISSING[kind(path), precision]}; '
-                         f'{path.suffix} has {", ".join(PRECISIONS[kind(path)])}')
+        raise UsageError(
+            f'{path.suffix} is not written in {precision}: {MISSING[kind(path), precision]}; '
+            f'{path.suffix} has {", ".join(PRECISIONS[kind(path)])}'
+        )
 
 
 def trace(model: nn.Module, metadata: Metadata, path: Path, dynamic: Dynamic) -> torch.export.ExportedProgram:
@@ -86,8 +89,7 @@ def trace(model: nn.Module, metadata: Metadata, path: Path, dynamic: Dynamic) ->
     if rows == 1:
         images = images.permute(0, 2, 3, 1).contiguous()
     free = torch.export.Dim.DYNAMIC
-    dims: Dict[int, Any] = {
-        'none': {}, 'batch': {0: free}, 'all': {0: free, rows: free, columns: free}}[dynamic]
+    dims: dict[int, Any] = {'none': {}, 'batch': {0: free}, 'all': {0: free, rows: free, columns: free}}[dynamic]
     try:
         with torch.no_grad():
             return torch.export.export(Exportable(model, metadata, dtype), (images,), dynamic_shapes=(dims,))
@@ -96,7 +98,7 @@ def trace(model: nn.Module, metadata: Metadata, path: Path, dynamic: Dynamic) ->
         raise UsageError(f'{metadata.model} cannot be traced with --dynamic {dynamic}: {reason[0]}') from error
 
 
-def write(path: Path, *files: Tuple[str, Callable[[str], Any]]) -> None:
+def write(path: Path, *files: tuple[str, Callable[[str], Any]]) -> None:
     """Write files beside `path`, each by its suffix's function, all of them or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='.') as draft:
@@ -121,8 +123,15 @@ def to_onnx(program: torch.export.ExportedProgram, metadata: Metadata) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of the exporter, about its own parts
         exported = torch.onnx.export(
-            program, (), dynamo=True, input_names=['images'], output_names=list(OUTPUTS), opset_version=OPSET,
-            verbose=False, external_data=False)
+            program,
+            (),
+            dynamo=True,
+            input_names=['images'],
+            output_names=list(OUTPUTS),
+            opset_version=OPSET,
+            verbose=False,
+            external_data=False,
+        )
     assert exported is not None
     return exported.model_proto
 
@@ -162,11 +171,7 @@ def save_openvino(model: Any, path: Path, metadata: Metadata) -> None:
 
 
 def export_model(
-        model: nn.Module,
-        path: Path,
-        metadata: Metadata,
-        dynamic: Dynamic,
-        quantize: Optional[Callable[[Any], Any]] = None,
+    model: nn.Module, path: Path, metadata: Metadata, dynamic: Dynamic, quantize: Callable[[Any], Any] | None = None
 ) -> None:
     """Write a model into one file, and OpenVINO's weights beside it.
 

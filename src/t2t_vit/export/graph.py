@@ -8,7 +8,7 @@ Letters as in models/soft_split.py and models/tokens.py.
 """
 
 import math
-from typing import List, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import nn
 from ..models.blocks import Attention, attend
 from ..models.tokens import TokenLayer, TokenPerformer, TokenTransformer, to_tokens
 
-SCALE = 2.0 ** 27  # of both sides of the kernel's quotient: ONNX's optimizer takes an addend of 1e-8 for zero
+SCALE = 2.0**27  # of both sides of the kernel's quotient: ONNX's optimizer takes an addend of 1e-8 for zero
 
 
 class SplitNormLinears(nn.Module):
@@ -29,11 +29,11 @@ class SplitNormLinears(nn.Module):
     """
 
     def __init__(
-            self, layer: TokenLayer, norm: nn.LayerNorm, weights: Sequence[torch.Tensor],
-            biases: Sequence[torch.Tensor]) -> None:
+        self, layer: TokenLayer, norm: nn.LayerNorm, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]
+    ) -> None:
         super().__init__()
         self.kernel, self.stride, self.padding, self.eps = layer.kernel, layer.stride, layer.padding, norm.eps
-        area = layer.kernel ** 2
+        area = layer.kernel**2
         self.register_buffer('identity', torch.eye(area).view(area, 1, layer.kernel, layer.kernel))
         self.weights, self.shifts = nn.ParameterList(), nn.ParameterList()
         for weight, bias in zip(weights, biases):
@@ -44,7 +44,7 @@ class SplitNormLinears(nn.Module):
 
     identity: torch.Tensor
 
-    def forward(self, x: torch.Tensor) -> Tuple[List[torch.Tensor], int, int]:
+    def forward(self, x: torch.Tensor) -> tuple[list[torch.Tensor], int, int]:
         """(B, C, H, W) -> tokens (B, N, O) in float32 for each Linear, and h and w."""
         x = F.pad(x.float(), [self.padding] * 4) - x.float().mean((1, 2, 3), keepdim=True)
         mean = x.mean(1, keepdim=True)
@@ -52,8 +52,10 @@ class SplitNormLinears(nn.Module):
         means = F.conv2d(mean, self.identity.float(), stride=self.stride)  # (B, k·k, h, w)
         var = var + (means - means.mean(1, keepdim=True)).square().mean(1, keepdim=True)
         scale = (var + self.eps).rsqrt()
-        maps = [F.conv2d(x, weight.float(), stride=self.stride) * scale + shift.float().view(1, -1, 1, 1)
-                for weight, shift in zip(self.weights, self.shifts)]
+        maps = [
+            F.conv2d(x, weight.float(), stride=self.stride) * scale + shift.float().view(1, -1, 1, 1)
+            for weight, shift in zip(self.weights, self.shifts)
+        ]
         return [to_tokens(part) for part in maps], scale.shape[2], scale.shape[3]
 
 
@@ -83,8 +85,8 @@ class Performer(nn.Module):
         phi = torch.exp(F.linear(both, self.w.float()) - (half_norm + self.shift))
         phi = phi.unflatten(1, (-1, 2)).flatten(2)  # φ(k) and φ(q), (B, N, 2·m)
         turned = phi.transpose(1, 2)
-        sums = turned.sum(2, keepdim=True)[:, :self.features] * SCALE
-        values = (turned @ v)[:, :self.features] * SCALE
+        sums = turned.sum(2, keepdim=True)[:, : self.features] * SCALE
+        values = (turned @ v)[:, : self.features] * SCALE
         sums, values = (F.pad(part, [0, 0, self.features, 0]) for part in (sums, values))  # zeros, Σ φ(k) or Σ φ(k)ᵀv
         y = (phi @ values) / (phi @ sums + self.eps * SCALE)
         return self.layer.mlp_map(v.to(x.dtype) + self.layer.proj(y.to(x.dtype)), height, width)
@@ -124,12 +126,15 @@ class SeparateAttention(nn.Module):
         """(B, N, C) -> (B, N, C), or (B, 1, C)."""
         first = class_only and not self.layer.all_tokens
         q, k, v = (part(tokens) for part, tokens in zip(self.parts, (x[:, :1] if first else x, x, x)))
-        x = self.layer.se_layer(self.layer.proj(attend(q, k, v, self.layer.num_heads, 0.)))
+        x = self.layer.se_layer(self.layer.proj(attend(q, k, v, self.layer.num_heads, 0.0)))
         return x[:, :1] if class_only and not first else x
 
 
-FORMS: Tuple[Tuple[type, type], ...] = (
-    (TokenPerformer, Performer), (TokenTransformer, Transformer), (Attention, SeparateAttention))
+FORMS: tuple[tuple[type, type], ...] = (
+    (TokenPerformer, Performer),
+    (TokenTransformer, Transformer),
+    (Attention, SeparateAttention),
+)
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Real images, labelled or not, to compare models on and to calibrate int8 with."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +21,14 @@ class Samples:
     def __init__(self) -> None:
         photos, chance = find_images(['samples']), np.random.default_rng(0)
         self.photos = [photos.open(i) for i in range(len(photos))]
-        self.windows: List[Tuple[int, int, int, int]] = []
+        self.windows: list[tuple[int, int, int, int]] = []
         for i in range(self.count):
             width, height = self.photos[i % 2].size
             side = int(chance.integers(64, min(width, height)))
             left, top = int(chance.integers(width - side)), int(chance.integers(height - side))
             self.windows.append((left, top, left + side, top + side))
         self.labels: Sequence[int] = []
-        self.classes: List[str] = []
+        self.classes: list[str] = []
 
     def __len__(self) -> int:
         return self.count
@@ -44,14 +45,13 @@ class Samples:
 class Pictures(NamedTuple):
     """So many images, and the class of each; no labels where none are known, and why."""
 
-    source: Union[Source, Images]
+    source: Source | Images
     total: int
     labels: Sequence[int] = ()
     note: str = ''
 
 
-def open_images(
-        data: str, split: str, cache: Optional[str] = None, model: Optional[nn.Module] = None) -> Pictures:
+def open_images(data: str, split: str, cache: str | None = None, model: nn.Module | None = None) -> Pictures:
     """Images to compare on or to calibrate with: `samples`, a folder of images, or what `open_source` takes.
 
     Labels of other classes than the model's are not read.
@@ -59,8 +59,11 @@ def open_images(
     if data == 'samples' and not Path(data).exists():
         samples = Samples()
         return Pictures(samples, len(samples))
-    if Path(data).is_dir() and not any(child.is_dir() or child.suffix in ('.parquet', '.tar')
-                                       for child in Path(data).iterdir() if not child.name.startswith('.')):
+    if Path(data).is_dir() and not any(
+        child.is_dir() or child.suffix in ('.parquet', '.tar')
+        for child in Path(data).iterdir()
+        if not child.name.startswith('.')
+    ):
         found = find_images([data])
         return Pictures(found, len(found))
     source = open_source(data, split, cache)
@@ -73,11 +76,11 @@ class Batch(NamedTuple):
     """Images of one size, normalised, (B, C, H, W), and their labels, (B,), where they have some."""
 
     images: torch.Tensor
-    labels: Optional[torch.Tensor]
+    labels: torch.Tensor | None
 
 
 def batches(
-        pictures: Pictures, preprocessing: Preprocessing, batch_size: int, limit: Optional[int], damaged: List[str],
+    pictures: Pictures, preprocessing: Preprocessing, batch_size: int, limit: int | None, damaged: list[str]
 ) -> Iterator[Batch]:
     """At most `limit` of the images, evenly spread over them; the names of damaged ones go to `damaged`.
 
@@ -89,8 +92,8 @@ def batches(
     kept = min(count, limit or count)
     places = [i * count // kept for i in range(kept)]
     for start in range(0, kept, batch_size):
-        found: List[Tuple[torch.Tensor, int]] = []
-        for i in places[start:start + batch_size]:
+        found: list[tuple[torch.Tensor, int]] = []
+        for i in places[start : start + batch_size]:
             try:
                 found.append((opener.transform(opener.show(i)), labels[i] if labels else -1))
             except Exception:  # whatever a decoder may raise over damaged bytes

@@ -10,8 +10,9 @@ The recipe is found from the graph, not from names. In float stay
 """
 
 import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Sequence, Set
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,17 +23,20 @@ class Node(NamedTuple):
     """An operation of a graph: its kind, and the names of those whose results it takes."""
 
     kind: str
-    inputs: List[str]
+    inputs: list[str]
 
 
-Graph = Dict[str, Node]
+Graph = dict[str, Node]
 
 
 def openvino_graph(model: Any) -> Graph:
     """The operations of an openvino.Model by their friendly names."""
-    return {op.get_friendly_name(): Node(op.get_type_name(), [
-        value.get_source_output().get_node().get_friendly_name() for value in op.inputs()])
-        for op in model.get_ordered_ops()}
+    return {
+        op.get_friendly_name(): Node(
+            op.get_type_name(), [value.get_source_output().get_node().get_friendly_name() for value in op.inputs()]
+        )
+        for op in model.get_ordered_ops()
+    }
 
 
 def onnx_graph(proto: Any) -> Graph:
@@ -45,7 +49,7 @@ def onnx_graph(proto: Any) -> Graph:
     return graph
 
 
-def constants(graph: Graph) -> Set[str]:
+def constants(graph: Graph) -> set[str]:
     """Constants, and what is made of them alone."""
     fixed = {name for name, node in graph.items() if node.kind == 'Constant'}
     for name, node in graph.items():  # in the order in which they are computed
@@ -54,18 +58,18 @@ def constants(graph: Graph) -> Set[str]:
     return fixed
 
 
-def kept_in_float(graph: Graph) -> List[str]:
+def kept_in_float(graph: Graph) -> list[str]:
     """The operations of kernel attention and of window statistics, in their order; empty where there is neither."""
     fixed, users = constants(graph), {name: [] for name in graph}  # type: Set[str], Dict[str, List[str]]
     for name, node in graph.items():
         for value in node.inputs:
             users.get(value, []).append(name)
 
-    def of(*kinds: str) -> Set[str]:
+    def of(*kinds: str) -> set[str]:
         return {name for name, node in graph.items() if node.kind in kinds and name not in fixed}
 
-    def reach(starts: Iterable[str], neighbours: Callable[[str], List[str]], ends: Set[str]) -> Set[str]:
-        found: Set[str] = set()
+    def reach(starts: Iterable[str], neighbours: Callable[[str], list[str]], ends: set[str]) -> set[str]:
+        found: set[str] = set()
         stack = list(starts)
         while stack:
             name = stack.pop()
@@ -113,8 +117,14 @@ def quantize(model: Any, graph: Graph, images: Sequence[np.ndarray]) -> Any:
     data = nncf.Dataset(images, (lambda image: {inputs[0]: image}) if inputs else None)
     with quietly():
         return nncf.quantize(
-            model, data, subset_size=len(images), model_type=nncf.ModelType.TRANSFORMER,
-            preset=nncf.QuantizationPreset.MIXED, target_device=nncf.TargetDevice.CPU,
+            model,
+            data,
+            subset_size=len(images),
+            model_type=nncf.ModelType.TRANSFORMER,
+            preset=nncf.QuantizationPreset.MIXED,
+            target_device=nncf.TargetDevice.CPU,
             advanced_parameters=nncf.AdvancedQuantizationParameters(  # its factors cost more time than the ranges gain
-                smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)),
-            ignored_scope=nncf.IgnoredScope(names=kept_in_float(graph), validate=False))
+                smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
+            ),
+            ignored_scope=nncf.IgnoredScope(names=kept_in_float(graph), validate=False),
+        )

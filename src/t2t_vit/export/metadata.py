@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Dict, List, Literal, Optional, Tuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -30,13 +30,13 @@ class Metadata:
     """
 
     model: str
-    class_names: List[str]
-    pretrained_cfg: Dict[str, Any]
+    class_names: list[str]
+    pretrained_cfg: dict[str, Any]
     precision: Precision
     pixels: Pixels
-    batch: Optional[int]  # images at once; None for any number
-    size: Optional[Tuple[int, int]]  # height and width; None for any
-    versions: Dict[str, str]
+    batch: int | None  # images at once; None for any number
+    size: tuple[int, int] | None  # height and width; None for any
+    versions: dict[str, str]
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -71,9 +71,11 @@ class Metadata:
             found.preprocessing  # noqa: B018  # which has checks of its own
             good = (
                 all(isinstance(name, str) for name in found.class_names)
-                and found.precision in get_args(Precision) and found.pixels in get_args(Pixels)
+                and found.precision in get_args(Precision)
+                and found.pixels in get_args(Pixels)
                 and all(isinstance(n, int) and n > 0 for n in (found.batch or 1, *(found.size or (1, 1))))
-                and len(found.size or (1, 1)) == 2)
+                and len(found.size or (1, 1)) == 2
+            )
         except (ValueError, TypeError, KeyError, AttributeError, DataError) as error:
             raise CheckpointError(f'{path}: its metadata cannot be read: {type(error).__name__} {error}') from error
         if not good:
@@ -87,7 +89,7 @@ def is_exported(path: PathLike) -> bool:
     return Path(path).suffix in EXPORTED
 
 
-def files_of(path: PathLike) -> List[Path]:
+def files_of(path: PathLike) -> list[Path]:
     """An exported file, with the weights that stand beside OpenVINO's."""
     return [Path(path), *([Path(path).with_suffix('.bin')] if kind(path) == 'openvino' else [])]
 
@@ -100,6 +102,8 @@ def kind(path: PathLike) -> str:
     """
     suffix = Path(path).suffix
     if suffix not in EXPORTED:
-        raise CheckpointError(f'{path} has no suffix of an exported file{nearest(suffix, EXPORTED)}: '
-                              'expected .onnx, .pt2 (torch.export) or .xml (OpenVINO)')
+        raise CheckpointError(
+            f'{path} has no suffix of an exported file{nearest(suffix, EXPORTED)}: '
+            'expected .onnx, .pt2 (torch.export) or .xml (OpenVINO)'
+        )
     return EXPORTED[suffix]

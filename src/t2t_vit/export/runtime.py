@@ -1,10 +1,11 @@
 """Exported files as one kind of callable, each run by its own runtime."""
 
 import os
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from typing import Callable, List, Literal, Optional, Sequence, Tuple, Union
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ Runtime = Literal['onnxruntime', 'openvino', 'torch']
 RUNTIMES = {'onnx': 'onnxruntime', 'torch': 'torch', 'openvino': 'openvino'}
 # a file's own guards are code; torch before 2.9 has none
 GUARDS = {'check_guards': False} if 'check_guards' in signature(torch.export.ExportedProgram.module).parameters else {}
-Run = Callable[[np.ndarray], Sequence[Union[np.ndarray, torch.Tensor]]]
+Run = Callable[[np.ndarray], Sequence[np.ndarray | torch.Tensor]]
 
 
 def need(*packages: str) -> None:
@@ -48,7 +49,7 @@ class ExportedModel:
         return self.metadata.preprocessing
 
     @property
-    def class_names(self) -> List[str]:
+    def class_names(self) -> list[str]:
         """The classes, in the order of the logits."""
         return self.metadata.class_names
 
@@ -60,7 +61,7 @@ class ExportedModel:
         """What the head reads, (B, C, H, W) -> (B, D): the class token behind the last norm, or the tokens' mean."""
         return self.both(images)[1]
 
-    def both(self, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def both(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, C, H, W) -> logits (B, classes) and features (B, D).
 
         Where the file was made for one number of images, any number is cut and filled up to it.
@@ -77,10 +78,11 @@ class ExportedModel:
                 fill = np.zeros((batch - len(parts[-1]), *parts[-1].shape[1:]), parts[-1].dtype)
                 parts[-1] = np.concatenate([parts[-1], fill])
             found = [[torch.as_tensor(array) for array in self.run(part)] for part in parts]
-            logits, features = (torch.cat(tensors)[:len(images)] for tensors in zip(*found))
+            logits, features = (torch.cat(tensors)[: len(images)] for tensors in zip(*found))
         except Exception as error:  # every runtime has its own kinds
-            raise CheckpointError(f'{self.path} cannot be run on images of shape {tuple(images.shape)}: '
-                                  f'{reason(error)}') from error
+            raise CheckpointError(
+                f'{self.path} cannot be run on images of shape {tuple(images.shape)}: {reason(error)}'
+            ) from error
         return logits, features
 
     def check(self, images: torch.Tensor) -> None:
@@ -88,11 +90,13 @@ class ExportedModel:
         channels, size = self.preprocessing.channels, self.metadata.size
         if images.ndim != 4 or images.shape[1] != channels or (size and tuple(images.shape[2:]) != size):
             wanted = f'(B, {channels}, {f"{size[0]}, {size[1]}" if size else "H, W"})'
-            raise ValueError(f'{self.path} takes images of shape {wanted}, got {tuple(images.shape)}; '
-                             'another size needs another export, or one with --dynamic all')
+            raise ValueError(
+                f'{self.path} takes images of shape {wanted}, got {tuple(images.shape)}; '
+                'another size needs another export, or one with --dynamic all'
+            )
 
 
-def load_exported(path: PathLike, runtime: Optional[Runtime] = None, threads: Optional[int] = None) -> ExportedModel:
+def load_exported(path: PathLike, runtime: Runtime | None = None, threads: int | None = None) -> ExportedModel:
     """A file that `t2t-vit export` wrote, ready to run on the CPU.
 
     Args:
@@ -123,7 +127,7 @@ def load_exported(path: PathLike, runtime: Optional[Runtime] = None, threads: Op
     return ExportedModel(path, Metadata.of_text(text, path), run, str(runtime))
 
 
-def load_onnxruntime(path: PathLike, threads: Optional[int]) -> Tuple[str, Run]:
+def load_onnxruntime(path: PathLike, threads: int | None) -> tuple[str, Run]:
     """The metadata and the call of an ONNX file."""
     import onnxruntime
 
@@ -131,11 +135,13 @@ def load_onnxruntime(path: PathLike, threads: Optional[int]) -> Tuple[str, Run]:
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
-    return (session.get_modelmeta().custom_metadata_map.get(KEY, ''),
-            lambda images: session.run(list(OUTPUTS), {'images': images}))
+    return (
+        session.get_modelmeta().custom_metadata_map.get(KEY, ''),
+        lambda images: session.run(list(OUTPUTS), {'images': images}),
+    )
 
 
-def load_openvino(path: PathLike, threads: Optional[int]) -> Tuple[str, Run]:
+def load_openvino(path: PathLike, threads: int | None) -> tuple[str, Run]:
     """The metadata and the call of an OpenVINO IR, or of an ONNX file.
 
     What is not int8 is computed in float32: OpenVINO's own choice on some chips is bf16.
@@ -144,14 +150,14 @@ def load_openvino(path: PathLike, threads: Optional[int]) -> Tuple[str, Run]:
 
     core = openvino.Core()
     model = core.read_model(str(path))
-    place: List[str] = [KEY] if model.has_rt_info([KEY]) else ['framework', KEY]  # where its ONNX frontend puts it
+    place: list[str] = [KEY] if model.has_rt_info([KEY]) else ['framework', KEY]  # where its ONNX frontend puts it
     text = model.get_rt_info(place).astype(str) if model.has_rt_info(place) else ''
     settings = {'INFERENCE_PRECISION_HINT': 'f32', 'PERFORMANCE_HINT': 'LATENCY'}
     compiled = core.compile_model(model, 'CPU', {**settings, **({'INFERENCE_NUM_THREADS': threads} if threads else {})})
     return text, lambda images: list(compiled(images, share_inputs=True).values())
 
 
-def load_torch(path: PathLike, threads: Optional[int]) -> Tuple[str, Run]:
+def load_torch(path: PathLike, threads: int | None) -> tuple[str, Run]:
     """The metadata and the call of a torch.export file; it runs on torch's own threads."""
     extra = {KEY: ''}
     program = torch.export.load(read_archive(path), extra_files=extra)
@@ -160,5 +166,6 @@ def load_torch(path: PathLike, threads: Optional[int]) -> Tuple[str, Run]:
     def run(images: np.ndarray) -> Sequence[torch.Tensor]:
         with torch.inference_mode():
             return module(torch.from_numpy(images))
+
     text = extra[KEY]
     return text.decode() if isinstance(text, bytes) else text, run

@@ -5,8 +5,9 @@ Here they are made again from the same queries and keys, for the rows that are a
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple
 
 import torch
 
@@ -26,7 +27,7 @@ class Lattice(NamedTuple):
     right: float
 
     @classmethod
-    def over(cls, grid: Tuple[int, int], size: Tuple[int, int]) -> 'Lattice':
+    def over(cls, grid: tuple[int, int], size: tuple[int, int]) -> 'Lattice':
         """Cells that tile an image of H×W evenly."""
         down, right = (n / cells for n, cells in zip(size, grid))
         return cls(down / 2, right / 2, down, right)
@@ -36,16 +37,16 @@ class Lattice(NamedTuple):
         y, x = ((k - 1) / 2 - before for k, before in zip(kernel, shift))
         return Lattice(self.y + y * self.down, self.x + x * self.right, self.down * stride[0], self.right * stride[1])
 
-    def centre(self, row: int, col: int) -> Tuple[float, float]:
+    def centre(self, row: int, col: int) -> tuple[float, float]:
         """Of a cell, (y, x)."""
         return self.y + row * self.down, self.x + col * self.right
 
-    def nearest(self, y: float, x: float, grid: Tuple[int, int]) -> Tuple[int, int]:
+    def nearest(self, y: float, x: float, grid: tuple[int, int]) -> tuple[int, int]:
         """Row and column of the cell that is centred nearest to a place."""
         row, col = round((y - self.y) / self.down), round((x - self.x) / self.right)
         return min(max(row, 0), grid[0] - 1), min(max(col, 0), grid[1] - 1)
 
-    def extent(self, grid: Tuple[int, int]) -> Tuple[float, float, float, float]:
+    def extent(self, grid: tuple[int, int]) -> tuple[float, float, float, float]:
         """Left, right, bottom, top of all cells, each reaching half a step around its centre, as imshow takes it."""
         left, top = self.x - self.right / 2, self.y - self.down / 2
         return left, left + grid[1] * self.right, top + grid[0] * self.down, top
@@ -63,18 +64,18 @@ class Attention:
     query: torch.Tensor  # (B, n, M, d)
     key: torch.Tensor  # (B, n, N, d)
     value: torch.Tensor  # (B, n, N, d)
-    grid: Optional[Tuple[int, int]] = None  # (h, w) of the keys; None where they are no whole image, as in windows
+    grid: tuple[int, int] | None = None  # (h, w) of the keys; None where they are no whole image, as in windows
     prefix: int = 0  # P, keys in front of the grid's
-    lattice: Optional[Lattice] = None  # of the keys' grid; None where there is none, or it was not followed
-    query_grid: Optional[Tuple[int, int]] = None  # of the queries, which may be more than the keys; None if not a grid
+    lattice: Lattice | None = None  # of the keys' grid; None where there is none, or it was not followed
+    query_grid: tuple[int, int] | None = None  # of the queries, which may be more than the keys; None if not a grid
     query_prefix: int = 0  # queries in front of it
-    query_lattice: Optional[Lattice] = None
+    query_lattice: Lattice | None = None
     class_token: bool = False  # whether token 0 is what the model's head reads
     scale: float = 1.0
-    bias: Optional[torch.Tensor] = None  # added to the products, broadcast to (B, n, M, N)
-    eps: Optional[float] = None  # the Performer's; None for a softmax
+    bias: torch.Tensor | None = None  # added to the products, broadcast to (B, n, M, N)
+    eps: float | None = None  # the Performer's; None for a softmax
 
-    def weights(self, queries: Optional[Sequence[int]] = None) -> torch.Tensor:
+    def weights(self, queries: Sequence[int] | None = None) -> torch.Tensor:
         """Rows of the weights, those of `queries` or all: (B, n, M, N), each with the sum 1 (a Performer's nearly).
 
         Raises:
@@ -97,7 +98,7 @@ class Attention:
         """
         if self.grid is None:
             raise ValueError(f'the keys of {self.name} are no grid over the whole image')
-        return rows[..., self.prefix:].unflatten(-1, self.grid)
+        return rows[..., self.prefix :].unflatten(-1, self.grid)
 
 
 def query_maps(attention: Attention, token: int) -> torch.Tensor:
@@ -131,7 +132,7 @@ def rollout(attentions: Sequence[Attention], residual: float = 0.5) -> torch.Ten
     sizes = {attention.query.shape[2] for attention in attentions} | {a.key.shape[2] for a in attentions}
     if len(sizes) != 1:
         raise ValueError(f'rollout needs layers of the same tokens, got {len(attentions)} layers of {sorted(sizes)}')
-    total: Optional[torch.Tensor] = None
+    total: torch.Tensor | None = None
     for attention in attentions:
         mixed = attention.weights().mean(1)
         mixed = (1 - residual) * mixed / mixed.sum(-1, keepdim=True)
@@ -165,6 +166,6 @@ def mean_distance(attention: Attention) -> torch.Tensor:
         part = slice(start, min(start + ROWS, count))
         away = torch.hypot(rows[part, None] - rows, cols[part, None] - cols)
         weights = attention.weights(range(attention.prefix + part.start, attention.prefix + part.stop))
-        weights = weights[..., attention.prefix:].cpu().float()
-        total += ((weights * away).sum(-1) / weights.sum(-1).clamp(min=math.ulp(0.))).sum(-1)
+        weights = weights[..., attention.prefix :].cpu().float()
+        total += ((weights * away).sum(-1) / weights.sum(-1).clamp(min=math.ulp(0.0))).sum(-1)
     return total / count

@@ -1,6 +1,7 @@
 """What feature maps hold: local structure, dead channels, colours of tokens; and what a token is made of."""
 
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ def edge_strength(maps: torch.Tensor) -> torch.Tensor:
     return torch.hypot(rows[..., 2:] - rows[..., :-2], cols[..., 2:, :] - cols[..., :-2, :])
 
 
-def edge_agreement(maps: torch.Tensor, images: torch.Tensor, lattice: Optional[Lattice] = None) -> torch.Tensor:
+def edge_agreement(maps: torch.Tensor, images: torch.Tensor, lattice: Lattice | None = None) -> torch.Tensor:
     """How far a channel's edges are the image's: (B, C, h, w) and (B, 3, H, W) -> (B, C), from -1 to 1.
 
     It is the correlation, over places, of the length of the Sobel gradient in the channel with that in the image's
@@ -54,19 +55,19 @@ def edge_agreement(maps: torch.Tensor, images: torch.Tensor, lattice: Optional[L
     Noise has many edges and an agreement of 0; a constant channel has 0 too.
     """
     height, width = images.shape[-2:]
-    scale = min(SIDE / min(height, width), 1.)
+    scale = min(SIDE / min(height, width), 1.0)
     size = (max(round(height * scale), 3), max(round(width * scale), 3))
     common = Lattice.over(size, (height, width))
     grid = (maps.shape[-2], maps.shape[-1])
     ours = _resampling(lattice or Lattice.over(grid, (height, width)), grid, common, size, maps.device)
-    theirs = _resampling(Lattice(.5, .5, 1., 1.), (height, width), common, size, images.device)
+    theirs = _resampling(Lattice(0.5, 0.5, 1.0, 1.0), (height, width), common, size, images.device)
     covered = ours.covered[1:-1, 1:-1].flatten()
     image = _centred_edges(theirs.apply(images.mean(1, keepdim=True)), covered)
     found = []
     for part in maps.split(128, dim=1):  # of a wide layer all at once would be large
         edges = _centred_edges(ours.apply(part), covered)
         norm = (edges.square().sum(-1) * image.square().sum(-1)).sqrt()
-        found.append(torch.where(norm > 0, (edges * image).sum(-1) / norm.clamp(min=1e-30), 0.))
+        found.append(torch.where(norm > 0, (edges * image).sum(-1) / norm.clamp(min=1e-30), 0.0))
     return torch.cat(found, 1)
 
 
@@ -87,14 +88,15 @@ class _Resampling(NamedTuple):
         return self.rows @ maps.float() @ self.cols.mT
 
 
-def _resampling(lattice: Lattice, grid: Tuple[int, int], common: Lattice, size: Tuple[int, int],
-                device: torch.device) -> _Resampling:
-    def axis(start: float, step: float, cells: int, first: float, apart: float, places: int) -> List[torch.Tensor]:
+def _resampling(
+    lattice: Lattice, grid: tuple[int, int], common: Lattice, size: tuple[int, int], device: torch.device
+) -> _Resampling:
+    def axis(start: float, step: float, cells: int, first: float, apart: float, places: int) -> list[torch.Tensor]:
         at = (first + apart * torch.arange(places, device=device) - start) / step  # in cells
         held = at.clamp(0, cells - 1)  # beyond the outermost cell its value goes on
         away = held[:, None] - torch.arange(cells, device=device)
-        weights = (1 - away.abs() / max(apart / step, 1.)).clamp(min=0)
-        return [weights / weights.sum(1, keepdim=True), (at - held).abs() <= .5]
+        weights = (1 - away.abs() / max(apart / step, 1.0)).clamp(min=0)
+        return [weights / weights.sum(1, keepdim=True), (at - held).abs() <= 0.5]
 
     rows, above = axis(lattice.y, lattice.down, grid[0], common.y, common.down, size[0])
     cols, beside = axis(lattice.x, lattice.right, grid[1], common.x, common.right, size[1])
@@ -123,7 +125,7 @@ class LayerMeasure(NamedTuple):
     """One stage in figures; the two of structure are means over images, a channel each."""
 
     name: str
-    grid: Tuple[int, int]
+    grid: tuple[int, int]
     edges: torch.Tensor  # (C,), see `edge_agreement`
     fine: torch.Tensor  # (C,), see `high_frequency`
     dead: torch.Tensor  # (C,), bool, see `dead_channels`
@@ -134,11 +136,18 @@ class LayerMeasure(NamedTuple):
         return (self.edges >= RICH) & ~self.dead
 
 
-def measure(trace: Trace, images: torch.Tensor, dead: float = DEAD) -> List[LayerMeasure]:
+def measure(trace: Trace, images: torch.Tensor, dead: float = DEAD) -> list[LayerMeasure]:
     """Local structure and dead channels of every stage; `images` as the model saw them, (B, C, H, W)."""
-    return [LayerMeasure(
-        name, (maps.shape[-2], maps.shape[-1]), edge_agreement(maps, images, trace.lattices.get(name)).mean(0),
-        high_frequency(maps).nanmean(0), dead_channels(maps, dead)) for name, maps in trace.maps.items()]
+    return [
+        LayerMeasure(
+            name,
+            (maps.shape[-2], maps.shape[-1]),
+            edge_agreement(maps, images, trace.lattices.get(name)).mean(0),
+            high_frequency(maps).nanmean(0),
+            dead_channels(maps, dead),
+        )
+        for name, maps in trace.maps.items()
+    ]
 
 
 def principal_colours(maps: torch.Tensor) -> torch.Tensor:
@@ -156,7 +165,7 @@ def principal_colours(maps: torch.Tensor) -> torch.Tensor:
     vectors = F.normalize(tokens.mT @ vectors, dim=0) if few else vectors
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     parts = tokens @ (vectors * largest.sign())
-    low, high = torch.quantile(parts, torch.tensor([.02, .98]), dim=0)
+    low, high = torch.quantile(parts, torch.tensor([0.02, 0.98]), dim=0)
     shown = ((parts - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     shown = F.pad(shown, (0, 3 - shown.shape[1]))  # of fewer than three channels
     return shown.reshape(batch, height, width, 3)
@@ -166,12 +175,12 @@ class Windows(NamedTuple):
     """The image's pixels under the tokens of one split: window (row, col) covers rows top + row·step and so on."""
 
     name: str
-    grid: Tuple[int, int]  # (h, w)
+    grid: tuple[int, int]  # (h, w)
     start: int  # first pixel of the first window, in both directions; below 0 where it begins in the padding
     step: int  # pixels from a window to the next
     size: int  # pixels a side
 
-    def box(self, row: int, col: int) -> Tuple[int, int, int, int]:
+    def box(self, row: int, col: int) -> tuple[int, int, int, int]:
         """Top, left, bottom, right of a window, the last two exclusive; it may reach out of the image.
 
         Raises:
@@ -183,25 +192,32 @@ class Windows(NamedTuple):
         return top, left, top + self.size, left + self.size
 
 
-def windows(splits: Sequence[Sequence[int]], size: Tuple[int, int]) -> List[Windows]:
+def windows(splits: Sequence[Sequence[int]], size: tuple[int, int]) -> list[Windows]:
     """What each soft split sees of an H×W image, split after split (Sec. 3.1).
 
     A token of a later split is made of k×k tokens of the one before; its pixels are all those under them. (The token
     layers between two splits mix tokens from everywhere: this is what a window is cut from, not all that it may know.)
     """
-    found: List[Windows] = []
+    found: list[Windows] = []
     grid, start, step, extent = size, 0, 1, 1
     for i, split in enumerate(Split(*split) for split in splits):
         grid = split.grid(*grid)
         start -= split.padding * step
         extent += (split.kernel - 1) * step
         step *= split.stride
-        found.append(Windows(f'soft split {i + 1}' if split.kernel > split.stride else f'hard split {i + 1}',
-                             grid, start, step, extent))
+        found.append(
+            Windows(
+                f'soft split {i + 1}' if split.kernel > split.stride else f'hard split {i + 1}',
+                grid,
+                start,
+                step,
+                extent,
+            )
+        )
     return found
 
 
-def splits_of(model: nn.Module) -> List[Split]:
+def splits_of(model: nn.Module) -> list[Split]:
     """A model's soft splits, or the one split of its patch embedding; none where a model has neither."""
     tokens = getattr(model, 'tokens_to_token', None)
     if isinstance(tokens, TokensToToken):
@@ -212,7 +228,7 @@ def splits_of(model: nn.Module) -> List[Split]:
     return []
 
 
-def token_grids(trace: Trace) -> Dict[str, torch.Tensor]:
+def token_grids(trace: Trace) -> dict[str, torch.Tensor]:
     """The maps of a trace behind which the grid is another, and the last: 56² -> 28² -> 14² tokens, and the end."""
     names = list(trace.maps)
     sizes = [tuple(trace.maps[name].shape[-2:]) for name in names]

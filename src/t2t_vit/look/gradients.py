@@ -1,6 +1,7 @@
 """Where a class's score comes from, by its gradient (Grad-CAM)."""
 
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ class CamMaps(NamedTuple):
 
 
 def grad_cam(
-        model: nn.Module, images: torch.Tensor, targets: Optional[Sequence[int]] = None, layer: Optional[str] = None,
+    model: nn.Module, images: torch.Tensor, targets: Sequence[int] | None = None, layer: str | None = None
 ) -> CamMaps:
     """Which regions raise a class's score: (B, C, H, W) -> maps (B, h, w).
 
@@ -43,8 +44,8 @@ def grad_cam(
         raise UsageError(f'the model has no layer {layer}{nearest(layer, modules)}')
     wanted = [layer] if layer is not None else stage_names(model)
     grids = Grids(model, (images.shape[-2], images.shape[-1]))
-    outputs: Dict[str, Tuple[torch.Tensor, torch.Tensor]] = {}
-    lattices: Dict[str, Lattice] = {}
+    outputs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    lattices: dict[str, Lattice] = {}
 
     def leave(name: str, output: Any) -> Any:
         grids.see(output)
@@ -71,15 +72,19 @@ def grad_cam(
             hook.remove()
     chosen = logits.argmax(-1) if targets is None else torch.as_tensor(targets, device=logits.device)
     if len(chosen) != len(images) or not bool(((chosen >= 0) & (chosen < logits.shape[-1])).all()):
-        raise UsageError(f'Grad-CAM needs a class from 0 to {logits.shape[-1] - 1} for each of {len(images)} images, '
-                         f'got {chosen.tolist()}')
+        raise UsageError(
+            f'Grad-CAM needs a class from 0 to {logits.shape[-1] - 1} for each of {len(images)} images, '
+            f'got {chosen.tolist()}'
+        )
     score = logits.gather(1, chosen[:, None]).sum()
-    names: List[str] = list(outputs)
+    names: list[str] = list(outputs)
     slopes = torch.autograd.grad(score, [outputs[name][1] for name in names], allow_unused=True) if names else ()
     for name, slope in reversed(list(zip(names, slopes))):
         found = grids.as_map(outputs[name][0]), grids.as_map(slope)
         if found[0] is not None and found[1] is not None and bool(found[1][0].any()):
             weights = found[1][0].mean((2, 3), keepdim=True)
             return CamMaps((weights * found[0][0]).sum(1).relu().detach(), name, chosen, lattices[name])
-    raise UsageError(f'Grad-CAM needs a layer whose map the score depends on; {layer or "no stage"} is '
-                     f'{"not one" if layer else "one"}')
+    raise UsageError(
+        f'Grad-CAM needs a layer whose map the score depends on; {layer or "no stage"} is '
+        f'{"not one" if layer else "one"}'
+    )

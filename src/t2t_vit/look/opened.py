@@ -1,9 +1,9 @@
 """From what a user types to models and images, each image as its model sees it."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -15,7 +15,7 @@ from ..models.listing import build
 from ..settings import UsageError, nearest
 from ..trained import class_names, load_model, spoken_names
 
-Size = Union[int, Tuple[int, int]]
+Size = int | tuple[int, int]
 SEED = 0
 
 
@@ -27,7 +27,7 @@ class OpenModel:
     weights: str  # where they are from: 'random weights', 'pretrained', a file or a folder
     model: nn.Module
     preprocessing: Preprocessing
-    classes: List[str]
+    classes: list[str]
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Photo:
     image: Image.Image
 
 
-def open_model(text: str, pretrained: bool = False, img_size: Optional[Size] = None) -> OpenModel:
+def open_model(text: str, pretrained: bool = False, img_size: Size | None = None) -> OpenModel:
     """A model by what a user calls it, for images of `img_size` (H, W), by default its own.
 
     Args:
@@ -72,11 +72,13 @@ def folder_name(text: str) -> str:
     return f'{path.parent.name}/{path.name}' if re.fullmatch(r'seed-\d+', path.name) else path.name
 
 
-def _by_name(text: str, pretrained: bool, size: Optional[Tuple[int, int]]) -> OpenModel:
+def _by_name(text: str, pretrained: bool, size: tuple[int, int] | None) -> OpenModel:
     own = '.py:' in text
     if not own and not timm.models.is_model(text):
-        raise UsageError(f'unknown model {text!r}{nearest(text, timm.list_models())}; expected a run folder, a name '
-                         'that timm knows, NAME=FILE, hf-hub:USER/NAME or FILE.py:FUNCTION')
+        raise UsageError(
+            f'unknown model {text!r}{nearest(text, timm.list_models())}; expected a run folder, a name '
+            'that timm knows, NAME=FILE, hf-hub:USER/NAME or FILE.py:FUNCTION'
+        )
     size = size or (224, 224) if own else size or timm.get_pretrained_cfg(text).input_size[1:]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
@@ -86,13 +88,13 @@ def _by_name(text: str, pretrained: bool, size: Optional[Tuple[int, int]]) -> Op
             if not pretrained:
                 raise
             raise UsageError(f'no pretrained weights for {text}: {str(error).splitlines()[0]}') from None
-    cfg = {**Preprocessing(size, 3, (.5,) * 3, (.5,) * 3).as_cfg(), **getattr(model, 'pretrained_cfg', {})}
+    cfg = {**Preprocessing(size, 3, (0.5,) * 3, (0.5,) * 3).as_cfg(), **getattr(model, 'pretrained_cfg', {})}
     weights = 'its own weights' if own else 'pretrained' if pretrained else 'random weights'
     names = spoken_names(class_names(model))
     return OpenModel(text.rpartition(':')[2], weights, model.eval(), Preprocessing.of(cfg), names)
 
 
-def open_images(inputs: Sequence[str], most: Optional[int] = None) -> List[Photo]:
+def open_images(inputs: Sequence[str], most: int | None = None) -> list[Photo]:
     """All that `find_images` finds, or the first `most` of it.
 
     Raises:
@@ -111,7 +113,7 @@ def open_images(inputs: Sequence[str], most: Optional[int] = None) -> List[Photo
     return photos
 
 
-def prepare(photos: Sequence[Photo], preprocessing: Preprocessing) -> Tuple[torch.Tensor, torch.Tensor]:
+def prepare(photos: Sequence[Photo], preprocessing: Preprocessing) -> tuple[torch.Tensor, torch.Tensor]:
     """Images as a model sees them, (B, C, H, W), and the same crops to be shown, (B, H, W, 3), 0 to 1."""
     images = [preprocessing.convert(photo.image) for photo in photos]
     seen, plain = preprocessing.transform(), preprocessing.transform(normalize=False)

@@ -4,10 +4,11 @@ Works for any timm model as it is: hooks see what modules give, a function mode 
 `scaled_dot_product_attention`, and the Performer's kernel is overheard at its layer. Nothing of it stays in the model.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from ..models.tokens import TokenPerformer
 from ..settings import UsageError, nearest
 from .attention import Attention, Lattice
 
-Grid = Tuple[int, int]
+Grid = tuple[int, int]
 
 
 @dataclass
@@ -26,18 +27,18 @@ class Trace:
     """What a model made of a batch of images, stage by stage in the order of computation, by module name."""
 
     logits: torch.Tensor  # (B, classes)
-    maps: Dict[str, torch.Tensor] = field(default_factory=dict)  # (B, C, h, w)
-    prefixes: Dict[str, torch.Tensor] = field(default_factory=dict)  # (B, P, C); P is 0 where there are none
-    attentions: Dict[str, Attention] = field(default_factory=dict)
-    lattices: Dict[str, Lattice] = field(default_factory=dict)  # where the cells of `maps` lie
+    maps: dict[str, torch.Tensor] = field(default_factory=dict)  # (B, C, h, w)
+    prefixes: dict[str, torch.Tensor] = field(default_factory=dict)  # (B, P, C); P is 0 where there are none
+    attentions: dict[str, Attention] = field(default_factory=dict)
+    lattices: dict[str, Lattice] = field(default_factory=dict)  # where the cells of `maps` lie
 
-    def backbone(self) -> List[Attention]:
+    def backbone(self) -> list[Attention]:
         """The attentions of the last grid, the ones a rollout goes through; none in a convolutional network."""
         whole = [a for a in self.attentions.values() if a.grid is not None and a.query.shape[2] == a.key.shape[2]]
         return [a for a in whole if a.key.shape[2] == whole[-1].key.shape[2] and a.prefix == whole[-1].prefix]
 
 
-def stage_names(model: nn.Module) -> List[str]:
+def stage_names(model: nn.Module) -> list[str]:
     """The layers of a model that are worth a look, in the order in which they stand in it.
 
     They are the entries of its outermost lists of modules (token layers, blocks, residual units), with the stem or
@@ -62,7 +63,7 @@ def _entries(module: nn.Module, prefix: str) -> Iterator[str]:
             yield f'{prefix}{name}'
 
 
-def trace(model: nn.Module, images: torch.Tensor, layers: Optional[Sequence[str]] = None) -> Trace:
+def trace(model: nn.Module, images: torch.Tensor, layers: Sequence[str] | None = None) -> Trace:
     """Run a model on images, (B, C, H, W), and keep what its layers gave.
 
     All tokens are computed, in evaluation mode and without gradients. A layer whose output is no grid over the image
@@ -92,7 +93,7 @@ def trace(model: nn.Module, images: torch.Tensor, layers: Optional[Sequence[str]
     found = Trace(logits, attentions=watch.attentions)
     for name in sorted(watch.outputs, key=list(watch.outputs).index):
         found.maps[name], found.prefixes[name], found.lattices[name] = watch.outputs[name]
-    reads_token = (getattr(model, 'has_class_token', True) and getattr(model, 'global_pool', 'token') in ('token', ''))
+    reads_token = getattr(model, 'has_class_token', True) and getattr(model, 'global_pool', 'token') in ('token', '')
     for attention in found.attentions.values():
         watch.place(attention)
         attention.class_token = attention.prefix > 0 and reads_token
@@ -106,23 +107,29 @@ def all_tokens(model: Any, images: torch.Tensor) -> torch.Tensor:
     return model(images)
 
 
-def _conv(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
-          groups: int = 1) -> Tuple[Any, ...]:
+def _conv(
+    x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> tuple[Any, ...]:
     return tuple(weight.shape[-2:]), stride, padding, dilation
 
 
-def _max_pool(x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
-              *rest: Any, **more: Any) -> Tuple[Any, ...]:
+def _max_pool(
+    x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, *rest: Any, **more: Any
+) -> tuple[Any, ...]:
     return kernel_size, stride or kernel_size, padding, dilation
 
 
-def _avg_pool(x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, *rest: Any,
-              **more: Any) -> Tuple[Any, ...]:
+def _avg_pool(
+    x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, *rest: Any, **more: Any
+) -> tuple[Any, ...]:
     return kernel_size, stride or kernel_size, padding, 1
 
 
-WINDOWED: Dict[Any, Callable[..., Tuple[Any, ...]]] = {
-    F.conv2d: _conv, F.max_pool2d: _max_pool, F.avg_pool2d: _avg_pool}
+WINDOWED: dict[Any, Callable[..., tuple[Any, ...]]] = {
+    F.conv2d: _conv,
+    F.max_pool2d: _max_pool,
+    F.avg_pool2d: _avg_pool,
+}
 
 
 class Grids(TorchFunctionMode):
@@ -136,10 +143,10 @@ class Grids(TorchFunctionMode):
     def __init__(self, model: nn.Module, size: Grid) -> None:
         super().__init__()
         self.size = size
-        self.lattices: Dict[Grid, Lattice] = {}
+        self.lattices: dict[Grid, Lattice] = {}
         self.prefix = int(getattr(model, 'num_prefix_tokens', 0))
         self.channels_last = getattr(model, 'output_fmt', 'NCHW') == 'NHWC'
-        self.seen: List[Grid] = []
+        self.seen: list[Grid] = []
 
     def see(self, output: Any) -> None:
         """Remember the grid of a map that a module gave."""
@@ -158,7 +165,7 @@ class Grids(TorchFunctionMode):
             self.follow(func, args, kwargs or {}, output)
         return output
 
-    def follow(self, func: Any, args: Any, kwargs: Dict[str, Any], output: Any) -> None:
+    def follow(self, func: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Note where the cells of an output lie."""
         x = args[0] if args else kwargs.get('input')
         if not (isinstance(x, torch.Tensor) and isinstance(output, torch.Tensor) and x.ndim == output.ndim == 4):
@@ -177,7 +184,7 @@ class Grids(TorchFunctionMode):
             extent = [(k - 1) * d + 1 for k, d in zip(_pair(kernel), _pair(dilation))]
             self.lattices[after] = self.lattice(before).strided(extent, _pair(stride), _pair(padding))
 
-    def find(self, tokens: int) -> Tuple[Optional[Grid], int]:
+    def find(self, tokens: int) -> tuple[Grid | None, int]:
         """The grid of so many tokens, and how many of them stand in front of it."""
         for prefix in dict.fromkeys((self.prefix, 0)):
             for height, width in reversed(self.seen):
@@ -185,7 +192,7 @@ class Grids(TorchFunctionMode):
                     return (height, width), prefix
         return None, 0
 
-    def as_map(self, output: Any) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
+    def as_map(self, output: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
         """A module's output as a map (B, C, h, w) and its prefix tokens (B, P, C); None if it is no grid of them."""
         if not isinstance(output, torch.Tensor) or output.ndim not in (3, 4):
             return None
@@ -198,7 +205,7 @@ class Grids(TorchFunctionMode):
         return output[:, prefix:].mT.unflatten(-1, grid), output[:, :prefix]
 
 
-def _pair(value: Any) -> Tuple[int, int]:
+def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
@@ -209,10 +216,10 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.model, self.wanted, self.batch = model, set(wanted), len(images)
         self.grids = Grids(model, (images.shape[-2], images.shape[-1]))
-        self.inside: List[str] = []  # the modules that are running, innermost last
-        self.own: Dict[str, Tuple[Grid, Lattice]] = {}  # the grid that a module itself gave
-        self.outputs: Dict[str, Tuple[torch.Tensor, torch.Tensor, Lattice]] = {}
-        self.attentions: Dict[str, Attention] = {}
+        self.inside: list[str] = []  # the modules that are running, innermost last
+        self.own: dict[str, tuple[Grid, Lattice]] = {}  # the grid that a module itself gave
+        self.outputs: dict[str, tuple[torch.Tensor, torch.Tensor, Lattice]] = {}
+        self.attentions: dict[str, Attention] = {}
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -244,7 +251,7 @@ class _Watch(TorchFunctionMode):
             grid = (found[0].shape[-2], found[0].shape[-1])
             self.outputs[name] = (found[0].clone(), found[1].clone(), self.grids.lattice(grid))
 
-    def overhear(self, name: str, layer: TokenPerformer, kqv: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def overhear(self, name: str, layer: TokenPerformer, kqv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """In the place of the Performer's kernel: keep its features, and do as it does."""
         k, q, v = kqv.chunk(3, dim=-1)
         self.keep(name, layer.features(q)[:, None], layer.features(k)[:, None], v[:, None], eps=layer.eps)
@@ -256,8 +263,15 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def attended(
-            self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Optional[torch.Tensor] = None,
-            dropout_p: float = 0., is_causal: bool = False, scale: Optional[float] = None, enable_gqa: bool = False,
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> None:
         """Keep the arguments of a call of `scaled_dot_product_attention`."""
         if query.ndim != 4:
@@ -269,8 +283,14 @@ class _Watch(TorchFunctionMode):
             attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros(attn_mask.shape, device=query.device).masked_fill(~attn_mask, -torch.inf)
-        self.keep(self.inside[-1] if self.inside else '', query, key, value, bias=attn_mask,
-                  scale=query.shape[-1] ** -0.5 if scale is None else scale)
+        self.keep(
+            self.inside[-1] if self.inside else '',
+            query,
+            key,
+            value,
+            bias=attn_mask,
+            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        )
 
     def keep(self, name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how: Any) -> None:
         """One attention; the second of the same module is called NAME:2."""
@@ -295,4 +315,7 @@ class _Watch(TorchFunctionMode):
             attention.grid, attention.prefix, attention.lattice = own[0], 0, own[1]
         if attention.query.shape[2] == attention.key.shape[2]:
             attention.query_grid, attention.query_prefix, attention.query_lattice = (
-                attention.grid, attention.prefix, attention.lattice)
+                attention.grid,
+                attention.prefix,
+                attention.lattice,
+            )

@@ -6,8 +6,9 @@ A block maps (B, N, C) to (B, N, C_out). `class_only` asks for the class token's
 keys and values are still made of all tokens, everything behind them of one.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Callable, Dict, List, Sequence, Tuple, Union
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,8 @@ class SqueezeExcite(nn.Module):
         super().__init__()
         hidden = max(dim // reduction, 1)
         self.fc = nn.Sequential(
-            nn.Linear(dim, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, dim, bias=False), nn.Sigmoid())
+            nn.Linear(dim, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, dim, bias=False), nn.Sigmoid()
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, N, C) -> (B, N, C)."""
@@ -43,7 +45,8 @@ class Attention(nn.Module):
     """Multi-head self-attention without bias on q, k, v; with `se`, channel attention on its output."""
 
     def __init__(
-            self, dim: int, num_heads: int, attn_drop: float = 0., proj_drop: float = 0., se: bool = False) -> None:
+        self, dim: int, num_heads: int, attn_drop: float = 0.0, proj_drop: float = 0.0, se: bool = False
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.attn_drop = attn_drop
@@ -65,7 +68,7 @@ class Attention(nn.Module):
             k, v = F.linear(x, weight_kv).chunk(2, dim=-1)
         else:
             q, k, v = self.qkv(x).chunk(3, dim=-1)
-        x = attend(q, k, v, self.num_heads, self.attn_drop if self.training else 0.)
+        x = attend(q, k, v, self.num_heads, self.attn_drop if self.training else 0.0)
         x = self.se_layer(self.proj_drop(self.proj(x)))
         return x[:, :1] if class_only else x
 
@@ -85,7 +88,7 @@ class ChannelScale(nn.Module):
 class GhostAttention(nn.Module):
     """Attention whose q, k, v are half made by a Linear, half a per-channel scale of that half (GhostNet)."""
 
-    def __init__(self, dim: int, num_heads: int, attn_drop: float = 0., proj_drop: float = 0.) -> None:
+    def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0, proj_drop: float = 0.0) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.attn_drop = attn_drop
@@ -105,18 +108,19 @@ class GhostAttention(nn.Module):
         q = torch.cat([q, self.cheap_operation_q(q)], dim=-1)
         k = torch.cat([k, self.cheap_operation_k(k)], dim=-1)
         v = torch.cat([v, self.cheap_operation_v(v)], dim=-1)
-        x = attend(q, k, v, self.num_heads, self.attn_drop if self.training else 0.)
+        x = attend(q, k, v, self.num_heads, self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(x))
 
 
 class GhostMlp(nn.Module):
     """An MLP whose hidden layer is one Linear and two per-channel scales of its result (GhostNet); ratio 3."""
 
-    def __init__(self, in_features: int, hidden_features: int, drop: float = 0.) -> None:
+    def __init__(self, in_features: int, hidden_features: int, drop: float = 0.0) -> None:
         super().__init__()
         if hidden_features != 3 * in_features:
-            raise ValueError(f'the ghost MLP is built of three parts: mlp_ratio must be 3, '
-                             f'got {hidden_features / in_features:g}')
+            raise ValueError(
+                f'the ghost MLP is built of three parts: mlp_ratio must be 3, got {hidden_features / in_features:g}'
+            )
         self.fc1 = nn.Linear(in_features, in_features)
         self.act = nn.GELU()
         self.cheap_operation2 = ChannelScale(in_features)
@@ -140,15 +144,15 @@ class Block(nn.Module):
     """
 
     def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            mlp_ratio: float,
-            attn_drop: float = 0.,
-            proj_drop: float = 0.,
-            drop_path: float = 0.,
-            attn_layer: Callable[..., nn.Module] = Attention,
-            mlp_layer: Callable[..., nn.Module] = Mlp,
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        attn_layer: Callable[..., nn.Module] = Attention,
+        mlp_layer: Callable[..., nn.Module] = Mlp,
     ) -> None:
         super().__init__()
         if dim % num_heads:  # the widths of dense blocks follow from one another
@@ -207,7 +211,7 @@ class Transition(nn.Module):
         return self.act(self.linear(x[:, :1] if class_only else x))
 
 
-BLOCKS: Dict[str, Callable[..., nn.Module]] = {
+BLOCKS: dict[str, Callable[..., nn.Module]] = {
     'plain': Block,
     'se': partial(Block, attn_layer=partial(Attention, se=True)),
     'ghost': partial(Block, attn_layer=GhostAttention, mlp_layer=GhostMlp),
@@ -216,14 +220,14 @@ BLOCKS: Dict[str, Callable[..., nn.Module]] = {
 
 
 def build_blocks(
-        block: Callable[..., nn.Module],
-        embed_dim: int,
-        depth: Union[int, Sequence[int]],
-        num_heads: int,
-        mlp_ratio: float,
-        drop_path_rate: float,
-        **kwargs: float,
-) -> Tuple[nn.ModuleList, List[int]]:
+    block: Callable[..., nn.Module],
+    embed_dim: int,
+    depth: int | Sequence[int],
+    num_heads: int,
+    mlp_ratio: float,
+    drop_path_rate: float,
+    **kwargs: float,
+) -> tuple[nn.ModuleList, list[int]]:
     """The backbone and the width behind each of its entries.
 
     `depth` is a number of blocks, or the numbers in groups with a `Transition` between two. Stochastic depth grows

@@ -10,7 +10,8 @@ import os
 import pickle
 import re
 import zipfile
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple, Union, cast
+from collections.abc import Iterable, Mapping
+from typing import Any, Union, cast
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +25,7 @@ from .tokens import TokensToToken
 PathLike = Union[str, 'os.PathLike[str]']
 
 # what the release's files hold beside tensors, numbers, strings and containers: the script's arguments
-SAFE_TYPES: List[Any] = [argparse.Namespace]
+SAFE_TYPES: list[Any] = [argparse.Namespace]
 
 EMA_ENTRIES = ('state_dict_ema', 'model_ema')
 RAW_ENTRIES = ('state_dict', 'model', 'net')  # `net`: the release's CIFAR files
@@ -77,7 +78,8 @@ def read_checkpoint(path: PathLike) -> Mapping[str, Any]:
     if start.startswith((b'PK\x03\x04', b'\x80')):  # torch's zip archive, and the plain pickle of before
         return read_pickle(path)
     raise CheckpointError(
-        f'{path} is {kind_of_file(start)}; expected a checkpoint, written by torch.save or as safetensors')
+        f'{path} is {kind_of_file(start)}; expected a checkpoint, written by torch.save or as safetensors'
+    )
 
 
 def kind_of_file(start: bytes) -> str:
@@ -91,13 +93,14 @@ def kind_of_file(start: bytes) -> str:
     return f'of an unknown kind, starting with {start[:16]!r}'
 
 
-def read_safetensors(path: PathLike) -> Dict[str, torch.Tensor]:
+def read_safetensors(path: PathLike) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file."""
     try:
         return load_file(path)
     except SafetensorError as error:
         raise CheckpointError(
-            f'{path} is a damaged or truncated safetensors file of {os.path.getsize(path)} bytes: {error}') from error
+            f'{path} is a damaged or truncated safetensors file of {os.path.getsize(path)} bytes: {error}'
+        ) from error
 
 
 def read_pickle(path: PathLike) -> Mapping[str, Any]:
@@ -113,8 +116,9 @@ def read_pickle(path: PathLike) -> Mapping[str, Any]:
         wanted = re.findall(r'GLOBAL ([\w.]+)', str(error)) if isinstance(error, pickle.UnpicklingError) else []
         raise CheckpointError(
             f'{path} asks for {wanted[0]} when it is read; expected tensors, plain containers and '
-            f'argparse.Namespace. It was refused, and nothing in it was executed' if wanted else
-            f'{path} is damaged or truncated: its {os.path.getsize(path)} bytes are not a whole torch.save file',
+            f'argparse.Namespace. It was refused, and nothing in it was executed'
+            if wanted
+            else f'{path} is damaged or truncated: its {os.path.getsize(path)} bytes are not a whole torch.save file'
         ) from error
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f'{path} holds a {type(checkpoint).__name__}; expected a dict of tensors by name')
@@ -143,7 +147,7 @@ def check_growth(path: PathLike, size: int) -> None:
         raise CheckpointError(f'{path} has {here:,} bytes and would take {size:,} in memory; such a file is refused')
 
 
-def verify_file(path: PathLike, size: Optional[int] = None, sha256: Optional[str] = None) -> None:
+def verify_file(path: PathLike, size: int | None = None, sha256: str | None = None) -> None:
     """Check a downloaded file against its recorded size in bytes and SHA-256, each where it is known.
 
     Raises:
@@ -168,7 +172,8 @@ def hash_file(path: PathLike) -> str:
 
 
 def save_weights(
-        state_dict: Mapping[str, torch.Tensor], path: PathLike, metadata: Optional[Dict[str, str]] = None) -> None:
+    state_dict: Mapping[str, torch.Tensor], path: PathLike, metadata: dict[str, str] | None = None
+) -> None:
     """Write a safetensors file. It appears whole or not at all: written beside its place, then renamed."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in state_dict.items()}
     beside = f'{os.fspath(path)}.{os.getpid()}.part'
@@ -195,7 +200,8 @@ def select_weights(checkpoint: Mapping[str, Any], ema: bool) -> Mapping[str, tor
     if not weights or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
         raise CheckpointError(
             f'found no weights under {few(map(str, weights)) or "an empty dict"}; '
-            f'expected tensors by name, or such a dict as {" or ".join(entries)}')
+            f'expected tensors by name, or such a dict as {" or ".join(entries)}'
+        )
     if odd := [name for name, tensor in weights.items() if is_odd(tensor)]:
         raise CheckpointError(f'found sparse or quantized tensors, or such without values: {few(odd)}')
     return weights
@@ -206,7 +212,7 @@ def is_odd(tensor: torch.Tensor) -> bool:
     return tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested
 
 
-def rename(weights: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+def rename(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same tensors under the release's names, free of wrappers' prefixes and of mmpretrain's names."""
     state_dict = {WRAPPERS.sub('', name): tensor for name, tensor in weights.items()}
     if not any(name.startswith('backbone.') for name in state_dict):
@@ -219,19 +225,20 @@ def rename(weights: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     return renamed
 
 
-def resize_pos_embed(pos_embed: torch.Tensor, grid: Tuple[int, int], square: bool = False) -> torch.Tensor:
+def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int], square: bool = False) -> torch.Tensor:
     """A position table for h×w tokens, (1, 1 + M, D) -> (1, 1 + N, D), from a square one where M is not N.
 
     Where M = N it is taken to be of this grid, unless it is known to be of a `square` one.
     """
     count = pos_embed.shape[1] - 1
     side = math.isqrt(max(count, 0))
-    if count == grid[0] * grid[1] and not (square and side ** 2 == count and side != grid[0]):
+    if count == grid[0] * grid[1] and not (square and side**2 == count and side != grid[0]):
         return pos_embed
-    if count < 1 or side ** 2 != count:
+    if count < 1 or side**2 != count:
         raise CheckpointError(
             f'found a position table for {count} tokens, which are no square grid; '
-            f'expected a square, or {grid[0] * grid[1]} tokens for {grid[0]}×{grid[1]}')
+            f'expected a square, or {grid[0] * grid[1]} tokens for {grid[0]}×{grid[1]}'
+        )
     return resample_abs_pos_embed(pos_embed, list(grid), [side, side])
 
 
@@ -242,7 +249,7 @@ def adapt_channels(weight: torch.Tensor, in_chans: int, kernel: int) -> torch.Te
 
 
 def adapt_normed_channels(
-        weight: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, in_chans: int, kernel: int,
+    weight: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, in_chans: int, kernel: int
 ) -> torch.Tensor:
     """`adapt_channels` of a Linear behind a LayerNorm with gamma and beta, for gamma = beta = 1: (O, n).
 
@@ -256,14 +263,14 @@ def adapt_normed_channels(
     return (scaled - scaled.mean(1, keepdim=True) + row_mean.unsqueeze(1)).to(weight.dtype)
 
 
-def adapt_first_layer(state_dict: Mapping[str, torch.Tensor], in_chans: int, kernel: int) -> Dict[str, torch.Tensor]:
+def adapt_first_layer(state_dict: Mapping[str, torch.Tensor], in_chans: int, kernel: int) -> dict[str, torch.Tensor]:
     """The tensors that see the image, from RGB to `in_chans` channels, as timm adapts a first convolution.
 
     One channel: the sum over R, G, B, so that a grey image gives what it gave in all three. More: repeated, scaled.
     Empty where there is nothing of three channels.
     """
     name = next((f'{layer}.weight' for layer in FIRST_LAYERS.values() if f'{layer}.weight' in state_dict), None)
-    if in_chans == 3 or name is None or state_dict[name].shape[1:].numel() != 3 * kernel ** 2:
+    if in_chans == 3 or name is None or state_dict[name].shape[1:].numel() != 3 * kernel**2:
         return {}
     weight = state_dict[name]
     norm = [state_dict[key] for key in FIRST_NORM if key in state_dict]
@@ -271,8 +278,8 @@ def adapt_first_layer(state_dict: Mapping[str, torch.Tensor], in_chans: int, ker
         return {name: adapt_channels(weight, in_chans, kernel)}
     adapted = adapt_normed_channels(weight, norm[0], norm[1], in_chans, kernel)
     if name.startswith(FIRST_LAYERS['transformer']):  # scales q·k by n^-1/2, and n has changed
-        adapted[:len(adapted) // 3] *= (in_chans / 3) ** 0.5  # q
-    ones = norm[0].new_ones(in_chans * kernel ** 2)
+        adapted[: len(adapted) // 3] *= (in_chans / 3) ** 0.5  # q
+    ones = norm[0].new_ones(in_chans * kernel**2)
     return {name: adapted, FIRST_NORM[0]: ones, FIRST_NORM[1]: ones.clone()}
 
 
@@ -282,7 +289,7 @@ def saved_by_mmpretrain_1x(checkpoint: Mapping[str, Any]) -> bool:
     return isinstance(meta, Mapping) and 'mmengine_version' in meta
 
 
-def fold_inverted_scale(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def fold_inverted_scale(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """The q, k, v of a model whose products were multiplied by d^1/2, for one that multiplies by its own scale.
 
     mmpretrain 1.x divides q·k by d^-1/2 where a scale is given, as T2T-ViT's layers do (since its pull request 1434
@@ -292,7 +299,7 @@ def fold_inverted_scale(state_dict: Mapping[str, torch.Tensor], model: nn.Module
     folded, modules = {}, dict(model.named_modules())
     for name, weight in state_dict.items():
         if name.endswith('.attn.qkv.weight') and weight.ndim == 2:
-            heads = getattr(modules.get(name[:-len('.qkv.weight')]), 'num_heads', 1)
+            heads = getattr(modules.get(name[: -len('.qkv.weight')]), 'num_heads', 1)
             rows = len(weight) // 3
             folded[name] = weight.clone()
             folded[name][:rows] *= math.sqrt(rows / heads * weight.shape[1] / heads)
@@ -312,25 +319,34 @@ def describe(state_dict: Mapping[str, torch.Tensor]) -> str:
 def check_fit(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
     """CheckpointError unless names and shapes are the expected ones; the head may be missing."""
     missing = [name for name in expected if name not in state_dict and name not in HEAD]
-    kinds = [f'{name} {str(tensor.dtype)[6:]} instead of {str(expected[name].dtype)[6:]}'
-             for name, tensor in state_dict.items()
-             if name in expected and tensor.is_floating_point() != expected[name].is_floating_point()]
+    kinds = [
+        f'{name} {str(tensor.dtype)[6:]} instead of {str(expected[name].dtype)[6:]}'
+        for name, tensor in state_dict.items()
+        if name in expected and tensor.is_floating_point() != expected[name].is_floating_point()
+    ]
     unexpected = [name for name in state_dict if name not in expected]
     other = [
         f'{name} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}'
-        for name, tensor in state_dict.items() if name in expected and tensor.shape != expected[name].shape]
+        for name, tensor in state_dict.items()
+        if name in expected and tensor.shape != expected[name].shape
+    ]
     problems = [
         f'{len(names)} {kind}: {few(names)}'
-        for kind, names in (('missing', missing), ('unexpected', unexpected), ('of another shape', other),
-                            ('of another kind', kinds)) if names]
+        for kind, names in (
+            ('missing', missing),
+            ('unexpected', unexpected),
+            ('of another shape', other),
+            ('of another kind', kinds),
+        )
+        if names
+    ]
     if problems:
-        raise CheckpointError(
-            f'found {describe(state_dict)}; expected {describe(expected)}; ' + '; '.join(problems))
+        raise CheckpointError(f'found {describe(state_dict)}; expected {describe(expected)}; ' + '; '.join(problems))
 
 
 def convert_state_dict(
-        checkpoint: Mapping[str, Any], model: nn.Module, ema: bool = True, mmpretrain_1x: Optional[bool] = None,
-) -> Dict[str, torch.Tensor]:
+    checkpoint: Mapping[str, Any], model: nn.Module, ema: bool = True, mmpretrain_1x: bool | None = None
+) -> dict[str, torch.Tensor]:
     """The weights of any published checkpoint, under this package's names, fitted to a `T2TViT`.
 
     The position table is resized to the model's grid, the first layer adapted to its channels, and a head for another
@@ -358,7 +374,8 @@ def convert_state_dict(
     pos_embed = state_dict.get('pos_embed')
     if pos_embed is not None and pos_embed.shape[::2] == expected['pos_embed'].shape[::2]:  # of the same width
         state_dict['pos_embed'] = resize_pos_embed(
-            pos_embed, cast(Tuple[int, int], model.grid_size), square=weights is not checkpoint)  # the release's are
+            pos_embed, cast(tuple[int, int], model.grid_size), square=weights is not checkpoint
+        )  # the release's are
 
     classes = expected['head.weight'].shape[:1] if 'head.weight' in expected else None
     if 'head.weight' in state_dict and state_dict['head.weight'].shape[:1] != classes:
@@ -374,8 +391,7 @@ def count_classes(checkpoint: Mapping[str, Any], ema: bool = True) -> int:
     return len(head) if head is not None and head.ndim else 0
 
 
-def load_weights(
-        model: nn.Module, path: PathLike, ema: bool = True, mmpretrain_1x: Optional[bool] = None) -> List[str]:
+def load_weights(model: nn.Module, path: PathLike, ema: bool = True, mmpretrain_1x: bool | None = None) -> list[str]:
     """Load any published file into a `T2TViT`, see `convert_state_dict`; the names that keep their initial values.
 
     Those are none, or the head's. A file that does not fit leaves the model as it was.

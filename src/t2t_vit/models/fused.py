@@ -4,14 +4,15 @@ What the GPU's memory moves decides there: the eager form writes and reads every
 gathered, normalised and multiplied without leaving the chip, the Performer takes one pass over k and v and one over q,
 and all that is behind the attention is one more. The maths are the eager form's, with its forward and backward pass;
 sums are float32, products have operands in half precision, and the Performer's exponents are as exact as float32 makes
-them of k and q. `tests/test_fused.py` holds the kernels to float64, in Triton's interpreter where there is no GPU.
+them of k and q. `tests/fast/test_fused.py` holds the kernels to float64, in Triton's interpreter where there is no GPU.
 
 Letters: B images, C channels, (H, W) the map, N tokens, D token_dim, m = D/2 random features, n = k·k·C a window.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, Callable, Optional, Sequence, Tuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,7 +58,7 @@ def capable(device: int) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def half_precision(x: torch.Tensor) -> Optional[torch.dtype]:
+def half_precision(x: torch.Tensor) -> torch.dtype | None:
     """float16 or bfloat16, if `x` is or autocast makes it of that type."""
     kind = x.dtype
     if torch.is_autocast_enabled(x.device.type):
@@ -67,12 +68,15 @@ def half_precision(x: torch.Tensor) -> Optional[torch.dtype]:
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Makes an operator of a function that launches kernels: on the device of its first argument."""
+
     def register(function: Callable[..., Any]) -> Any:
         @wraps(function)
         def on_device(first: torch.Tensor, *others: Any) -> Any:
             with torch.cuda.device_of(first):
                 return function(first, *others)
+
         return torch.library.custom_op(f't2t_vit::{name}', on_device, mutates_args=())
+
     return register
 
 
@@ -81,7 +85,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def shares(tiles: int, most: int) -> Tuple[int, int]:
+def shares(tiles: int, most: int) -> tuple[int, int]:
     """Tiles among at most so many programs: how many programs, and how many tiles each."""
     per = cdiv(tiles, max(most, 1))
     return cdiv(tiles, per), per
@@ -97,7 +101,8 @@ def _pack_op(x: torch.Tensor) -> torch.Tensor:
     images, chans, height, width = x.shape
     out = x.new_empty(images, height, width, filled(chans))
     kernels.pack[(cdiv(height * width, 256), images)](
-        x, out, height * width, width, *x.stride(), C=chans, CP=filled(chans), BP=256)
+        x, out, height * width, width, *x.stride(), C=chans, CP=filled(chans), BP=256
+    )
     return out
 
 
@@ -111,7 +116,7 @@ def _keep_pack(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _pack_backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-    return grad[..., :ctx.chans].permute(0, 3, 1, 2)
+    return grad[..., : ctx.chans].permute(0, 3, 1, 2)
 
 
 _pack_op.register_autograd(_pack_backward, setup_context=_keep_pack)
@@ -124,9 +129,16 @@ def half_operands(weight: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
 
 @operator('split_norm_linear')
 def _split(
-        x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor, chans: int, kernel: int, stride: int, padding: int,
-        eps: float, kind: torch.dtype,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    shift: torch.Tensor,
+    chans: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    eps: float,
+    kind: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     images, height, width, _ = x.shape
     rows, cols = Split(kernel, stride, padding).grid(height, width)
     x = x.contiguous()
@@ -135,9 +147,28 @@ def _split(
     scales, weight = torch.empty_like(means), half_operands(weight, kind)
     launch = LAUNCH['split']
     kernels.split_norm_linear[(cdiv(rows * cols, launch['M']), images)](
-        x, weight, weight.sum(0, dtype=torch.float32), shift, out, means, scales, rows * cols, cols, 1 / cols, height,
-        width, eps, C=chans, CP=x.shape[3], K=kernel, STRIDE=stride, PADDING=padding, D=weight.shape[1] // 3,
-        BK=64 if x.shape[3] >= 64 and weight.dtype == kind else 32, **launch)
+        x,
+        weight,
+        weight.sum(0, dtype=torch.float32),
+        shift,
+        out,
+        means,
+        scales,
+        rows * cols,
+        cols,
+        1 / cols,
+        height,
+        width,
+        eps,
+        C=chans,
+        CP=x.shape[3],
+        K=kernel,
+        STRIDE=stride,
+        PADDING=padding,
+        D=weight.shape[1] // 3,
+        BK=64 if x.shape[3] >= 64 and weight.dtype == kind else 32,
+        **launch,
+    )
     return out, means, scales
 
 
@@ -150,32 +181,64 @@ def _(x, weight, shift, chans, kernel, stride, padding, eps, kind):  # type: ign
 
 @operator('split_norm_linear_weight')
 def _split_weight(
-        x: torch.Tensor, means: torch.Tensor, scales: torch.Tensor, grad: torch.Tensor, kernel: int, stride: int,
-        padding: int,
-) -> Tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor,
+    means: torch.Tensor,
+    scales: torch.Tensor,
+    grad: torch.Tensor,
+    kernel: int,
+    stride: int,
+    padding: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
     images, height, width, filled_chans = x.shape
     x, grad = x.contiguous(), grad.contiguous()
     _, cols = Split(kernel, stride, padding).grid(height, width)
-    tokens, size, launch = means.shape[1], kernel ** 2 * filled_chans, LAUNCH['split_weight']
+    tokens, size, launch = means.shape[1], kernel**2 * filled_chans, LAUNCH['split_weight']
     columns = cdiv(size, launch['BK'])
     programs, per = shares(images * cdiv(tokens, launch['M']), PROGRAMS // columns)
     weight_sums = means.new_empty(programs, size, grad.shape[2])
     shift_sums = means.new_empty(programs, 16, grad.shape[2])
     kernels.split_norm_linear_weight[(columns, programs)](
-        x, means, scales, grad, weight_sums, shift_sums, images, tokens, cols, 1 / cols, height, width, per,
-        CP=filled_chans, K=kernel, STRIDE=stride, PADDING=padding, D=grad.shape[2] // 3, **launch)
+        x,
+        means,
+        scales,
+        grad,
+        weight_sums,
+        shift_sums,
+        images,
+        tokens,
+        cols,
+        1 / cols,
+        height,
+        width,
+        per,
+        CP=filled_chans,
+        K=kernel,
+        STRIDE=stride,
+        PADDING=padding,
+        D=grad.shape[2] // 3,
+        **launch,
+    )
     return weight_sums.sum(0), shift_sums[:, 0].sum(0)
 
 
 @_split_weight.register_fake
 def _(x, means, scales, grad, kernel, stride, padding):  # type: ignore[no-untyped-def]
-    return means.new_empty(kernel ** 2 * x.shape[3], grad.shape[2]), means.new_empty(grad.shape[2])
+    return means.new_empty(kernel**2 * x.shape[3], grad.shape[2]), means.new_empty(grad.shape[2])
 
 
 @operator('split_norm_linear_input')
 def _split_input(
-        x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor, out: torch.Tensor, means: torch.Tensor,
-        scales: torch.Tensor, grad: torch.Tensor, chans: int, kernel: int, stride: int, padding: int,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    shift: torch.Tensor,
+    out: torch.Tensor,
+    means: torch.Tensor,
+    scales: torch.Tensor,
+    grad: torch.Tensor,
+    chans: int,
+    kernel: int,
+    stride: int,
+    padding: int,
 ) -> torch.Tensor:
     images, height, width, filled_chans = x.shape
     x, out, grad = x.contiguous(), out.contiguous(), grad.contiguous()
@@ -183,17 +246,49 @@ def _split_input(
     scaled, slopes, offsets = torch.empty_like(grad), torch.empty_like(means), torch.empty_like(means)
     launch = LAUNCH['row']
     kernels.scaled_grad[(cdiv(means.numel(), launch['M']),)](
-        grad, out, shift, means, scales, scaled, slopes, offsets, means.numel(), kernel ** 2 * chans,
-        D=grad.shape[2] // 3, **launch)
+        grad,
+        out,
+        shift,
+        means,
+        scales,
+        scaled,
+        slopes,
+        offsets,
+        means.numel(),
+        kernel**2 * chans,
+        D=grad.shape[2] // 3,
+        **launch,
+    )
     spread = torch.ops.aten.convolution_backward(
         scaled.transpose(1, 2).unflatten(2, (rows, cols)),
         torch.empty_like(x, dtype=grad.dtype).permute(0, 3, 1, 2),
-        weight.to(grad.dtype).unflatten(0, (kernel, kernel, -1)).permute(3, 2, 0, 1), None,
-        [stride, stride], [padding, padding], [1, 1], False, [0, 0], 1, [True, False, False])[0]
+        weight.to(grad.dtype).unflatten(0, (kernel, kernel, -1)).permute(3, 2, 0, 1),
+        None,
+        [stride, stride],
+        [padding, padding],
+        [1, 1],
+        False,
+        [0, 0],
+        1,
+        [True, False, False],
+    )[0]
     result = torch.empty_like(x)
     kernels.window_grad[(cdiv(height * width, launch['M']), images)](
-        x, spread.permute(0, 2, 3, 1).contiguous(), slopes, offsets, result, rows, cols, height, width,
-        CP=filled_chans, K=kernel, STRIDE=stride, PADDING=padding, **launch)
+        x,
+        spread.permute(0, 2, 3, 1).contiguous(),
+        slopes,
+        offsets,
+        result,
+        rows,
+        cols,
+        height,
+        width,
+        CP=filled_chans,
+        K=kernel,
+        STRIDE=stride,
+        PADDING=padding,
+        **launch,
+    )
     return result
 
 
@@ -207,7 +302,7 @@ def _keep_split(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(x, weight, shift, *output)
 
 
-def _split_backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Tuple[Any, ...]:
+def _split_backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     x, weight, shift, out, means, scales = ctx.saved_tensors
     grad_x = grad_weight = grad_shift = None
     if ctx.needs_input_grad[0]:
@@ -222,14 +317,31 @@ _split.register_autograd(_split_backward, setup_context=_keep_split)
 
 @operator('behind')
 def _behind_op(
-        y: torch.Tensor, v: torch.Tensor, matrices: torch.Tensor, biases: torch.Tensor, seeds: Optional[torch.Tensor],
-        chance: float, eps: float,
+    y: torch.Tensor,
+    v: torch.Tensor,
+    matrices: torch.Tensor,
+    biases: torch.Tensor,
+    seeds: torch.Tensor | None,
+    chance: float,
+    eps: float,
 ) -> torch.Tensor:
     y = y.contiguous()
     out, rows, launch = torch.empty_like(y), y.shape[0] * y.shape[1], LAUNCH['row']
     kernels.behind[(cdiv(rows, launch['M']),)](
-        y, v, matrices.to(y.dtype), biases, seeds, out, rows, v.stride(1), chance, eps,
-        DROP=seeds is not None, D=y.shape[2], **launch)
+        y,
+        v,
+        matrices.to(y.dtype),
+        biases,
+        seeds,
+        out,
+        rows,
+        v.stride(1),
+        chance,
+        eps,
+        DROP=seeds is not None,
+        D=y.shape[2],
+        **launch,
+    )
     return out
 
 
@@ -239,9 +351,16 @@ def _(y, v, matrices, biases, seeds, chance, eps):  # type: ignore[no-untyped-de
 
 
 def _behind_grads(
-        y: torch.Tensor, v: torch.Tensor, matrices: torch.Tensor, biases: torch.Tensor, seeds: Optional[torch.Tensor],
-        grad: torch.Tensor, grad_v: torch.Tensor, chance: float, eps: float,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    y: torch.Tensor,
+    v: torch.Tensor,
+    matrices: torch.Tensor,
+    biases: torch.Tensor,
+    seeds: torch.Tensor | None,
+    grad: torch.Tensor,
+    grad_v: torch.Tensor,
+    chance: float,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of y, matrices and biases; that of v goes where it is told."""
     dim, rows, launch = y.shape[2], y.shape[0] * y.shape[1], LAUNCH['row']
     programs, per = shares(cdiv(rows, launch['M']), PROGRAMS)
@@ -250,20 +369,42 @@ def _behind_grads(
     mlp = y.new_empty(programs, 2, dim, dim, dtype=torch.float32)
     mlp_biases = y.new_empty(programs, 16, 2, dim, dtype=torch.float32)
     kernels.mlp_grad[(programs,)](
-        y, v, matrices, biases, seeds, grad, grad_v, mlp, mlp_biases, rows, v.stride(1), grad_v.stride(1), per, chance,
-        eps, **common)
+        y,
+        v,
+        matrices,
+        biases,
+        seeds,
+        grad,
+        grad_v,
+        mlp,
+        mlp_biases,
+        rows,
+        v.stride(1),
+        grad_v.stride(1),
+        per,
+        chance,
+        eps,
+        **common,
+    )
     proj = y.new_empty(programs, 1, dim, dim, dtype=torch.float32)
     proj_biases = y.new_empty(programs, 16, 1, dim, dtype=torch.float32)
     kernels.proj_grad[(programs,)](
-        y, grad_v, matrices, seeds, grad_y, proj, proj_biases, rows, grad_v.stride(1), per, chance, **common)
+        y, grad_v, matrices, seeds, grad_y, proj, proj_biases, rows, grad_v.stride(1), per, chance, **common
+    )
     return grad_y, torch.cat([proj.sum(0), mlp.sum(0)]), torch.cat([proj_biases[:, 0].sum(0), mlp_biases[:, 0].sum(0)])
 
 
 @operator('behind_grad')
 def _behind_grad_op(
-        y: torch.Tensor, v: torch.Tensor, matrices: torch.Tensor, biases: torch.Tensor, seeds: Optional[torch.Tensor],
-        grad: torch.Tensor, chance: float, eps: float,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    y: torch.Tensor,
+    v: torch.Tensor,
+    matrices: torch.Tensor,
+    biases: torch.Tensor,
+    seeds: torch.Tensor | None,
+    grad: torch.Tensor,
+    chance: float,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     y, grad = y.contiguous(), grad.contiguous()
     grad_v = torch.empty_like(y)
     grad_y, grad_matrices, grad_biases = _behind_grads(y, v, matrices, biases, seeds, grad, grad_v, chance, eps)
@@ -280,7 +421,7 @@ def _keep_behind(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(y, v, matrices, biases, seeds)
 
 
-def _behind_backward(ctx: Any, grad: torch.Tensor) -> Tuple[Any, ...]:
+def _behind_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     grads = _behind_grad_op(*ctx.saved_tensors, grad, ctx.chance, ctx.eps)
     return (*grads, None, None, None)
 
@@ -288,7 +429,7 @@ def _behind_backward(ctx: Any, grad: torch.Tensor) -> Tuple[Any, ...]:
 _behind_op.register_autograd(_behind_backward, setup_context=_keep_behind)
 
 
-def _halves(w: torch.Tensor, kind: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
+def _halves(w: torch.Tensor, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """w, (m, D), as a half-precision number and what that leaves of it, (D, m) each."""
     w = w.float().t().contiguous()
     high = w.to(kind)
@@ -297,9 +438,15 @@ def _halves(w: torch.Tensor, kind: torch.dtype) -> Tuple[torch.Tensor, torch.Ten
 
 @operator('performer')
 def _performer(
-        kqv: torch.Tensor, w: torch.Tensor, matrices: torch.Tensor, biases: torch.Tensor,
-        seeds: Optional[torch.Tensor], chance: float, eps: float, norm_eps: float,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    kqv: torch.Tensor,
+    w: torch.Tensor,
+    matrices: torch.Tensor,
+    biases: torch.Tensor,
+    seeds: torch.Tensor | None,
+    chance: float,
+    eps: float,
+    norm_eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     images, tokens, dim = len(kqv), kqv.shape[1], kqv.shape[2] // 3
     kqv = kqv.contiguous()
     features, half_log = len(w), 0.5 * math.log(len(w))
@@ -309,45 +456,76 @@ def _performer(
     products = kqv.new_empty(images, programs, features, dim, dtype=torch.float32)
     sums = kqv.new_empty(images, programs, features, dtype=torch.float32)
     kernels.key_sums[(images, programs)](
-        kqv, *halves, products, sums, tokens, per, half_log, D=dim, F=features, **launch)
+        kqv, *halves, products, sums, tokens, per, half_log, D=dim, F=features, **launch
+    )
     products, sums = products.sum(1), sums.sum(1)
     y = kqv.new_empty(images, tokens, dim)
     kernels.attend[(cdiv(tokens, launch['M']), images)](
-        kqv, *halves, products, sums, y, tokens, eps, half_log, D=dim, F=features, **launch)
-    return _behind_op(y, kqv[..., 2 * dim:], matrices, biases, seeds, chance, norm_eps), y, products, sums
+        kqv, *halves, products, sums, y, tokens, eps, half_log, D=dim, F=features, **launch
+    )
+    return _behind_op(y, kqv[..., 2 * dim :], matrices, biases, seeds, chance, norm_eps), y, products, sums
 
 
 @_performer.register_fake
 def _(kqv, w, matrices, biases, seeds, chance, eps, norm_eps):  # type: ignore[no-untyped-def]
     images, tokens, dim = kqv.shape[0], kqv.shape[1], kqv.shape[2] // 3
     out = kqv.new_empty(images, tokens, dim)
-    return (out, torch.empty_like(out), kqv.new_empty(images, w.shape[0], dim, dtype=torch.float32),
-            kqv.new_empty(images, w.shape[0], dtype=torch.float32))
+    return (
+        out,
+        torch.empty_like(out),
+        kqv.new_empty(images, w.shape[0], dim, dtype=torch.float32),
+        kqv.new_empty(images, w.shape[0], dtype=torch.float32),
+    )
 
 
 @operator('performer_grad')
 def _performer_grad(
-        kqv: torch.Tensor, w: torch.Tensor, matrices: torch.Tensor, biases: torch.Tensor,
-        seeds: Optional[torch.Tensor], y: torch.Tensor, products: torch.Tensor, sums: torch.Tensor, grad: torch.Tensor,
-        chance: float, eps: float, norm_eps: float,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    kqv: torch.Tensor,
+    w: torch.Tensor,
+    matrices: torch.Tensor,
+    biases: torch.Tensor,
+    seeds: torch.Tensor | None,
+    y: torch.Tensor,
+    products: torch.Tensor,
+    sums: torch.Tensor,
+    grad: torch.Tensor,
+    chance: float,
+    eps: float,
+    norm_eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     images, tokens, dim = y.shape
     kqv, grad = kqv.contiguous(), grad.contiguous()
     features, half_log = len(w), 0.5 * math.log(len(w))
     halves, w = _halves(w, kqv.dtype), w.float().contiguous()
     grad_kqv = torch.empty_like(kqv)
     grad_y, grad_matrices, grad_biases = _behind_grads(
-        y, kqv[..., 2 * dim:], matrices, biases, seeds, grad, grad_kqv[..., 2 * dim:], chance, norm_eps)
+        y, kqv[..., 2 * dim :], matrices, biases, seeds, grad, grad_kqv[..., 2 * dim :], chance, norm_eps
+    )
     launch = LAUNCH['row']
     programs, per = shares(cdiv(tokens, launch['M']), PROGRAMS // images)
     grad_products = kqv.new_empty(images, programs, features, dim, dtype=torch.float32)
     grad_sums = kqv.new_empty(images, programs, features, dtype=torch.float32)
     kernels.attend_grad[(images, programs)](
-        kqv, *halves, w, products, sums, grad_y, grad_kqv, grad_products, grad_sums, tokens, per, eps, half_log,
-        D=dim, F=features, **launch)
+        kqv,
+        *halves,
+        w,
+        products,
+        sums,
+        grad_y,
+        grad_kqv,
+        grad_products,
+        grad_sums,
+        tokens,
+        per,
+        eps,
+        half_log,
+        D=dim,
+        F=features,
+        **launch,
+    )
     kernels.key_grad[(cdiv(tokens, launch['M']), images)](
-        kqv, *halves, w, grad_products.sum(1), grad_sums.sum(1), grad_kqv, tokens, half_log, D=dim, F=features,
-        **launch)
+        kqv, *halves, w, grad_products.sum(1), grad_sums.sum(1), grad_kqv, tokens, half_log, D=dim, F=features, **launch
+    )
     return grad_kqv, grad_matrices, grad_biases
 
 
@@ -361,9 +539,8 @@ def _keep_performer(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(kqv, w, matrices, biases, seeds, *output[1:])
 
 
-def _performer_backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Tuple[Any, ...]:
-    grad_kqv, grad_matrices, grad_biases = _performer_grad(
-        *ctx.saved_tensors, grad, ctx.chance, ctx.eps, ctx.norm_eps)
+def _performer_backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    grad_kqv, grad_matrices, grad_biases = _performer_grad(*ctx.saved_tensors, grad, ctx.chance, ctx.eps, ctx.norm_eps)
     return grad_kqv, None, grad_matrices, grad_biases, None, None, None, None
 
 
@@ -388,28 +565,36 @@ def split_norm_linear(x: torch.Tensor, norm: nn.LayerNorm, linear: nn.Linear, sp
 
 
 def _stack(
-        proj: nn.Linear, first: nn.Linear, second: nn.Linear, norm: nn.LayerNorm,
-) -> Tuple[torch.Tensor, torch.Tensor]:
+    proj: nn.Linear, first: nn.Linear, second: nn.Linear, norm: nn.LayerNorm
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What stands behind the attention, the norm's weight and bias in the MLP's first Linear: (3, D, D) and (3, D)."""
     weight = first.weight.float()
     bias = nn.functional.linear(norm.bias.float(), weight, first.bias.float())
-    return (torch.stack([proj.weight.float(), weight * norm.weight.float(), second.weight.float()]),
-            torch.stack([proj.bias.float(), bias, second.bias.float()]))
+    return (
+        torch.stack([proj.weight.float(), weight * norm.weight.float(), second.weight.float()]),
+        torch.stack([proj.bias.float(), bias, second.bias.float()]),
+    )
 
 
 def behind(
-        y: torch.Tensor, v: torch.Tensor, proj: nn.Linear, first: nn.Linear, second: nn.Linear, norm: nn.LayerNorm,
+    y: torch.Tensor, v: torch.Tensor, proj: nn.Linear, first: nn.Linear, second: nn.Linear, norm: nn.LayerNorm
 ) -> torch.Tensor:
     """z + MLP(LN(z)) with z = v + proj(y): what a token layer does behind its attention, (B, N, D) -> (B, N, D)."""
     with full_precision(y):
-        return _behind_op(y, v, *_stack(proj, first, second, norm), None, 0., norm.eps)
+        return _behind_op(y, v, *_stack(proj, first, second, norm), None, 0.0, norm.eps)
 
 
 def performer(
-        kqv: torch.Tensor, w: torch.Tensor, eps: float, proj: nn.Linear, first: nn.Linear, second: nn.Linear,
-        norm: nn.LayerNorm, dropout: float,
+    kqv: torch.Tensor,
+    w: torch.Tensor,
+    eps: float,
+    proj: nn.Linear,
+    first: nn.Linear,
+    second: nn.Linear,
+    norm: nn.LayerNorm,
+    dropout: float,
 ) -> torch.Tensor:
     """The kernel attention of (B, N, 3·D) with features w, and what is behind it: (B, N, D)."""
-    seeds = torch.randint(2 ** 31, (4,), device=kqv.device) if dropout else None
+    seeds = torch.randint(2**31, (4,), device=kqv.device) if dropout else None
     with full_precision(kqv):
         return _performer(kqv, w, *_stack(proj, first, second, norm), seeds, dropout, eps, norm.eps)[0]

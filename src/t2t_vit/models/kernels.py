@@ -14,8 +14,9 @@ def pack(x, out, pixels, width, sb, sc, sh, sw, C: tl.constexpr, CP: tl.constexp
     image = tl.program_id(1).to(tl.int64)
     pixel = (tl.program_id(0) * BP + tl.arange(0, BP))[:, None]
     c = tl.arange(0, CP)[None, :]
-    value = tl.load(x + image * sb + c * sc + pixel // width * sh + pixel % width * sw,
-                    mask=(pixel < pixels) & (c < C), other=0.)
+    value = tl.load(
+        x + image * sb + c * sc + pixel // width * sh + pixel % width * sw, mask=(pixel < pixels) & (c < C), other=0.0
+    )
     tl.store(out + image * pixels * CP + pixel * CP + c, value, mask=pixel < pixels)
 
 
@@ -33,14 +34,33 @@ def _windows(x, top, left, index, valid, height, width, CP: tl.constexpr, K: tl.
     y = top[:, None] + (tap // K)[None, :]
     z = left[:, None] + (tap % K)[None, :]
     inside = valid[:, None] & (tap < K * K)[None, :] & (y >= 0) & (y < height) & (z >= 0) & (z < width)
-    return tl.load(x + (y * width + z) * CP + (index % CP)[None, :], mask=inside, other=0.).to(tl.float32)
+    return tl.load(x + (y * width + z) * CP + (index % CP)[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def split_norm_linear(
-        x, weight, row_sums, shift, out, means, scales, tokens, cols, inverse, height, width, eps,
-        C: tl.constexpr, CP: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
-        D: tl.constexpr, M: tl.constexpr, BK: tl.constexpr):
+    x,
+    weight,
+    row_sums,
+    shift,
+    out,
+    means,
+    scales,
+    tokens,
+    cols,
+    inverse,
+    height,
+    width,
+    eps,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    BK: tl.constexpr,
+):
     """weight (k·k·CP, 3·D), its sums and shift (3·D,) -> out (B, N, 3·D), each window's mean and (var + eps)^-1/2.
 
     One pass: everything is of differences to the window's middle value, which is at most √n deviations from the
@@ -54,7 +74,7 @@ def split_norm_linear(
     top, left = _corners(token, cols, inverse, STRIDE, PADDING)
     y, z = top + K // 2, left + K // 2
     there = valid & (y >= 0) & (y < height) & (z >= 0) & (z < width)
-    middle = tl.load(x + (y * width + z) * CP, mask=there, other=0.).to(tl.float32)
+    middle = tl.load(x + (y * width + z) * CP, mask=there, other=0.0).to(tl.float32)
     total = tl.zeros((M, BK), tl.float32)
     squares = tl.zeros((M, BK), tl.float32)
     d = tl.arange(0, D)
@@ -65,17 +85,17 @@ def split_norm_linear(
         index = start + tl.arange(0, BK)
         p = _windows(x, top, left, index, valid, height, width, CP, K) - middle[:, None]
         if CP > C or SIZE % BK > 0:
-            p = tl.where(((index % CP < C) & (index < SIZE))[None, :], p, 0.)
+            p = tl.where(((index % CP < C) & (index < SIZE))[None, :], p, 0.0)
         total += p
         squares += p * p
         p = p.to(weight.dtype.element_ty)
         place = weight + index[:, None] * 3 * D + d[None, :]
         inside = (index < SIZE)[:, None]
-        first = tl.dot(p, tl.load(place, mask=inside, other=0.), first)
-        second = tl.dot(p, tl.load(place + D, mask=inside, other=0.), second)
-        third = tl.dot(p, tl.load(place + 2 * D, mask=inside, other=0.), third)
+        first = tl.dot(p, tl.load(place, mask=inside, other=0.0), first)
+        second = tl.dot(p, tl.load(place + D, mask=inside, other=0.0), second)
+        third = tl.dot(p, tl.load(place + 2 * D, mask=inside, other=0.0), third)
     mean = tl.sum(total, 1) / (K * K * C)
-    scale = 1 / tl.sqrt(tl.maximum(tl.sum(squares, 1) / (K * K * C) - mean * mean, 0.) + eps)
+    scale = 1 / tl.sqrt(tl.maximum(tl.sum(squares, 1) / (K * K * C) - mean * mean, 0.0) + eps)
     row = image * tokens + token
     tl.store(means + row, middle + mean, mask=valid)
     tl.store(scales + row, scale, mask=valid)
@@ -91,9 +111,27 @@ def split_norm_linear(
 
 @triton.jit
 def split_norm_linear_weight(
-        x, means, scales, grad, weight_sums, shift_sums, images, tokens, cols, inverse, height, width, per,
-        CP: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
-        D: tl.constexpr, M: tl.constexpr, BK: tl.constexpr):
+    x,
+    means,
+    scales,
+    grad,
+    weight_sums,
+    shift_sums,
+    images,
+    tokens,
+    cols,
+    inverse,
+    height,
+    width,
+    per,
+    CP: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    BK: tl.constexpr,
+):
     """The gradients of weight, (programs, k·k·CP, 3·D), and shift, (programs, 16, 3·D), over `per` tiles each."""
     SIZE: tl.constexpr = K * K * CP
     index = tl.program_id(0) * BK + tl.arange(0, BK)
@@ -101,7 +139,7 @@ def split_norm_linear_weight(
     d = tl.arange(0, D)
     tiles = tl.cdiv(tokens, M)
     kind = grad.dtype.element_ty
-    ones = tl.full((16, M), 1., kind)
+    ones = tl.full((16, M), 1.0, kind)
     first = tl.zeros((BK, D), tl.float32)
     second = tl.zeros((BK, D), tl.float32)
     third = tl.zeros((BK, D), tl.float32)
@@ -115,17 +153,17 @@ def split_norm_linear_weight(
         row = image * tokens + token
         top, left = _corners(token, cols, inverse, STRIDE, PADDING)
         p = _windows(x + image * height * width * CP, top, left, index, valid, height, width, CP, K)
-        mean = tl.load(means + row, mask=valid, other=0.)
-        scale = tl.load(scales + row, mask=valid, other=0.)
+        mean = tl.load(means + row, mask=valid, other=0.0)
+        scale = tl.load(scales + row, mask=valid, other=0.0)
         p = tl.trans(((p - mean[:, None]) * scale[:, None]).to(kind))
         place = grad + row[:, None] * 3 * D + d[None, :]
-        g = tl.load(place, mask=valid[:, None], other=0.)
+        g = tl.load(place, mask=valid[:, None], other=0.0)
         first = tl.dot(p, g, first)
         first_sum = tl.dot(ones, g, first_sum)
-        g = tl.load(place + D, mask=valid[:, None], other=0.)
+        g = tl.load(place + D, mask=valid[:, None], other=0.0)
         second = tl.dot(p, g, second)
         second_sum = tl.dot(ones, g, second_sum)
-        g = tl.load(place + 2 * D, mask=valid[:, None], other=0.)
+        g = tl.load(place + 2 * D, mask=valid[:, None], other=0.0)
         third = tl.dot(p, g, third)
         third_sum = tl.dot(ones, g, third_sum)
     place = weight_sums + (program * SIZE + index[:, None]) * 3 * D + d[None, :]
@@ -141,20 +179,18 @@ def split_norm_linear_weight(
 
 
 @triton.jit
-def scaled_grad(
-        grad, out, shift, means, scales, scaled, slopes, offsets, rows, size,
-        D: tl.constexpr, M: tl.constexpr):
+def scaled_grad(grad, out, shift, means, scales, scaled, slopes, offsets, rows, size, D: tl.constexpr, M: tl.constexpr):
     """grad·scale, and what each window gives to the gradient of its values by its variance: slope·x - offset."""
     row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     valid = row < rows
-    scale = tl.load(scales + row, mask=valid, other=0.)
-    mean = tl.load(means + row, mask=valid, other=0.)
+    scale = tl.load(scales + row, mask=valid, other=0.0)
+    mean = tl.load(means + row, mask=valid, other=0.0)
     total = tl.zeros((M,), tl.float32)
     for part in range(3):
         d = part * D + tl.arange(0, D)
         place = row[:, None] * 3 * D + d[None, :]
-        g = tl.load(grad + place, mask=valid[:, None], other=0.).to(tl.float32)
-        y = tl.load(out + place, mask=valid[:, None], other=0.).to(tl.float32) - tl.load(shift + d)[None, :]
+        g = tl.load(grad + place, mask=valid[:, None], other=0.0).to(tl.float32)
+        y = tl.load(out + place, mask=valid[:, None], other=0.0).to(tl.float32) - tl.load(shift + d)[None, :]
         total += tl.sum(g * y, 1)
         tl.store(scaled + place, (g * scale[:, None]).to(scaled.dtype.element_ty), mask=valid[:, None])
     slope = scale * scale * total / size
@@ -164,8 +200,21 @@ def scaled_grad(
 
 @triton.jit
 def window_grad(
-        x, spread, slopes, offsets, result, rows, cols, height, width,
-        CP: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, M: tl.constexpr):
+    x,
+    spread,
+    slopes,
+    offsets,
+    result,
+    rows,
+    cols,
+    height,
+    width,
+    CP: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    M: tl.constexpr,
+):
     """spread - x·(sum of slopes) + (sum of offsets), the sums over the windows that a pixel is in; (B, H, W, CP)."""
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * M + tl.arange(0, M)
@@ -180,11 +229,11 @@ def window_grad(
             covered = valid & (top >= 0) & (left >= 0) & (row < rows) & (col < cols)
             covered = covered & (top % STRIDE == 0) & (left % STRIDE == 0)
             token = (image * rows + row) * cols + col
-            slope += tl.load(slopes + token, mask=covered, other=0.)
-            offset += tl.load(offsets + token, mask=covered, other=0.)
+            slope += tl.load(slopes + token, mask=covered, other=0.0)
+            offset += tl.load(offsets + token, mask=covered, other=0.0)
     place = (image * height * width + pixel)[:, None] * CP + tl.arange(0, CP)[None, :]
-    g = tl.load(spread + place, mask=valid[:, None], other=0.).to(tl.float32)
-    value = tl.load(x + place, mask=valid[:, None], other=0.).to(tl.float32)
+    g = tl.load(spread + place, mask=valid[:, None], other=0.0).to(tl.float32)
+    value = tl.load(x + place, mask=valid[:, None], other=0.0).to(tl.float32)
     g += offset[:, None] - value * slope[:, None]
     tl.store(result + place, g.to(result.dtype.element_ty), mask=valid[:, None])
 
@@ -216,9 +265,9 @@ def key_sums(kqv, high, low, products, sums, tokens, per, half_log, D: tl.conste
         token = tile * M + tl.arange(0, M)
         valid = (token < tokens)[:, None]
         place = kqv + (image * tokens + token)[:, None] * 3 * D + d[None, :]
-        phi = _features(tl.load(place, mask=valid, other=0.), high, low, half_log)
-        phi = tl.where(valid, phi, 0.)
-        v = tl.load(place + 2 * D, mask=valid, other=0.).to(tl.float32)
+        phi = _features(tl.load(place, mask=valid, other=0.0), high, low, half_log)
+        phi = tl.where(valid, phi, 0.0)
+        v = tl.load(place + 2 * D, mask=valid, other=0.0).to(tl.float32)
         product = tl.dot(tl.trans(phi), v, product, input_precision='tf32')
         total += tl.sum(phi, 0)
     place = image * tl.num_programs(1) + program
@@ -228,8 +277,8 @@ def key_sums(kqv, high, low, products, sums, tokens, per, half_log, D: tl.conste
 
 @triton.jit
 def attend(
-        kqv, high, low, products, sums, out, tokens, eps, half_log,
-        D: tl.constexpr, F: tl.constexpr, M: tl.constexpr):
+    kqv, high, low, products, sums, out, tokens, eps, half_log, D: tl.constexpr, F: tl.constexpr, M: tl.constexpr
+):
     """φ(q)·products / (φ(q)·sums + eps), (B, N, D)."""
     image = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * M + tl.arange(0, M)
@@ -237,7 +286,7 @@ def attend(
     d, f = tl.arange(0, D), tl.arange(0, F)
     row = (image * tokens + token)[:, None]
     high, low = _halves(high, low, D, F)
-    phi = _features(tl.load(kqv + row * 3 * D + D + d[None, :], mask=valid, other=0.), high, low, half_log)
+    phi = _features(tl.load(kqv + row * 3 * D + D + d[None, :], mask=valid, other=0.0), high, low, half_log)
     product = tl.load(products + (image * F + f[:, None]) * D + d[None, :])
     total = tl.load(sums + image * F + f)
     weight = tl.sum(phi * total[None, :], 1) + eps
@@ -247,8 +296,24 @@ def attend(
 
 @triton.jit
 def attend_grad(
-        kqv, high, low, w, products, sums, grad, grad_kqv, grad_products, grad_sums, tokens, per, eps, half_log,
-        D: tl.constexpr, F: tl.constexpr, M: tl.constexpr):
+    kqv,
+    high,
+    low,
+    w,
+    products,
+    sums,
+    grad,
+    grad_kqv,
+    grad_products,
+    grad_sums,
+    tokens,
+    per,
+    eps,
+    half_log,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    M: tl.constexpr,
+):
     """The gradient of q, into its place, and each program's share of those of products and sums."""
     image = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
@@ -263,11 +328,11 @@ def attend_grad(
         token = tile * M + tl.arange(0, M)
         valid = (token < tokens)[:, None]
         row = (image * tokens + token)[:, None]
-        q = tl.load(kqv + row * 3 * D + D + d[None, :], mask=valid, other=0.)
+        q = tl.load(kqv + row * 3 * D + D + d[None, :], mask=valid, other=0.0)
         phi = _features(q, high, low, half_log)
         weight = tl.sum(phi * total[None, :], 1) + eps
         y = tl.dot(phi, product, input_precision='tf32') / weight[:, None]
-        g = tl.load(grad + row * D + d[None, :], mask=valid, other=0.).to(tl.float32) / weight[:, None]
+        g = tl.load(grad + row * D + d[None, :], mask=valid, other=0.0).to(tl.float32) / weight[:, None]
         grad_weight = -tl.sum(g * y, 1)
         h = (tl.dot(g, tl.trans(product), input_precision='tf32') + grad_weight[:, None] * total[None, :]) * phi
         grad_q = tl.dot(h, w, input_precision='tf32') - tl.sum(h, 1)[:, None] * q.to(tl.float32)
@@ -281,8 +346,19 @@ def attend_grad(
 
 @triton.jit
 def key_grad(
-        kqv, high, low, w, grad_products, grad_sums, grad_kqv, tokens, half_log,
-        D: tl.constexpr, F: tl.constexpr, M: tl.constexpr):
+    kqv,
+    high,
+    low,
+    w,
+    grad_products,
+    grad_sums,
+    grad_kqv,
+    tokens,
+    half_log,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    M: tl.constexpr,
+):
     """The gradients of k, into its place, and of v, added to what stands there."""
     image = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * M + tl.arange(0, M)
@@ -293,13 +369,13 @@ def key_grad(
     w = tl.load(w + f[:, None] * D + d[None, :])
     product = tl.load(grad_products + (image * F + f[:, None]) * D + d[None, :])
     total = tl.load(grad_sums + image * F + f)
-    k = tl.load(kqv + place, mask=valid, other=0.)
-    v = tl.load(kqv + place + 2 * D, mask=valid, other=0.).to(tl.float32)
+    k = tl.load(kqv + place, mask=valid, other=0.0)
+    v = tl.load(kqv + place + 2 * D, mask=valid, other=0.0).to(tl.float32)
     phi = _features(k, high, low, half_log)
     h = (tl.dot(v, tl.trans(product), input_precision='tf32') + total[None, :]) * phi
     grad_k = tl.dot(h, w, input_precision='tf32') - tl.sum(h, 1)[:, None] * k.to(tl.float32)
     grad_v = tl.dot(phi, product, input_precision='tf32')
-    grad_v += tl.load(grad_kqv + place + 2 * D, mask=valid, other=0.).to(tl.float32)
+    grad_v += tl.load(grad_kqv + place + 2 * D, mask=valid, other=0.0).to(tl.float32)
     tl.store(grad_kqv + place, grad_k.to(grad_kqv.dtype.element_ty), mask=valid)
     tl.store(grad_kqv + place + 2 * D, grad_v.to(grad_kqv.dtype.element_ty), mask=valid)
 
@@ -311,10 +387,10 @@ def _kept(seeds, row, d, chance, D: tl.constexpr):
     Philox's draws take longer than all the rest of these kernels (results/profile.md).
     """
     h = (row[:, None] * D + d[None, :]).to(tl.uint32) + tl.load(seeds).to(tl.uint32)
-    h = (h ^ (h >> 16)) * 0x21f0aaad ^ tl.load(seeds + 1).to(tl.uint32)
-    h = (h ^ (h >> 15)) * 0x735a2d97
+    h = (h ^ (h >> 16)) * 0x21F0AAAD ^ tl.load(seeds + 1).to(tl.uint32)
+    h = (h ^ (h >> 15)) * 0x735A2D97
     drawn = ((h ^ (h >> 15)) >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
-    return tl.where(drawn >= chance, 1 / (1 - chance), 0.)
+    return tl.where(drawn >= chance, 1 / (1 - chance), 0.0)
 
 
 @triton.jit
@@ -326,8 +402,8 @@ def _matrices(matrices, D: tl.constexpr):
 
 @triton.jit
 def behind(
-        y, v, matrices, biases, seeds, out, rows, sv, chance, eps,
-        DROP: tl.constexpr, D: tl.constexpr, M: tl.constexpr):
+    y, v, matrices, biases, seeds, out, rows, sv, chance, eps, DROP: tl.constexpr, D: tl.constexpr, M: tl.constexpr
+):
     """z = v + proj(y), then z + MLP(LN(z)), the norm's weight and bias being in the first matrix and its bias."""
     row = tl.program_id(0) * M + tl.arange(0, M)
     valid = (row < rows)[:, None]
@@ -335,10 +411,10 @@ def behind(
     kind = y.dtype.element_ty
     proj, first, second = _matrices(matrices, D)
     place = row.to(tl.int64)[:, None] * D + d[None, :]
-    z = tl.dot(tl.load(y + place, mask=valid, other=0.), tl.trans(proj)) + tl.load(biases + d)[None, :]
+    z = tl.dot(tl.load(y + place, mask=valid, other=0.0), tl.trans(proj)) + tl.load(biases + d)[None, :]
     if DROP:
         z *= _kept(seeds, row, d, chance, D)
-    z += tl.load(v + row.to(tl.int64)[:, None] * sv + d[None, :], mask=valid, other=0.).to(tl.float32)
+    z += tl.load(v + row.to(tl.int64)[:, None] * sv + d[None, :], mask=valid, other=0.0).to(tl.float32)
     u = z - (tl.sum(z, 1) / D)[:, None]
     u *= (1 / tl.sqrt(tl.sum(u * u, 1) / D + eps))[:, None]
     h = tl.dot(u.to(kind), tl.trans(first)) + tl.load(biases + D + d)[None, :]
@@ -351,14 +427,31 @@ def behind(
 
 @triton.jit
 def mlp_grad(
-        y, v, matrices, biases, seeds, grad, grad_v, matrix_sums, bias_sums, rows, sv, sgv, per, chance, eps,
-        DROP: tl.constexpr, D: tl.constexpr, M: tl.constexpr):
+    y,
+    v,
+    matrices,
+    biases,
+    seeds,
+    grad,
+    grad_v,
+    matrix_sums,
+    bias_sums,
+    rows,
+    sv,
+    sgv,
+    per,
+    chance,
+    eps,
+    DROP: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+):
     """The gradient of z, which is v's, and each program's share of those of the MLP's matrices and biases."""
     program = tl.program_id(0)
     d = tl.arange(0, D)
     kind = y.dtype.element_ty
     proj, first, second = _matrices(matrices, D)
-    ones = tl.full((16, M), 1., kind)
+    ones = tl.full((16, M), 1.0, kind)
     grad_first = tl.zeros((D, D), tl.float32)
     grad_second = tl.zeros((D, D), tl.float32)
     sum_first = tl.zeros((16, D), tl.float32)
@@ -367,16 +460,16 @@ def mlp_grad(
         row = tile * M + tl.arange(0, M)
         valid = (row < rows)[:, None]
         place = row.to(tl.int64)[:, None] * D + d[None, :]
-        u = tl.dot(tl.load(y + place, mask=valid, other=0.), tl.trans(proj)) + tl.load(biases + d)[None, :]
+        u = tl.dot(tl.load(y + place, mask=valid, other=0.0), tl.trans(proj)) + tl.load(biases + d)[None, :]
         if DROP:
             u *= _kept(seeds, row, d, chance, D)
-        u += tl.load(v + row.to(tl.int64)[:, None] * sv + d[None, :], mask=valid, other=0.).to(tl.float32)
+        u += tl.load(v + row.to(tl.int64)[:, None] * sv + d[None, :], mask=valid, other=0.0).to(tl.float32)
         u -= (tl.sum(u, 1) / D)[:, None]
         scale = 1 / tl.sqrt(tl.sum(u * u, 1) / D + eps)
         u *= scale[:, None]
         h = tl.dot(u.to(kind), tl.trans(first)) + tl.load(biases + D + d)[None, :]
         cdf = 0.5 + 0.5 * tl.erf(h * 0.7071067811865476)
-        g = tl.load(grad + place, mask=valid, other=0.)
+        g = tl.load(grad + place, mask=valid, other=0.0)
         grad_h = g
         if DROP:
             grad_h = (g.to(tl.float32) * _kept(seeds + 2, row, d, chance, D)).to(kind)
@@ -401,25 +494,38 @@ def mlp_grad(
 
 @triton.jit
 def proj_grad(
-        y, grad, matrices, seeds, grad_y, matrix_sums, bias_sums, rows, sg, per, chance,
-        DROP: tl.constexpr, D: tl.constexpr, M: tl.constexpr):
+    y,
+    grad,
+    matrices,
+    seeds,
+    grad_y,
+    matrix_sums,
+    bias_sums,
+    rows,
+    sg,
+    per,
+    chance,
+    DROP: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+):
     """The gradient of y from that of z, and each program's share of those of the projection and its bias."""
     program = tl.program_id(0)
     d = tl.arange(0, D)
     kind = y.dtype.element_ty
     proj = tl.load(matrices + d[:, None] * D + d[None, :])
-    ones = tl.full((16, M), 1., kind)
+    ones = tl.full((16, M), 1.0, kind)
     grad_proj = tl.zeros((D, D), tl.float32)
     sum_proj = tl.zeros((16, D), tl.float32)
     for tile in range(program * per, (program + 1) * per):
         row = tile * M + tl.arange(0, M)
         valid = (row < rows)[:, None]
         place = row.to(tl.int64)[:, None] * D + d[None, :]
-        g = tl.load(grad + row.to(tl.int64)[:, None] * sg + d[None, :], mask=valid, other=0.)
+        g = tl.load(grad + row.to(tl.int64)[:, None] * sg + d[None, :], mask=valid, other=0.0)
         if DROP:
             g = (g.to(tl.float32) * _kept(seeds, row, d, chance, D)).to(kind)
         sum_proj = tl.dot(ones, g, sum_proj)
-        grad_proj = tl.dot(tl.trans(g), tl.load(y + place, mask=valid, other=0.), grad_proj)
+        grad_proj = tl.dot(tl.trans(g), tl.load(y + place, mask=valid, other=0.0), grad_proj)
         tl.store(grad_y + place, tl.dot(g, proj).to(grad_y.dtype.element_ty), mask=valid)
     tl.store(matrix_sums + (program * D + d[:, None]) * D + d[None, :], grad_proj)
     tl.store(bias_sums + (program * 16 + tl.arange(0, 16)[:, None]) * D + d[None, :], sum_proj)

@@ -2,7 +2,7 @@
 
 import difflib
 import fnmatch
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any
 
 import timm
 import torch
@@ -15,7 +15,7 @@ from .own import load_own
 from .t2t_vit import PUBLISHED, VARIANTS
 
 
-def count_parameters(model: nn.Module) -> Tuple[int, int]:
+def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Numbers of a model: all that its checkpoint holds, fixed tables included, and those that are learned."""
     return sum(t.numel() for t in model.state_dict().values()), sum(p.numel() for p in model.parameters())
 
@@ -25,16 +25,22 @@ def check_name(model: str) -> None:
     name, _, tag = model.partition('.')
     if name not in VARIANTS:
         near = difflib.get_close_matches(name, VARIANTS, n=1)
-        raise ValueError(f'unknown model {model!r}' + (f', did you mean {near[0]}?' if near else '')
-                         + '; `t2t-vit models` lists all')
+        raise ValueError(
+            f'unknown model {model!r}' + (f', did you mean {near[0]}?' if near else '') + '; `t2t-vit models` lists all'
+        )
     if tag and model not in PUBLISHED:
         tags = [key.partition('.')[2] for key in PUBLISHED if key.split('.')[0] == name]
         raise ValueError(f'{name} has no tag {tag!r}; tags: {", ".join(tags) or "none"}')
 
 
 def build_from_file(
-        name: str, path: PathLike, ema: bool = True, mmpretrain_1x: Optional[bool] = None,
-        num_classes: Optional[int] = None, **kwargs: Any) -> Tuple[nn.Module, List[str]]:
+    name: str,
+    path: PathLike,
+    ema: bool = True,
+    mmpretrain_1x: bool | None = None,
+    num_classes: int | None = None,
+    **kwargs: Any,
+) -> tuple[nn.Module, list[str]]:
     """A registered model with the weights of any published file, and the names that keep their initial values.
 
     It has the classes of the file's head unless `num_classes` says otherwise; `kwargs` are timm's and the model's.
@@ -58,7 +64,7 @@ def build_from_file(
     return net, list(net.load_state_dict(weights, strict=False).missing_keys)
 
 
-def build(name: str, img_size: Union[int, Tuple[int, int]], **kwargs: Any) -> nn.Module:
+def build(name: str, img_size: int | tuple[int, int], **kwargs: Any) -> nn.Module:
     """A model for this image size: any that `timm.create_model` knows, or FILE.py:FUNCTION, called with `img_size`.
 
     `kwargs`, as `pretrained`, are for timm's alone.
@@ -69,15 +75,17 @@ def build(name: str, img_size: Union[int, Tuple[int, int]], **kwargs: Any) -> nn
     if '.py:' in name:
         return load_own(name)(img_size=img_size)
     if not name.startswith(('hf-hub:', 'local-dir:')) and not timm.models.is_model(name):
-        raise ValueError(f'unknown model {name!r}; expected a name timm knows, hf-hub:USER/NAME, local-dir:FOLDER, '
-                         'or FILE.py:FUNCTION')
+        raise ValueError(
+            f'unknown model {name!r}; expected a name timm knows, hf-hub:USER/NAME, local-dir:FOLDER, '
+            'or FILE.py:FUNCTION'
+        )
     try:
         return timm.create_model(name, img_size=img_size, **kwargs)
     except TypeError:  # convolutional networks take any size as they are
         return timm.create_model(name, **kwargs)
 
 
-def models(pattern: str = '*') -> Dict[str, Tuple[int, int]]:
+def models(pattern: str = '*') -> dict[str, tuple[int, int]]:
     """List the models: image size, parameters, and the tags of published weights.
 
     Args:
@@ -98,14 +106,14 @@ def models(pattern: str = '*') -> Dict[str, Tuple[int, int]]:
 
 
 def convert(
-        file: str,
-        model: str,
-        output: str,
-        ema: bool = True,
-        mmpretrain_1x: Optional[bool] = None,
-        num_classes: Optional[int] = None,
-        in_chans: int = 3,
-        img_size: Optional[Union[int, Tuple[int, int]]] = None,
+    file: str,
+    model: str,
+    output: str,
+    ema: bool = True,
+    mmpretrain_1x: bool | None = None,
+    num_classes: int | None = None,
+    in_chans: int = 3,
+    img_size: int | tuple[int, int] | None = None,
 ) -> None:
     """Turn a published checkpoint into safetensors, fitted to a model.
 

@@ -1,7 +1,5 @@
 """The fixed position table (Sec. 3.2), and the same for another grid."""
 
-from typing import Tuple
-
 import torch
 from timm.layers import register_notrace_function, resample_abs_pos_embed
 
@@ -21,7 +19,7 @@ def sinusoid_table(positions: int, dim: int) -> torch.Tensor:
 
 
 @register_notrace_function  # FX does not look inside: what it does depends on sizes
-def resample(table: torch.Tensor, new: Tuple[int, int], old: Tuple[int, int]) -> torch.Tensor:
+def resample(table: torch.Tensor, new: tuple[int, int], old: tuple[int, int]) -> torch.Tensor:
     """The table (1, 1 + h·w, D) of a grid for another one, bicubic; the class token's row stays.
 
     In a graph that is exported it is two products with the interpolation's matrices, the same numbers: torch's own

@@ -1,6 +1,7 @@
 """The model as a backbone: one map a soft split, for decoders that expect strides 4, 8, 16 and so on."""
 
-from typing import Any, Dict, List, Sequence, Union
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,8 @@ class Pyramid(nn.Module):
         ValueError: for levels that are not there.
     """
 
-    def __init__(self, model: Any, out_indices: Union[int, Sequence[int]], norm: bool = False) -> None:
-        layers: List[Dict[str, Any]] = model.feature_info
+    def __init__(self, model: Any, out_indices: int | Sequence[int], norm: bool = False) -> None:
+        layers: list[dict[str, Any]] = model.feature_info
         tokens = len(model.tokens_to_token) - 1
         own = [*range(tokens), len(layers) - 1]  # the layer of each level
         wanted = range(-out_indices, 0) if isinstance(out_indices, int) else out_indices
@@ -39,15 +40,16 @@ class Pyramid(nn.Module):
 
         super().__init__()
         wanted_layers = sorted({own[min(i, len(own) - 1)] for i in levels})
-        self.layers: List[int] = model.prune_intermediate_layers(wanted_layers, prune_norm=not norm)
+        self.layers: list[int] = model.prune_intermediate_layers(wanted_layers, prune_norm=not norm)
         self.model, self.norm = model, norm
         self.feature_info = FeatureInfo(info, tuple(levels))
         self.pooled, self.unpooled = len(own) in levels, len(own) - 1 in levels
 
-    def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The maps of the levels asked for, the largest first."""
-        maps: List[torch.Tensor] = self.model.forward_intermediates(
-            x, indices=self.layers, norm=self.norm, intermediates_only=True)
+        maps: list[torch.Tensor] = self.model.forward_intermediates(
+            x, indices=self.layers, norm=self.norm, intermediates_only=True
+        )
         if self.pooled:
             maps.append(F.max_pool2d(maps[-1], 2, ceil_mode=True))
         return maps if self.unpooled or not self.pooled else [*maps[:-2], maps[-1]]

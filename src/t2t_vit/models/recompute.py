@@ -1,8 +1,9 @@
 """Less memory in training: what is cheap is made again in the backward pass, not kept for it."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Callable, Optional
+from typing import Any
 
 import timm.layers
 import torch
@@ -23,8 +24,8 @@ class Recompute:
     """Packs `value`, and views of it, as their place in it; makes it of `source` when one is unpacked."""
 
     def __init__(
-            self, value: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor],
-            source: Optional[torch.Tensor] = None) -> None:
+        self, value: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], source: torch.Tensor | None = None
+    ) -> None:
         self.storage, self.strides = value.untyped_storage().data_ptr(), value.stride()
         self.function, self.source = function, source
 
@@ -48,12 +49,17 @@ class Recompute:
 
 def may_recompute(value: torch.Tensor) -> bool:
     """Whether something of `value`'s graph may be made again; `torch.compile` chooses for itself."""
-    return (not torch.compiler.is_compiling() and type(value) is torch.Tensor and value.requires_grad
-            and torch.is_grad_enabled() and saves_as_usual())
+    return (
+        not torch.compiler.is_compiling()
+        and type(value) is torch.Tensor
+        and value.requires_grad
+        and torch.is_grad_enabled()
+        and saves_as_usual()
+    )
 
 
 def recomputed(
-        value: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], source: torch.Tensor,
+    value: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], source: torch.Tensor
 ) -> AbstractContextManager[object]:
     """While it lasts, operations that keep `value` = function(source) for their backward pass make it again instead.
 

@@ -5,7 +5,7 @@ n = C·k·k the values of a window, O output channels, N = h·w tokens.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import List, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ class Split(NamedTuple):
     stride: int
     padding: int
 
-    def grid(self, height: int, width: int) -> Tuple[int, int]:
+    def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of windows over an H×W map: floor((H + 2p - k) / (k - s) + 1), the paper's l_o."""
         return (
             (height + 2 * self.padding - self.kernel) // self.stride + 1,
@@ -66,7 +66,7 @@ def rounds(x: torch.Tensor) -> bool:
 
 
 def split_linear(
-        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, kernel: int, stride: int, padding: int,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, kernel: int, stride: int, padding: int
 ) -> torch.Tensor:
     """Soft split, then a Linear on every window: one convolution, as unfold orders a window (C, k, k).
 
@@ -78,13 +78,13 @@ def split_linear(
 def _windows(x: torch.Tensor, dim: int, kernel: int, stride: int) -> torch.Tensor:
     """The k values under each window along one dimension, stacked in front: (…, L, …) -> (k, …, l, …)."""
     last = x.shape[dim] - kernel
-    parts: List[torch.Tensor] = []
+    parts: list[torch.Tensor] = []
     for i in range(kernel):
-        parts.append(x[:, :, i:i + last + 1:stride] if dim == 2 else x[:, :, :, i:i + last + 1:stride])
+        parts.append(x[:, :, i : i + last + 1 : stride] if dim == 2 else x[:, :, :, i : i + last + 1 : stride])
     return torch.stack(parts)
 
 
-def window_mean_var(x: torch.Tensor, kernel: int, stride: int) -> Tuple[torch.Tensor, torch.Tensor]:
+def window_mean_var(x: torch.Tensor, kernel: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance of the n values of every window of an already padded map.
 
     (B, C, H, W) -> two of (B, 1, h, w).
@@ -103,8 +103,8 @@ def window_mean_var(x: torch.Tensor, kernel: int, stride: int) -> Tuple[torch.Te
 
 
 def fold(
-        norm_weight: torch.Tensor, norm_bias: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor],
-) -> Tuple[torch.Tensor, torch.Tensor]:
+    norm_weight: torch.Tensor, norm_bias: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """LayerNorm's weight and bias, (n,), into the Linear behind it: W·diag(gamma), rows centred, and W·beta + b."""
     scaled = weight * norm_weight
     shift = F.linear(norm_bias, weight, None if bias is None else bias.to(weight.dtype))
@@ -112,15 +112,15 @@ def fold(
 
 
 def _split_norm_linear(
-        x: torch.Tensor,
-        norm_weight: torch.Tensor,
-        norm_bias: torch.Tensor,
-        eps: float,
-        weight: torch.Tensor,
-        bias: Optional[torch.Tensor],
-        kernel: int,
-        stride: int,
-        padding: int,
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    kernel: int,
+    stride: int,
+    padding: int,
 ) -> torch.Tensor:
     x = x if x.dtype == torch.float64 else x.float()
     scaled, shift = fold(norm_weight.to(x.dtype), norm_bias.to(x.dtype), weight.to(x.dtype), bias)
@@ -135,15 +135,15 @@ def _split_norm_linear(
 
 
 def split_norm_linear(
-        x: torch.Tensor,
-        norm_weight: torch.Tensor,
-        norm_bias: torch.Tensor,
-        eps: float,
-        weight: torch.Tensor,
-        bias: Optional[torch.Tensor],
-        kernel: int,
-        stride: int,
-        padding: int,
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    kernel: int,
+    stride: int,
+    padding: int,
 ) -> torch.Tensor:
     """Soft split, LayerNorm over each window, Linear; exact, and without ever laying the windows out.
 

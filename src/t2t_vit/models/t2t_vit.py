@@ -7,10 +7,11 @@ arXiv 2101.11986. Letters: B images, C channels, (H, W) the image, (h, w) the fi
 import difflib
 import math
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import Any, NamedTuple
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -42,14 +43,14 @@ PAPER_SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))  # kernel, stride, padding (Sec
 def init_weights(module: nn.Module, name: str = '') -> None:
     """The published initial values: Linear weights of deviation 0.02, biases 0; the rest as torch has it."""
     if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=.02)
+        trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, TokenPerformer):
         module.init_features()
 
 
-def choose(kind: str, value: Any, table: Dict[str, Any]) -> Any:
+def choose(kind: str, value: Any, table: dict[str, Any]) -> Any:
     """The table's entry, or what is the user's own: `value` itself where it is a callable, or a class in FILE.py:CLASS.
 
     Raises:
@@ -63,11 +64,13 @@ def choose(kind: str, value: Any, table: Dict[str, Any]) -> Any:
         return table[value]
     near = difflib.get_close_matches(str(value), table, n=1)
     raise ValueError(
-        f'unknown {kind} {value!r}' + (f', did you mean {near[0]!r}?' if near else '')
-        + f' (choices: {", ".join(map(repr, table))}, a callable, or FILE.py:CLASS)')
+        f'unknown {kind} {value!r}'
+        + (f', did you mean {near[0]!r}?' if near else '')
+        + f' (choices: {", ".join(map(repr, table))}, a callable, or FILE.py:CLASS)'
+    )
 
 
-def as_size(img_size: Union[int, Sequence[int]]) -> Tuple[int, int]:
+def as_size(img_size: int | Sequence[int]) -> tuple[int, int]:
     """(H, W) of one number or two.
 
     Raises:
@@ -118,27 +121,27 @@ class T2TViT(nn.Module):
     has_class_token = True
 
     def __init__(
-            self,
-            img_size: Union[int, Tuple[int, int]] = 224,
-            in_chans: int = 3,
-            num_classes: int = 1000,
-            global_pool: str = 'token',
-            splits: Sequence[Tuple[int, int, int]] = PAPER_SPLITS,
-            token_layer: Union[str, Callable[..., nn.Module]] = 'performer',
-            token_dim: int = 64,
-            embed_dim: int = 384,
-            depth: Union[int, Sequence[int]] = 14,
-            num_heads: int = 6,
-            mlp_ratio: float = 3.,
-            block: Union[str, Callable[..., nn.Module]] = 'plain',
-            growth_rate: int = 64,
-            drop_rate: float = 0.,
-            pos_drop_rate: float = 0.,
-            proj_drop_rate: float = 0.,
-            attn_drop_rate: float = 0.,
-            drop_path_rate: float = 0.,
-            device: Optional[Union[str, torch.device]] = None,
-            dtype: Optional[torch.dtype] = None,
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = 'token',
+        splits: Sequence[tuple[int, int, int]] = PAPER_SPLITS,
+        token_layer: str | Callable[..., nn.Module] = 'performer',
+        token_dim: int = 64,
+        embed_dim: int = 384,
+        depth: int | Sequence[int] = 14,
+        num_heads: int = 6,
+        mlp_ratio: float = 3.0,
+        block: str | Callable[..., nn.Module] = 'plain',
+        growth_rate: int = 64,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.img_size = as_size(img_size)
@@ -148,29 +151,49 @@ class T2TViT(nn.Module):
         widths = dict(embed_dim=embed_dim, token_dim=token_dim, num_heads=num_heads, in_chans=in_chans)
         token_cls = choose('token_layer', token_layer, {**TOKEN_LAYERS, 'none': None})
         block_cls = choose('block', block, BLOCKS)
-        problems = [text for wrong, text in (
-            *((not isinstance(value, int) or value < 1, f'{name} is a whole number from 1, got {value!r}')
-              for name, value in widths.items()),
-            (global_pool not in POOLS, f'global_pool is one of {POOLS}, got {global_pool!r}'),
-            (bool(odd) or not splits, f'splits are (kernel, stride, padding), at least one, got {list(splits)}'),
-            (any(s.kernel < 1 or s.stride < 1 or s.padding < 0 for s in cuts),
-             f'kernel and stride are at least 1, padding at least 0, got splits={list(splits)}'),
-            (token_cls is None and len(cuts) > 1,
-             f"token_layer='none' takes a single split, as ((16, 16, 0),), got {len(cuts)}"),
-            (num_heads >= 1 and embed_dim % num_heads != 0,
-             f'embed_dim {embed_dim} is not a multiple of num_heads {num_heads}'),
-            (embed_dim % 2 != 0, f'embed_dim must be even, got {embed_dim}'),
-            (token_layer == 'performer' and token_dim == 1, 'token_dim is at least 2 with Performer tokens, got 1'),
-            (min(depths, default=0) < 1 or sum(depths) > 1000,
-             f'depth is at least 1 and at most 1000, got {depth}'),
-            (mlp_ratio <= 0, f'mlp_ratio is above 0, got {mlp_ratio}'),
-            (not all(1 <= side <= 32768 for side in self.img_size),
-             f'img_size is at least 1 and at most 32768, got {img_size}'),
-            (num_classes < 0, f'num_classes is at least 0, got {num_classes}'),
-            (any(not 0 <= rate < 1 for rate in (
-                drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate)),
-             'drop rates are at least 0 and below 1'),
-        ) if wrong]
+        problems = [
+            text
+            for wrong, text in (
+                *(
+                    (not isinstance(value, int) or value < 1, f'{name} is a whole number from 1, got {value!r}')
+                    for name, value in widths.items()
+                ),
+                (global_pool not in POOLS, f'global_pool is one of {POOLS}, got {global_pool!r}'),
+                (bool(odd) or not splits, f'splits are (kernel, stride, padding), at least one, got {list(splits)}'),
+                (
+                    any(s.kernel < 1 or s.stride < 1 or s.padding < 0 for s in cuts),
+                    f'kernel and stride are at least 1, padding at least 0, got splits={list(splits)}',
+                ),
+                (
+                    token_cls is None and len(cuts) > 1,
+                    f"token_layer='none' takes a single split, as ((16, 16, 0),), got {len(cuts)}",
+                ),
+                (
+                    num_heads >= 1 and embed_dim % num_heads != 0,
+                    f'embed_dim {embed_dim} is not a multiple of num_heads {num_heads}',
+                ),
+                (embed_dim % 2 != 0, f'embed_dim must be even, got {embed_dim}'),
+                (token_layer == 'performer' and token_dim == 1, 'token_dim is at least 2 with Performer tokens, got 1'),
+                (
+                    min(depths, default=0) < 1 or sum(depths) > 1000,
+                    f'depth is at least 1 and at most 1000, got {depth}',
+                ),
+                (mlp_ratio <= 0, f'mlp_ratio is above 0, got {mlp_ratio}'),
+                (
+                    not all(1 <= side <= 32768 for side in self.img_size),
+                    f'img_size is at least 1 and at most 32768, got {img_size}',
+                ),
+                (num_classes < 0, f'num_classes is at least 0, got {num_classes}'),
+                (
+                    any(
+                        not 0 <= rate < 1
+                        for rate in (drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate)
+                    ),
+                    'drop rates are at least 0 and below 1',
+                ),
+            )
+            if wrong
+        ]
         if problems:
             raise ValueError('T2TViT cannot be built: ' + '; '.join(problems))
         if block == 'dense':
@@ -188,8 +211,15 @@ class T2TViT(nn.Module):
             self.register_buffer('pos_embed', sinusoid_table(1 + self.grid_size[0] * self.grid_size[1], embed_dim))
             self.pos_drop = nn.Dropout(pos_drop_rate)
             self.blocks, dims = build_blocks(
-                block_cls, embed_dim, depth, num_heads, mlp_ratio, drop_path_rate,
-                attn_drop=attn_drop_rate, proj_drop=proj_drop_rate)
+                block_cls,
+                embed_dim,
+                depth,
+                num_heads,
+                mlp_ratio,
+                drop_path_rate,
+                attn_drop=attn_drop_rate,
+                proj_drop=proj_drop_rate,
+            )
             self.num_features = self.head_hidden_size = dims[-1]
             self.norm: nn.Module = nn.LayerNorm(self.num_features)
             self.head_drop = nn.Dropout(drop_rate)
@@ -198,7 +228,7 @@ class T2TViT(nn.Module):
         if dtype is not None:
             self.to(dtype=dtype)
 
-        reductions = [math.prod(cut.stride for cut in cuts[:i + 1]) for i in range(len(cuts))]
+        reductions = [math.prod(cut.stride for cut in cuts[: i + 1]) for i in range(len(cuts))]
         self.feature_info = [
             dict(num_chs=token_dim, reduction=reduction, module=f'tokens_to_token.attention{i + 1}')
             for i, reduction in enumerate(reductions[:-1])
@@ -209,7 +239,7 @@ class T2TViT(nn.Module):
         if self.cls_token.is_meta:  # nothing to fill, and torch would take a second over it
             return
         named_apply(init_weights, self)
-        trunc_normal_(self.cls_token, std=.02)
+        trunc_normal_(self.cls_token, std=0.02)
 
     @torch.jit.ignore
     def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
@@ -220,15 +250,16 @@ class T2TViT(nn.Module):
         load_weights(self, checkpoint_path)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
+    def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimizers shall not decay, beside norms and biases."""
         return {'cls_token'}
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups for layer decay: tokens and class token, each block (the last norm with the last), head."""
         return dict(
-            stem=r'^cls_token|^pos_embed|^tokens_to_token', blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))])
+            stem=r'^cls_token|^pos_embed|^tokens_to_token', blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))]
+        )
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -240,20 +271,22 @@ class T2TViT(nn.Module):
         """The head."""
         return self.head
 
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh head for `num_classes` (0 for none), and another pooling where one is named."""
         if global_pool is not None:
             if global_pool not in POOLS:
                 raise ValueError(f'global_pool is one of {POOLS}, got {global_pool!r}')
             self.global_pool = global_pool
         self.num_classes = num_classes
-        self.head = nn.Linear(
-            self.num_features, num_classes, device=self.cls_token.device, dtype=self.cls_token.dtype,
-        ) if num_classes > 0 else nn.Identity()
+        self.head = (
+            nn.Linear(self.num_features, num_classes, device=self.cls_token.device, dtype=self.cls_token.dtype)
+            if num_classes > 0
+            else nn.Identity()
+        )
         self.head.train(self.training)
         init_weights(self.head)
 
-    def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resample the position table for another image size, once, instead of at every forward."""
         size = as_size(img_size)
         old, self.grid_size = self.grid_size, self.tokens_to_token.grids(*size)[-1]
@@ -298,15 +331,15 @@ class T2TViT(nn.Module):
         return self.forward_head(self.backbone(x, class_only=self.global_pool == 'token'))
 
     def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            return_prefix_tokens: bool = False,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
-            output_dict: bool = False,
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+        output_dict: bool = False,
     ) -> Any:
         """Features behind chosen layers, as timm's models give them.
 
@@ -327,7 +360,7 @@ class T2TViT(nn.Module):
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f"output_fmt is 'NCHW' or 'NLC', got {output_fmt!r}")
         names = [self.feature_info[i]['module'] for i in self.layer_indices(indices)]
-        found: Dict[str, torch.Tensor] = {}
+        found: dict[str, torch.Tensor] = {}
         y, grid = x, (0, 0)
         for name, y in self.named_intermediates(x):
             if y.ndim == 4:
@@ -344,12 +377,12 @@ class T2TViT(nn.Module):
                 features.append(feature.contiguous() if output_fmt == 'NCHW' else to_tokens(feature))
                 continue
             tokens = self.norm(feature) if norm else feature
-            prefixes.append(tokens[:, :self.num_prefix_tokens])
-            tokens = tokens[:, self.num_prefix_tokens:]
+            prefixes.append(tokens[:, : self.num_prefix_tokens])
+            tokens = tokens[:, self.num_prefix_tokens :]
             features.append(to_map(tokens, *grid).contiguous() if output_fmt == 'NCHW' else tokens)
 
         if output_dict:
-            result: Dict[str, Any] = dict(image_intermediates=features)
+            result: dict[str, Any] = dict(image_intermediates=features)
             if return_prefix_tokens:
                 result['image_intermediates_prefix'] = prefixes
             if not intermediates_only:
@@ -359,7 +392,7 @@ class T2TViT(nn.Module):
         return given if intermediates_only else (y, given)
 
     @torch.jit.ignore
-    def named_intermediates(self, x: torch.Tensor) -> Iterator[Tuple[str, torch.Tensor]]:
+    def named_intermediates(self, x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """Every stage of one forward pass with its module's name, as it is computed.
 
         First the maps behind the token layers and the projection, (B, C, h, w): `tokens_to_token.attention1`, …,
@@ -375,7 +408,7 @@ class T2TViT(nn.Module):
         yield 'norm', self.norm(x)
 
     @torch.jit.ignore
-    def layer_indices(self, indices: Optional[Union[int, Sequence[int]]]) -> List[int]:
+    def layer_indices(self, indices: int | Sequence[int] | None) -> list[int]:
         """Places in `feature_info`, ascending: all for None, the last n for a number, else those listed."""
         count = len(self.feature_info)
         if indices is None:
@@ -389,10 +422,11 @@ class T2TViT(nn.Module):
 
     @torch.jit.ignore
     def prune_intermediate_layers(
-            self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True) -> List[int]:
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
         """Drop the blocks (and norm, and head) behind the last layer asked for; gives the layers as kept indices."""
         take = self.layer_indices(indices)
-        self.blocks = self.blocks[:max(0, take[-1] + 2 - len(self.tokens_to_token))]
+        self.blocks = self.blocks[: max(0, take[-1] + 2 - len(self.tokens_to_token))]
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
@@ -404,13 +438,13 @@ class Variant(NamedTuple):
     """A row of the table: what a model differs in from `T2TViT`'s defaults."""
 
     token_layer: str
-    depth: Union[int, Tuple[int, ...]]
+    depth: int | tuple[int, ...]
     embed_dim: int
     num_heads: int
     mlp_ratio: float
     block: str = 'plain'
     img_size: int = 224
-    splits: Tuple[Tuple[int, int, int], ...] = PAPER_SPLITS
+    splits: tuple[tuple[int, int, int], ...] = PAPER_SPLITS
 
 
 HARD_SPLIT = ((16, 16, 0),)  # a ViT's patches
@@ -418,7 +452,7 @@ SPLITS_16 = ((3, 2, 1), (3, 2, 1), (3, 1, 1))  # for small images: 16² becomes 
 SPLITS_32 = ((3, 1, 1), (3, 2, 1), (3, 2, 1))  # 32², 16², 8²
 SPLITS_64 = ((3, 2, 1), (3, 2, 1), (3, 2, 1))  # 32², 16², 8²
 
-VARIANTS: Dict[str, Variant] = {
+VARIANTS: dict[str, Variant] = {
     # Table 1: the family, Performer tokens, then transformer tokens (_t)
     't2t_vit_7': Variant('performer', 7, 256, 4, 2),
     't2t_vit_10': Variant('performer', 10, 256, 4, 2),
@@ -468,18 +502,19 @@ class Published(NamedTuple):
     crop_pct: float = 0.9
     num_classes: int = 1000
     interpolation: str = 'bicubic'
-    mean: Tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
-    std: Tuple[float, float, float] = IMAGENET_DEFAULT_STD
-    size: Optional[int] = None
-    sha256: Optional[str] = None
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
+    size: int | None = None
+    sha256: str | None = None
 
 
 RELEASE = 'https://github.com/yitu-opensource/T2T-ViT/releases/download/main/'
 # the release's transfer script: resized whole, with CIFAR-10's mean and deviation for both sets
 cifar = partial(
-    Published, crop_pct=1.0, interpolation='bilinear', mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+    Published, crop_pct=1.0, interpolation='bilinear', mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)
+)
 
-PUBLISHED: Dict[str, Published] = {
+PUBLISHED: dict[str, Published] = {
     't2t_vit_7.in1k': Published('71.7_T2T_ViT_7.pth.tar'),
     't2t_vit_10.in1k': Published('75.2_T2T_ViT_10.pth.tar'),
     't2t_vit_12.in1k': Published('76.5_T2T_ViT_12.pth.tar'),
@@ -497,24 +532,40 @@ PUBLISHED: Dict[str, Published] = {
     't2t_vit_t_24.in1k': Published('82.6_T2T_ViTt_24.pth.tar'),
 }
 
-def pretrained_cfgs() -> Dict[str, Any]:
+
+def pretrained_cfgs() -> dict[str, Any]:
     """timm's configuration of every variant and every published file, `model` and `model.tag`."""
-    cfgs: Dict[str, Any] = {}
+    cfgs: dict[str, Any] = {}
     for name, variant in VARIANTS.items():
         shared = dict(
-            classifier='head', first_conv=(),  # none that timm could adapt by itself: convert_state_dict does it
+            classifier='head',
+            first_conv=(),  # none that timm could adapt by itself: convert_state_dict does it
             license='bsd-3-clause-clear',
-            origin_url='https://github.com/yitu-opensource/T2T-ViT', paper_ids='arXiv:2101.11986')
+            origin_url='https://github.com/yitu-opensource/T2T-ViT',
+            paper_ids='arXiv:2101.11986',
+        )
         published = {key: row for key, row in PUBLISHED.items() if key.split('.')[0] == name}
         for key, row in published.items():
             cfgs[key] = dict(
-                shared, url=RELEASE + row.file, custom_load=True,  # by T2TViT.load_pretrained: the layouts are many
-                input_size=(3, row.img_size, row.img_size), crop_pct=row.crop_pct, num_classes=row.num_classes,
-                interpolation=row.interpolation, mean=row.mean, std=row.std)
+                shared,
+                url=RELEASE + row.file,
+                custom_load=True,  # by T2TViT.load_pretrained: the layouts are many
+                input_size=(3, row.img_size, row.img_size),
+                crop_pct=row.crop_pct,
+                num_classes=row.num_classes,
+                interpolation=row.interpolation,
+                mean=row.mean,
+                std=row.std,
+            )
         if not published:
             cfgs[name] = dict(
-                shared, input_size=(3, variant.img_size, variant.img_size), crop_pct=0.9, interpolation='bicubic',
-                mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+                shared,
+                input_size=(3, variant.img_size, variant.img_size),
+                crop_pct=0.9,
+                interpolation='bicubic',
+                mean=IMAGENET_DEFAULT_MEAN,
+                std=IMAGENET_DEFAULT_STD,
+            )
     return cfgs
 
 
@@ -524,25 +575,36 @@ default_cfgs = generate_default_cfgs(pretrained_cfgs())  # where timm looks for 
 def build(name: str, pretrained: bool, **kwargs: Any) -> T2TViT:
     """The registered model `name`, as `timm.create_model` asks for it; `kwargs` go before the table's row."""
     cfg = resolve_pretrained_cfg(
-        name, pretrained_cfg=kwargs.get('pretrained_cfg'), pretrained_cfg_overlay=kwargs.get('pretrained_cfg_overlay'))
+        name, pretrained_cfg=kwargs.get('pretrained_cfg'), pretrained_cfg_overlay=kwargs.get('pretrained_cfg_overlay')
+    )
     args = {**VARIANTS[name]._asdict(), 'img_size': tuple(cfg.input_size[-2:]), **kwargs}
     stages = len(args['splits']) - 1
     return build_model_with_cfg(
-        T2TViT, name, pretrained, pretrained_filter_fn=convert_state_dict,
-        feature_cfg=dict(feature_cls=Pyramid, out_indices=stages + 1) if stages else dict(
-            feature_cls='getter', out_indices=3), **args)
+        T2TViT,
+        name,
+        pretrained,
+        pretrained_filter_fn=convert_state_dict,
+        feature_cfg=dict(feature_cls=Pyramid, out_indices=stages + 1)
+        if stages
+        else dict(feature_cls='getter', out_indices=3),
+        **args,
+    )
 
 
 def register(name: str) -> Callable[..., T2TViT]:
     """Make timm's entry point of one row of the table; a warning says so where timm has a model of that name."""
+
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> T2TViT:
         return build(name, pretrained, **kwargs)
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
-    entrypoint.__doc__ = f'{name}, see VARIANTS; arguments are T2TViT\'s.'
+    entrypoint.__doc__ = f"{name}, see VARIANTS; arguments are T2TViT's."
     if is_model(name) and model_entrypoint(name).__module__ != __name__:
-        warnings.warn(f'timm has a model named {name} of its own ({model_entrypoint(name).__module__}); '
-                      f'from here on timm.create_model({name!r}) builds the one of {__name__}', stacklevel=3)
+        warnings.warn(
+            f'timm has a model named {name} of its own ({model_entrypoint(name).__module__}); '
+            f'from here on timm.create_model({name!r}) builds the one of {__name__}',
+            stacklevel=3,
+        )
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # timm's own words for the same
         return register_model(entrypoint)

@@ -8,7 +8,8 @@ Letters: B images, C channels, (H, W) the map, (h, w) the grid after the split, 
 
 import math
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ class TokenLayer(nn.Module):
         self.in_chans = in_chans
         self.token_dim = token_dim
         self.kernel, self.stride, self.padding = split
-        self.window_dim = in_chans * split.kernel ** 2
+        self.window_dim = in_chans * split.kernel**2
         self.norm_eps = 1e-5
 
     def mlp_map(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -70,8 +71,8 @@ class Dropout(nn.Dropout):
             return F.dropout(x, self.p, self.training)
         if not self.training or x.device.type != 'cpu' or torch.compiler.is_compiling():
             return F.dropout(x, self.p, self.training)
-        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
-        kept = bits[:x.numel()].view(x.shape) >= round(self.p * 2 ** 16) - 2 ** 15
+        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        kept = bits[: x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
         return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
 
 
@@ -93,16 +94,16 @@ class TokenTransformer(TokenLayer):
 
     def __init__(self, in_chans: int, token_dim: int, split: Split) -> None:
         super().__init__(in_chans, token_dim, split)
-        self.scale = self.window_dim ** -0.5
+        self.scale = self.window_dim**-0.5
         self.norm1 = nn.LayerNorm(self.window_dim, eps=self.norm_eps)
         self.attn = SingleHeadAttention(self.window_dim, token_dim)
         self.norm2 = nn.LayerNorm(token_dim)
         self.mlp = Mlp(token_dim, token_dim)
 
     @torch.jit.unused
-    def fused(self, x: torch.Tensor) -> Optional[torch.Tensor]:
+    def fused(self, x: torch.Tensor) -> torch.Tensor | None:
         """The same by kernels, where they serve."""
-        parts: Tuple[Any, Any, Any] = self.attn.proj, self.mlp.fc1, self.mlp.fc2
+        parts: tuple[Any, Any, Any] = self.attn.proj, self.mlp.fc1, self.mlp.fc2
         if not fused.serves(x, self.token_dim, self.norm2, (self.attn.qkv, *parts)):
             return None
         split = Split(self.kernel, self.stride, self.padding)
@@ -118,14 +119,21 @@ class TokenTransformer(TokenLayer):
             if y is not None:
                 return y
         qkv = split_norm_linear(
-            x, self.norm1.weight, self.norm1.bias, self.norm_eps, self.attn.qkv.weight, None,
-            self.kernel, self.stride, self.padding).to(x.dtype)
+            x,
+            self.norm1.weight,
+            self.norm1.bias,
+            self.norm_eps,
+            self.attn.qkv.weight,
+            None,
+            self.kernel,
+            self.stride,
+            self.padding,
+        ).to(x.dtype)
         height, width = qkv.shape[-2], qkv.shape[-1]
         q, k, v = to_tokens(qkv).unsqueeze(1).chunk(3, dim=-1)  # (B, 1, N, D) each
         x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         x = v.squeeze(1) + self.attn.proj(x.squeeze(1))
         return self.mlp_map(x, height, width)
-
 
 
 class PerformerMlp(nn.Sequential):
@@ -167,7 +175,8 @@ class TokenPerformer(TokenLayer):
         self.proj_drop = Dropout(self.dropout)
         self.norm2 = nn.LayerNorm(token_dim)
         self.mlp = PerformerMlp(
-            nn.Linear(token_dim, token_dim), nn.GELU(), nn.Linear(token_dim, token_dim), Dropout(self.dropout))
+            nn.Linear(token_dim, token_dim), nn.GELU(), nn.Linear(token_dim, token_dim), Dropout(self.dropout)
+        )
         self.register_buffer('w', torch.empty(self.num_features, token_dim))
         self.init_features()
 
@@ -180,7 +189,7 @@ class TokenPerformer(TokenLayer):
         half_norm = 0.5 * torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
         return F.linear(x, self.w.to(x.dtype)).sub_(half_norm + 0.5 * math.log(self.num_features)).exp_()
 
-    def kernel_attention(self, kqv: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def kernel_attention(self, kqv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 or float64 (B, N, 3·D) -> attention's output and v, (B, N, D) each."""
         k, q, v = kqv.chunk(3, dim=-1)
         k, q = self.features(k), self.features(q)
@@ -188,14 +197,14 @@ class TokenPerformer(TokenLayer):
         return (q / weights) @ (k.transpose(1, 2) @ v), v  # m is half of D: half the divisions
 
     @torch.jit.unused
-    def fused(self, x: torch.Tensor) -> Optional[torch.Tensor]:
+    def fused(self, x: torch.Tensor) -> torch.Tensor | None:
         """The same by kernels, where they serve."""
-        parts: Tuple[Any, Any, Any] = self.proj, self.mlp[0], self.mlp[2]
+        parts: tuple[Any, Any, Any] = self.proj, self.mlp[0], self.mlp[2]
         if not fused.serves(x, self.token_dim, self.norm2, (self.kqv, *parts)):
             return None
         split = Split(self.kernel, self.stride, self.padding)
         kqv = fused.split_norm_linear(x, self.norm1, self.kqv, split)
-        dropout = self.proj_drop.p if self.training else 0.
+        dropout = self.proj_drop.p if self.training else 0.0
         y = fused.performer(kqv, self.w, self.eps, *parts, self.norm2, dropout)
         return to_map(y, *split.grid(x.shape[2], x.shape[3]))
 
@@ -206,8 +215,16 @@ class TokenPerformer(TokenLayer):
             if y is not None:
                 return y
         kqv = split_norm_linear(
-            x, self.norm1.weight, self.norm1.bias, self.norm_eps, self.kqv.weight, self.kqv.bias,
-            self.kernel, self.stride, self.padding)
+            x,
+            self.norm1.weight,
+            self.norm1.bias,
+            self.norm_eps,
+            self.kqv.weight,
+            self.kqv.bias,
+            self.kernel,
+            self.stride,
+            self.padding,
+        )
         height, width = kqv.shape[-2], kqv.shape[-1]
         if torch.jit.is_scripting():
             y, v = self.kernel_attention(to_tokens(kqv))
@@ -236,12 +253,11 @@ class TokenConvolution(TokenLayer):
         return self.act(self.conv(x))
 
 
-
 class SplitLinear(nn.Linear):
     """The last soft split and the Linear to the backbone's width (Sec. 3.1), one convolution."""
 
     def __init__(self, in_chans: int, embed_dim: int, split: Split) -> None:
-        super().__init__(in_chans * split.kernel ** 2, embed_dim)
+        super().__init__(in_chans * split.kernel**2, embed_dim)
         self.kernel, self.stride, self.padding = split
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -249,7 +265,7 @@ class SplitLinear(nn.Linear):
         return split_linear(x, self.weight, self.bias, self.kernel, self.stride, self.padding)
 
 
-TOKEN_LAYERS: Dict[str, Callable[..., nn.Module]] = {
+TOKEN_LAYERS: dict[str, Callable[..., nn.Module]] = {
     'transformer': TokenTransformer,
     'performer': TokenPerformer,
     'convolution': TokenConvolution,
@@ -264,12 +280,12 @@ class TokensToToken(nn.Sequential):
     """
 
     def __init__(
-            self,
-            splits: Sequence[Split],
-            token_layer: Optional[Callable[..., nn.Module]],
-            in_chans: int,
-            token_dim: int,
-            embed_dim: int,
+        self,
+        splits: Sequence[Split],
+        token_layer: Callable[..., nn.Module] | None,
+        in_chans: int,
+        token_dim: int,
+        embed_dim: int,
     ) -> None:
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         chans = in_chans
@@ -283,19 +299,20 @@ class TokensToToken(nn.Sequential):
         self.splits = tuple(splits)
 
     @torch.jit.unused
-    def grids(self, height: int, width: int) -> List[Tuple[int, int]]:
+    def grids(self, height: int, width: int) -> list[tuple[int, int]]:
         """Rows and columns of tokens after each split of an H×W image.
 
         Raises:
             ValueError: if the image is too small for one token.
         """
-        grids: List[Tuple[int, int]] = []
+        grids: list[tuple[int, int]] = []
         for split in self.splits:
             rows, cols = split.grid(*(grids[-1] if grids else (height, width)))
             if rows < 1 or cols < 1:
                 raise ValueError(
                     f'an image of {height}×{width} is too small: the splits (kernel, stride, padding) '
-                    f'{", ".join(str(tuple(s)) for s in self.splits)} leave no token of it')
+                    f'{", ".join(str(tuple(s)) for s in self.splits)} leave no token of it'
+                )
             grids.append((rows, cols))
         return grids
 
@@ -305,11 +322,12 @@ class TokensToToken(nn.Sequential):
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(
                 f'expected images of shape (B, {self.in_chans}, H, W), got {tuple(x.shape)}; '
-                'the number of channels is set by in_chans')
+                'the number of channels is set by in_chans'
+            )
         self.grids(x.shape[2], x.shape[3])
 
     @torch.jit.unused
-    def named_stages(self, x: torch.Tensor) -> Iterator[Tuple[str, torch.Tensor]]:
+    def named_stages(self, x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """Each layer's name and the map behind it, (B, C, h, w)."""
         self.check(x)
         for name, layer in self.named_children():

@@ -15,7 +15,8 @@ widths change:
 """
 
 import math
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import timm
 from torch import nn
@@ -34,10 +35,31 @@ DENSE_CLOSE = 0.05  # off the budget: within this, most heads go first
 FAR = 0.2  # off the budget: beyond this, a budget is too small
 
 ARMS = [  # what the paper compares, in the order they are trained
-    't2t_vit_14', 't2t_vit_14_no_t2t', 't2t_vit_c_14', 't2t_vit_t_14', 'vit_s_16', 'vit_s_16_deep_narrow',
-    'vit_s_16_shallow_wide', 't2t_vit_14_se', 't2t_vit_dense', 't2t_vit_16_ghost', 'resnet50', 't2t_vit_12',
-    'mobilenetv2_140', 't2t_vit_14_wide', 't2t_vit_14_resnext', 'vit_s_16_se', 'vit_s_16_dense', 'vit_s_16_ghost',
-    'vit_s_16_resnext', 't2t_vit_7', 'mobilenetv1_100', 't2t_vit_19', 'resnet101', 't2t_vit_24', 'resnet152',
+    't2t_vit_14',
+    't2t_vit_14_no_t2t',
+    't2t_vit_c_14',
+    't2t_vit_t_14',
+    'vit_s_16',
+    'vit_s_16_deep_narrow',
+    'vit_s_16_shallow_wide',
+    't2t_vit_14_se',
+    't2t_vit_dense',
+    't2t_vit_16_ghost',
+    'resnet50',
+    't2t_vit_12',
+    'mobilenetv2_140',
+    't2t_vit_14_wide',
+    't2t_vit_14_resnext',
+    'vit_s_16_se',
+    'vit_s_16_dense',
+    'vit_s_16_ghost',
+    'vit_s_16_resnext',
+    't2t_vit_7',
+    'mobilenetv1_100',
+    't2t_vit_19',
+    'resnet101',
+    't2t_vit_24',
+    'resnet152',
 ]
 
 
@@ -88,15 +110,16 @@ class Small(NamedTuple):
     """A model at a budget: its name for `timm.create_model`, its arguments, and the parameters it learns."""
 
     model: str
-    args: Dict[str, Any]
+    args: dict[str, Any]
     parameters: int
 
 
-def check_arms(names: List[str]) -> None:
+def check_arms(names: list[str]) -> None:
     """UsageError naming every arm that the paper has not."""
     if unknown := [name for name in names if name not in ARMS]:
-        raise UsageError('\n'.join(f'unknown arm {name!r}{nearest(name, ARMS)}; arms: {", ".join(ARMS)}'
-                                   for name in unknown))
+        raise UsageError(
+            '\n'.join(f'unknown arm {name!r}{nearest(name, ARMS)}; arms: {", ".join(ARMS)}' for name in unknown)
+        )
 
 
 def base_of(name: str) -> str:
@@ -115,7 +138,8 @@ def shrink(name: str, budget: float, place: Place) -> Small:
     Raises:
         UsageError: if the budget is too small for it.
     """
-    def made(args: Dict[str, Any]) -> Small:
+
+    def made(args: dict[str, Any]) -> Small:
         return Small(model, args, count_small(model, args, place))
 
     model = f'scaled_{name}' if name.startswith('mobilenet') else name
@@ -124,10 +148,13 @@ def shrink(name: str, budget: float, place: Place) -> Small:
     if name in VARIANTS:
         row = VARIANTS[name]
         start = first_at_least(budget, lambda i: made(backbone(name, 2 * i, 1, place)).parameters)
-        valid = [(2 * i, heads) for i in range(max(start - 8, 2), start + 8)
-                 if (heads := divisor_near(2 * i, row.num_heads))]
-        near = [*[pair for pair in valid if pair[0] < 2 * start][-1:],
-                *[pair for pair in valid if pair[0] >= 2 * start][:1]]
+        valid = [
+            (2 * i, heads) for i in range(max(start - 8, 2), start + 8) if (heads := divisor_near(2 * i, row.num_heads))
+        ]
+        near = [
+            *[pair for pair in valid if pair[0] < 2 * start][-1:],
+            *[pair for pair in valid if pair[0] >= 2 * start][:1],
+        ]
         found = [made(backbone(name, dim, heads, place)) for dim, heads in near]
     else:
         args = resnet if name.startswith('resnet') else mobilenet
@@ -135,8 +162,11 @@ def shrink(name: str, budget: float, place: Place) -> Small:
         found = [made(args(i, place)) for i in (start - 1, start) if i]
     best = min(found, key=lambda small: off(small.parameters, budget), default=None)
     if best is None or off(best.parameters, budget) > FAR:
-        raise UsageError(f'{name} has no widths for {budget:,.0f} parameters'
-                         + (f', its nearest has {best.parameters:,}' if best else '') + ': choose a larger budget')
+        raise UsageError(
+            f'{name} has no widths for {budget:,.0f} parameters'
+            + (f', its nearest has {best.parameters:,}' if best else '')
+            + ': choose a larger budget'
+        )
     return best
 
 
@@ -145,23 +175,24 @@ def off(count: float, budget: float) -> float:
     return abs(math.log(count / budget))
 
 
-def backbone(name: str, dim: int, heads: int, place: Place) -> Dict[str, Any]:
+def backbone(name: str, dim: int, heads: int, place: Place) -> dict[str, Any]:
     """Arguments of a ViT or T2T-ViT of this width."""
     row = VARIANTS[name]
-    args: Dict[str, Any] = dict(embed_dim=dim, num_heads=heads)
+    args: dict[str, Any] = dict(embed_dim=dim, num_heads=heads)
     if row.token_layer == 'none':
         return {**args, 'splits': [[place.reduction, place.reduction, 0]]}
     narrow = 2 * round(32 * dim / row.embed_dim)
     return {**args, 'token_dim': max(MIN_TOKEN_DIM, narrow), 'splits': [list(cut) for cut in SPLITS[place.reduction]]}
 
 
-def resnet(thousandths: int, place: Place) -> Dict[str, Any]:
+def resnet(thousandths: int, place: Place) -> dict[str, Any]:
     """Arguments of a ResNet whose stages are multiplied in width."""
-    return dict(channels=[even(width * thousandths / 1000) for width in (64, 128, 256, 512)],
-                output_stride=2 * place.reduction)
+    return dict(
+        channels=[even(width * thousandths / 1000) for width in (64, 128, 256, 512)], output_stride=2 * place.reduction
+    )
 
 
-def mobilenet(thousandths: int, place: Place) -> Dict[str, Any]:
+def mobilenet(thousandths: int, place: Place) -> dict[str, Any]:
     """Arguments of a MobileNet whose widths are multiplied."""
     return dict(multiplier=thousandths / 1000, output_stride=2 * place.reduction)
 
@@ -179,7 +210,7 @@ def first_at_least(budget: float, count: Callable[[int], int]) -> int:
     return high
 
 
-def divisor_near(dim: int, heads: int) -> Optional[int]:
+def divisor_near(dim: int, heads: int) -> int | None:
     """The divisor of `dim` that is nearest to `heads` by ratio; None where all are far."""
     near = min((n for n in range(1, dim + 1) if dim % n == 0), key=lambda n: abs(math.log(n / heads)))
     return near if 1 / HEADS_FACTOR <= near / heads <= HEADS_FACTOR else None
@@ -195,10 +226,12 @@ def shrink_dense(name: str, budget: float, place: Place) -> Small:
         return Small(name, args, count_small(name, args, place))
 
     middle = first_at_least(budget, lambda growth: made(2 * growth, growth, 1).parameters)
-    rows = [(heads, off(dim, 2 * growth), dim, growth)
-            for growth in range(max(middle - 3, 2), middle + 4)
-            for dim in range(2 * (2 * growth // 3), 3 * growth + 1, 2)
-            if (heads := common_heads(dim, growth, row.depth, row.num_heads))]
+    rows = [
+        (heads, off(dim, 2 * growth), dim, growth)
+        for growth in range(max(middle - 3, 2), middle + 4)
+        for dim in range(2 * (2 * growth // 3), 3 * growth + 1, 2)
+        if (heads := common_heads(dim, growth, row.depth, row.num_heads))
+    ]
     found = []
     for heads, _, dim, growth in sorted(rows, key=lambda row: (-row[0], row[1])):
         found.append(made(dim, growth, heads))
@@ -210,7 +243,7 @@ def shrink_dense(name: str, budget: float, place: Place) -> Small:
     return best
 
 
-def common_heads(dim: int, growth: int, groups: Tuple[int, ...], most: int) -> int:
+def common_heads(dim: int, growth: int, groups: tuple[int, ...], most: int) -> int:
     """The most heads, up to `most`, that divide every width of dense groups; 0 where a transition cannot halve."""
     common = growth
     for i, count in enumerate(groups):
@@ -222,12 +255,12 @@ def common_heads(dim: int, growth: int, groups: Tuple[int, ...], most: int) -> i
     return max(n for n in range(1, most + 1) if common % n == 0)
 
 
-def count_small(model: str, args: Dict[str, Any], place: Place) -> int:
+def count_small(model: str, args: dict[str, Any], place: Place) -> int:
     """Learned parameters of a small model."""
     return count_parameters(build_small(model, args, place))[1]
 
 
-def build_small(model: str, args: Dict[str, Any], place: Place) -> nn.Module:
+def build_small(model: str, args: dict[str, Any], place: Place) -> nn.Module:
     """A small model, as a run builds it."""
     size = {'img_size': place.img_size} if model in VARIANTS else {}
     return timm.create_model(model, num_classes=place.num_classes, in_chans=place.in_chans, **args, **size)

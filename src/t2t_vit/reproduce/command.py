@@ -1,7 +1,8 @@
 """`t2t-vit reproduce`: structures, accuracy at small scale, and the report of it."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, List, Literal, Optional, Sequence, Tuple
+from typing import Literal
 
 from ..settings import UsageError
 from ..train.loop import RESTART
@@ -12,25 +13,25 @@ from .structures import ROWS, measure_structure, save_structures, show_structure
 
 
 def reproduce(
-        what: Literal['structures', 'accuracy', 'report'],
-        output: Optional[str] = None,
-        data: Optional[str] = None,
-        arms: Sequence[str] = (),
-        blocks: Sequence[str] = (),
-        token_layers: Sequence[str] = (),
-        seeds: int = 3,
-        parameters: Optional[int] = None,
-        img_size: Optional[int] = None,
-        reduction: Optional[int] = None,
-        epochs: Optional[int] = None,
-        batch_size: Optional[int] = None,
-        train_images: Optional[int] = None,
-        val_images: Optional[int] = None,
-        recipe: Optional[str] = None,
-        precision: Optional[Literal['no', 'bf16', 'fp16']] = None,
-        device: Literal['auto', 'cpu'] = 'auto',
-        threads: Optional[int] = None,
-        minutes: Optional[float] = None,
+    what: Literal['structures', 'accuracy', 'report'],
+    output: str | None = None,
+    data: str | None = None,
+    arms: Sequence[str] = (),
+    blocks: Sequence[str] = (),
+    token_layers: Sequence[str] = (),
+    seeds: int = 3,
+    parameters: int | None = None,
+    img_size: int | None = None,
+    reduction: int | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    train_images: int | None = None,
+    val_images: int | None = None,
+    recipe: str | None = None,
+    precision: Literal['no', 'bf16', 'fp16'] | None = None,
+    device: Literal['auto', 'cpu'] = 'auto',
+    threads: int | None = None,
+    minutes: float | None = None,
 ) -> None:
     """The paper's tables and claims, again.
 
@@ -69,10 +70,21 @@ def reproduce(
         raise UsageError(f'reproduce {what} needs --output, the folder of the comparison')
     folder = Path(output)
     if what == 'accuracy':
-        plan = make_plan(folder, dict(
-            data=data, parameters=parameters, img_size=img_size, reduction=reduction, epochs=epochs,
-            batch_size=batch_size, train_images=train_images, val_images=val_images, recipe=recipe,
-            precision=precision))
+        plan = make_plan(
+            folder,
+            dict(
+                data=data,
+                parameters=parameters,
+                img_size=img_size,
+                reduction=reduction,
+                epochs=epochs,
+                batch_size=batch_size,
+                train_images=train_images,
+                val_images=val_images,
+                recipe=recipe,
+                precision=precision,
+            ),
+        )
         own = own_arms([('block', text) for text in blocks] + [('token_layer', text) for text in token_layers], folder)
         names = list(arms or ARMS)
         add_arms(plan, folder, names, own)
@@ -91,13 +103,13 @@ def reproduce(
     save_report(folder)
 
 
-def own_arms(designs: Sequence[Tuple[str, str]], folder: Path) -> Dict[str, Dict[str, str]]:
+def own_arms(designs: Sequence[tuple[str, str]], folder: Path) -> dict[str, dict[str, str]]:
     """Arms of the user's own designs by the names of their classes, their files kept in the comparison's folder.
 
     A design is the argument that it stands for, and FILE.py:CLASS.
     """
-    found: Dict[str, Dict[str, str]] = {}
-    problems: List[str] = []
+    found: dict[str, dict[str, str]] = {}
+    problems: list[str] = []
     for argument, design in designs:
         stem, _, name = design.partition('.py:')
         file = Path(f'{stem}.py').expanduser()
@@ -106,12 +118,16 @@ def own_arms(designs: Sequence[Tuple[str, str]], folder: Path) -> Dict[str, Dict
             continue
         kept = folder / 'own' / file.name
         if not write_once(kept, file.read_text()) and kept.read_text() != file.read_text():
-            problems.append(f'{argument}s: {file} has changed since {folder} was begun; keep its copy there, or choose '
-                            'another output')
+            problems.append(
+                f'{argument}s: {file} has changed since {folder} was begun; keep its copy there, or choose '
+                'another output'
+            )
         arm, change = name if name not in ARMS else f'own_{name}', {argument: f'own/{file.name}:{name}'}
         if found.setdefault(arm, change) != change:
-            problems.append(f'{argument}s: {design} is called as another design, {next(iter(found[arm].values()))}: '
-                            'rename one of the classes')
+            problems.append(
+                f'{argument}s: {design} is called as another design, {next(iter(found[arm].values()))}: '
+                'rename one of the classes'
+            )
     if problems:
         raise UsageError('\n'.join(problems))
     return found

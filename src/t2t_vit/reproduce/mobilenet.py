@@ -6,22 +6,39 @@ times the multiplier, rounded to even numbers; at 1 the networks are timm's.
 """
 
 import warnings
-from typing import Any, List, Tuple
+from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import EfficientNet, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._efficientnet_builder import decode_arch_def  # blocks by their table has no public name
 from torch import nn
 
-Stage = Tuple[str, int, int, int]  # kind of block, repeats, stride, channels
-V1: List[Stage] = [('dsa', 1, 1, 64), ('dsa', 2, 2, 128), ('dsa', 2, 2, 256), ('dsa', 6, 2, 512), ('dsa', 2, 2, 1024)]
-V2: List[Stage] = [('ds', 1, 1, 16), ('ir', 2, 2, 24), ('ir', 3, 2, 32), ('ir', 4, 2, 64), ('ir', 3, 1, 96),
-                   ('ir', 3, 2, 160), ('ir', 1, 1, 320)]
+Stage = tuple[str, int, int, int]  # kind of block, repeats, stride, channels
+V1: list[Stage] = [('dsa', 1, 1, 64), ('dsa', 2, 2, 128), ('dsa', 2, 2, 256), ('dsa', 6, 2, 512), ('dsa', 2, 2, 1024)]
+V2: list[Stage] = [
+    ('ds', 1, 1, 16),
+    ('ir', 2, 2, 24),
+    ('ir', 3, 2, 32),
+    ('ir', 4, 2, 64),
+    ('ir', 3, 1, 96),
+    ('ir', 3, 2, 160),
+    ('ir', 1, 1, 320),
+]
 
-default_cfgs = generate_default_cfgs({  # where timm looks for what its own models of any width are
-    f'scaled_{name}': dict(input_size=(3, 224, 224), crop_pct=0.875, interpolation='bicubic', classifier='classifier',
-                           first_conv='conv_stem', mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
-    for name in ('mobilenetv1_100', 'mobilenetv2_140')})
+default_cfgs = generate_default_cfgs(
+    {  # where timm looks for what its own models of any width are
+        f'scaled_{name}': dict(
+            input_size=(3, 224, 224),
+            crop_pct=0.875,
+            interpolation='bicubic',
+            classifier='classifier',
+            first_conv='conv_stem',
+            mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD,
+        )
+        for name in ('mobilenetv1_100', 'mobilenetv2_140')
+    }
+)
 
 
 def even(channels: float) -> int:
@@ -29,21 +46,30 @@ def even(channels: float) -> int:
     return max(2, 2 * round(channels / 2))
 
 
-def _build(name: str, stages: List[Stage], head: int, multiplier: float, pretrained: bool, **kwargs: Any) -> nn.Module:
-    rows = [[f'{kind}_r{repeats}_k3_s{stride}' + ('_e6' if kind == 'ir' else '') + f'_c{channels}']
-            for kind, repeats, stride, channels in stages]
+def _build(name: str, stages: list[Stage], head: int, multiplier: float, pretrained: bool, **kwargs: Any) -> nn.Module:
+    rows = [
+        [f'{kind}_r{repeats}_k3_s{stride}' + ('_e6' if kind == 'ir' else '') + f'_c{channels}']
+        for kind, repeats, stride, channels in stages
+    ]
     return build_model_with_cfg(
-        EfficientNet, name, pretrained, block_args=decode_arch_def(rows), stem_size=32,
-        round_chs_fn=lambda channels: even(channels * multiplier), num_features=even(head * multiplier) if head else 0,
-        act_layer=nn.ReLU6, **kwargs)
+        EfficientNet,
+        name,
+        pretrained,
+        block_args=decode_arch_def(rows),
+        stem_size=32,
+        round_chs_fn=lambda channels: even(channels * multiplier),
+        num_features=even(head * multiplier) if head else 0,
+        act_layer=nn.ReLU6,
+        **kwargs,
+    )
 
 
-def scaled_mobilenetv1_100(pretrained: bool = False, multiplier: float = 1., **kwargs: Any) -> nn.Module:
+def scaled_mobilenetv1_100(pretrained: bool = False, multiplier: float = 1.0, **kwargs: Any) -> nn.Module:
     """MobileNetV1 at any width."""
     return _build('scaled_mobilenetv1_100', V1, 0, multiplier, pretrained, **kwargs)
 
 
-def scaled_mobilenetv2_140(pretrained: bool = False, multiplier: float = 1., **kwargs: Any) -> nn.Module:
+def scaled_mobilenetv2_140(pretrained: bool = False, multiplier: float = 1.0, **kwargs: Any) -> nn.Module:
     """MobileNetV2 at any width."""
     return _build('scaled_mobilenetv2_140', V2, 1280, multiplier, pretrained, **kwargs)
 

@@ -1,13 +1,13 @@
 """Runs of a comparison on disk: one folder each, taken by whoever is first, each trained in a process of its own.
 
-    FOLDER/plan.yaml                    what all runs share
-    FOLDER/recipe.yaml                  the recipe, as it was, its bases in it
-    FOLDER/arms/ARM.yaml                a model: name, arguments, learned parameters
-    FOLDER/own/FILE.py                  the user's own designs, as they were
-    FOLDER/runs/ARM/seed-N/             a run folder as any other: config.yaml, metrics.jsonl, model.safetensors
-    FOLDER/runs/ARM/seed-N/result.json  what the tables are made of; its presence says that the run is done
-    FOLDER/runs/ARM/seed-N/failed.txt   why it cannot be finished; without it, it is tried again
-    FOLDER/runs/ARM/seed-N/taken-K      whose it is
+FOLDER/plan.yaml                    what all runs share
+FOLDER/recipe.yaml                  the recipe, as it was, its bases in it
+FOLDER/arms/ARM.yaml                a model: name, arguments, learned parameters
+FOLDER/own/FILE.py                  the user's own designs, as they were
+FOLDER/runs/ARM/seed-N/             a run folder as any other: config.yaml, metrics.jsonl, model.safetensors
+FOLDER/runs/ARM/seed-N/result.json  what the tables are made of; its presence says that the run is done
+FOLDER/runs/ARM/seed-N/failed.txt   why it cannot be finished; without it, it is tried again
+FOLDER/runs/ARM/seed-N/taken-K      whose it is
 """
 
 import json
@@ -20,10 +20,11 @@ import threading
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any
 
 import torch
 import yaml
@@ -55,15 +56,15 @@ class Plan:
     parameters: int = 500_000
     epochs: int = 30
     batch_size: int = 128
-    train_images: Optional[int] = None
-    val_images: Optional[int] = None
+    train_images: int | None = None
+    val_images: int | None = None
     recipe: str = 'reproduce'
     precision: str = 'no'
     in_chans: int = 3
     num_classes: int = 10
     count: int = 0  # images to train on
     val_count: int = 0
-    majority: float = 0.  # share of the largest class among the images that are scored; 0 where it was not counted
+    majority: float = 0.0  # share of the largest class among the images that are scored; 0 where it was not counted
 
     @property
     def chance(self) -> float:
@@ -80,21 +81,35 @@ class Plan:
         """Images that every run trains on, each counted as often as it is seen."""
         return self.epochs * (self.count // self.batch_size) * self.batch_size
 
-    def problems(self) -> List[str]:
+    def problems(self) -> list[str]:
         """What is wrong with the values, each in a sentence."""
         rules = [
             (self.reduction in SPLITS, f'reduction is one of {", ".join(map(str, SPLITS))}, got {self.reduction}'),
-            (self.reduction not in SPLITS or self.img_size % (2 * self.reduction) == 0,
-             f'img_size is a multiple of {2 * self.reduction}, twice the reduction, got {self.img_size}'),
+            (
+                self.reduction not in SPLITS or self.img_size % (2 * self.reduction) == 0,
+                f'img_size is a multiple of {2 * self.reduction}, twice the reduction, got {self.img_size}',
+            ),
             (self.parameters > 0, f'parameters is above 0, got {self.parameters}'),
-            (self.recipe in recipes() or Path(self.recipe).is_file(),
-             f'recipe is a YAML file or one of {", ".join(recipes())}, got {self.recipe!r}'),
+            (
+                self.recipe in recipes() or Path(self.recipe).is_file(),
+                f'recipe is a YAML file or one of {", ".join(recipes())}, got {self.recipe!r}',
+            ),
         ]
         return [sentence for holds, sentence in rules if not holds]
 
 
-OPTIONS = ('data', 'img_size', 'reduction', 'parameters', 'epochs', 'batch_size', 'train_images', 'val_images',
-           'recipe', 'precision')  # of a plan, that a user may give
+OPTIONS = (
+    'data',
+    'img_size',
+    'reduction',
+    'parameters',
+    'epochs',
+    'batch_size',
+    'train_images',
+    'val_images',
+    'recipe',
+    'precision',
+)  # of a plan, that a user may give
 
 
 def read_plan(folder: Path) -> Plan:
@@ -119,7 +134,7 @@ def read_plan(folder: Path) -> Plan:
 
 def recipe_text(recipe: str) -> str:
     """A recipe, shipped or a file, with its bases in it, as YAML."""
-    tree: Dict[str, Any] = {}
+    tree: dict[str, Any] = {}
     for _, key, value in read_settings(recipes().get(recipe, Path(recipe))):
         nest(tree, key, value)
     return yaml.safe_dump(tree, sort_keys=False)
@@ -133,11 +148,13 @@ def keep_recipe(folder: Path, recipe: str) -> None:
     """
     kept, text = folder / 'recipe.yaml', recipe_text(recipe)
     if not write_once(kept, text) and kept.read_text() != text:
-        raise UsageError(f'recipe: {recipe} has changed since {folder} was begun; leave it out, to go on with its copy '
-                         'there, or choose another output')
+        raise UsageError(
+            f'recipe: {recipe} has changed since {folder} was begun; leave it out, to go on with its copy '
+            'there, or choose another output'
+        )
 
 
-def make_plan(folder: Path, given: Dict[str, Any]) -> Plan:
+def make_plan(folder: Path, given: dict[str, Any]) -> Plan:
     """The plan that stands in a folder, or a new one there, of what is given; None is not given.
 
     Raises:
@@ -159,7 +176,8 @@ def make_plan(folder: Path, given: Dict[str, Any]) -> Plan:
     sources = [open_source(plan.data, split, config.data.cache, config.data.download) for split in ('train', 'val')]
     plan.count, plan.val_count = (
         min(len(source.labels), limit or len(source.labels))
-        for source, limit in zip(sources, (plan.train_images, plan.val_images)))
+        for source, limit in zip(sources, (plan.train_images, plan.val_images))
+    )
     scored = Part(sources[1], plan.val_count).labels
     plan.majority = max(Counter(scored).values(), default=0) / max(len(scored), 1)
     plan.num_classes, plan.in_chans = len(sources[0].classes), config.data.channels or 1 + 2 * (plan.data != 'digits')
@@ -170,11 +188,14 @@ def make_plan(folder: Path, given: Dict[str, Any]) -> Plan:
     return agree(read_plan(folder), folder, given)  # another process may have been first
 
 
-def agree(plan: Plan, folder: Path, given: Dict[str, Any]) -> Plan:
+def agree(plan: Plan, folder: Path, given: dict[str, Any]) -> Plan:
     """The plan that stands in a folder, unless what is given is another one: then UsageError."""
     if changed := [key for key, value in given.items() if getattr(plan, key) != value]:
-        raise UsageError('\n'.join(f'{key} is {getattr(plan, key)} in {folder}, and cannot become {given[key]} there'
-                                   for key in changed))
+        raise UsageError(
+            '\n'.join(
+                f'{key} is {getattr(plan, key)} in {folder}, and cannot become {given[key]} there' for key in changed
+            )
+        )
     return plan
 
 
@@ -192,18 +213,19 @@ def write_once(file: Path, text: str) -> bool:
     return True
 
 
-def read_arm(folder: Path, name: str) -> Dict[str, Any]:
+def read_arm(folder: Path, name: str) -> dict[str, Any]:
     """An arm's `model`, `args` and `parameters`; the file of an own design is found from where the folder is now.
 
     Its path is the folder's one true one, however that was spelled, or a run would not know itself again.
     """
     arm = yaml.safe_load((folder / 'arms' / f'{name}.yaml').read_text())
-    arm['args'] = {key: f'{folder.resolve()}/{value}' if '.py:' in str(value) else value
-                   for key, value in arm['args'].items()}
+    arm['args'] = {
+        key: f'{folder.resolve()}/{value}' if '.py:' in str(value) else value for key, value in arm['args'].items()
+    }
     return arm
 
 
-def add_arms(plan: Plan, folder: Path, names: List[str], own: Dict[str, Dict[str, Any]]) -> None:
+def add_arms(plan: Plan, folder: Path, names: list[str], own: dict[str, dict[str, Any]]) -> None:
     """Put into a folder the arms that are not there yet: the paper's at their scaled widths, and the user's own.
 
     Each is a function of the plan and the arms above it: it is the same whichever process writes it.
@@ -217,6 +239,7 @@ def add_arms(plan: Plan, folder: Path, names: List[str], own: Dict[str, Dict[str
     Raises:
         UsageError: for an unknown arm, a budget that is too small, or an own design that cannot be built.
     """
+
     def add(name: str, small: Small, **more: Any) -> None:
         text = yaml.safe_dump({**small._asdict(), **more}, sort_keys=False)
         if not write_once(file := folder / 'arms' / f'{name}.yaml', text) and file.read_text() != text:
@@ -243,17 +266,35 @@ def add_arms(plan: Plan, folder: Path, names: List[str], own: Dict[str, Dict[str
         add(name, Small(reference['model'], args, count), own=True)
 
 
-def run_config(plan: Plan, folder: Path, model: str, args: Dict[str, Any], seed: int, output: Optional[Path],
-               device: str = 'auto', threads: Optional[int] = None) -> Config:
+def run_config(
+    plan: Plan,
+    folder: Path,
+    model: str,
+    args: dict[str, Any],
+    seed: int,
+    output: Path | None,
+    device: str = 'auto',
+    threads: int | None = None,
+) -> Config:
     """The configuration of one run: the recipe, then what the plan says, then the arm."""
-    given: Dict[str, Any] = {
-        'model': model, 'data.root': plan.data, 'data.img_size': plan.img_size,
-        'data.train_images': plan.train_images, 'data.val_images': plan.val_images, 'epochs': plan.epochs,
-        'optimizer.cooldown_epochs': 0, 'batch_size': plan.batch_size, 'precision': plan.precision, 'device': device,
-        'threads': threads, 'seed': seed, 'output': str(output) if output else None}
+    given: dict[str, Any] = {
+        'model': model,
+        'data.root': plan.data,
+        'data.img_size': plan.img_size,
+        'data.train_images': plan.train_images,
+        'data.val_images': plan.val_images,
+        'epochs': plan.epochs,
+        'optimizer.cooldown_epochs': 0,
+        'batch_size': plan.batch_size,
+        'precision': plan.precision,
+        'device': device,
+        'threads': threads,
+        'seed': seed,
+        'output': str(output) if output else None,
+    }
     kept = folder / 'recipe.yaml'
     base = read_settings(kept if kept.is_file() else recipes().get(plan.recipe, Path(plan.recipe)))
-    settings: List[Setting] = [entry for entry in base if not entry[1].startswith('model')]
+    settings: list[Setting] = [entry for entry in base if not entry[1].startswith('model')]
     settings += [(key, key, value) for key, value in given.items()]
     settings += [(f'model_args.{key}', f'model_args.{key}', value) for key, value in flatten(args)]
     return resolve(Config, settings)
@@ -283,13 +324,13 @@ class Taken:
         self.file.unlink(missing_ok=True)
 
 
-def holder(run: Path) -> Tuple[int, Optional[Path]]:
+def holder(run: Path) -> tuple[int, Path | None]:
     """The number and file of the last claim on a run; -1 and None where nobody ever took it."""
     claims = [(int(file.name.partition('-')[2]), file) for file in run.glob('taken-*')]
     return max(claims, default=(-1, None))
 
 
-def held(file: Optional[Path]) -> bool:
+def held(file: Path | None) -> bool:
     """Whether whoever made a claim still lives: gave a sign of life of late, and, on this machine, has its process."""
     try:
         if file is None:
@@ -309,7 +350,7 @@ def held(file: Optional[Path]) -> bool:
     return True
 
 
-def take(run: Path) -> Optional[Taken]:
+def take(run: Path) -> Taken | None:
     """Claim a run; None where it is done, or another living process has it.
 
     Claims are numbered files that are never overwritten: whoever finds claim K left by a dead process must be the one
@@ -329,7 +370,7 @@ def take(run: Path) -> Optional[Taken]:
     return taken
 
 
-def work(folder: Path, arm: str, seed: int, device: str, threads: Optional[int]) -> None:
+def work(folder: Path, arm: str, seed: int, device: str, threads: int | None) -> None:
     """Train one run from where it is to its result; the whole of a child process. Its exit code says how it went."""
     run = run_folder(folder, arm, seed)
     taken = take(run)
@@ -353,24 +394,42 @@ def work(folder: Path, arm: str, seed: int, device: str, threads: Optional[int])
         taken.release()
 
 
-def result(plan: Plan, row: Dict[str, Any], config: Config, last: Dict[str, Any]) -> Dict[str, Any]:
+def result(plan: Plan, row: dict[str, Any], config: Config, last: dict[str, Any]) -> dict[str, Any]:
     """What is kept of a run: its score behind the last epoch, its size and speed, and under what conditions."""
     known = [json.loads(file.read_text()) for file in Path(str(config.output)).parent.glob(f'*/{RESULT}')]
-    macs, macs_weights = (known[0]['macs'], known[0]['macs_weights']) if known else count_macs(
-        build_small(row['model'], row['args'], plan.place), plan.img_size, plan.in_chans)
+    macs, macs_weights = (
+        (known[0]['macs'], known[0]['macs_weights'])
+        if known
+        else count_macs(build_small(row['model'], row['args'], plan.place), plan.img_size, plan.in_chans)
+    )
     records = [json.loads(line) for line in (Path(str(config.output)) / 'metrics.jsonl').read_text().splitlines()]
     speeds = sorted(record['images_per_second'] for record in records)
     device = pick_device(config.device)
     return dict(
-        seed=config.seed, own=row.get('own', False), top1=last['val_top1'], train_loss=last['train_loss'],
-        val_loss=last['val_loss'], parameters=row['parameters'], macs=macs, macs_weights=macs_weights,
-        images_per_second=speeds[len(speeds) // 2], images_seen=plan.images_seen, train_images=plan.count,
-        val_images=plan.val_count, epochs=plan.epochs, batch_size=plan.batch_size, device=device_name(device),
-        threads=torch.get_num_threads(), precision=plan.precision, torch=torch.__version__, version=__version__,
-        revision=git_revision())
+        seed=config.seed,
+        own=row.get('own', False),
+        top1=last['val_top1'],
+        train_loss=last['train_loss'],
+        val_loss=last['val_loss'],
+        parameters=row['parameters'],
+        macs=macs,
+        macs_weights=macs_weights,
+        images_per_second=speeds[len(speeds) // 2],
+        images_seen=plan.images_seen,
+        train_images=plan.count,
+        val_images=plan.val_count,
+        epochs=plan.epochs,
+        batch_size=plan.batch_size,
+        device=device_name(device),
+        threads=torch.get_num_threads(),
+        precision=plan.precision,
+        torch=torch.__version__,
+        version=__version__,
+        revision=git_revision(),
+    )
 
 
-def results(folder: Path) -> List[Dict[str, Any]]:
+def results(folder: Path) -> list[dict[str, Any]]:
     """The results of all runs that are done, arm by arm."""
     return [json.loads(file.read_text()) for file in sorted(folder.glob(f'runs/*/seed-*/{RESULT}'))]
 
@@ -392,8 +451,14 @@ def child(*args: Any) -> Iterator[Any]:
         process.join()
 
 
-def follow(folder: Path, names: List[str], seeds: int, device: str = 'auto', threads: Optional[int] = None,
-           minutes: Optional[float] = None) -> bool:
+def follow(
+    folder: Path,
+    names: list[str],
+    seeds: int,
+    device: str = 'auto',
+    threads: int | None = None,
+    minutes: float | None = None,
+) -> bool:
     """Train all runs that nobody else does, first seed first; whether all that were asked for are done or failed.
 
     A run that failed is left out until its failed.txt is removed (`failures`). After Ctrl-C, SIGTERM or SIGUSR1 the run
@@ -417,7 +482,7 @@ def follow(folder: Path, names: List[str], seeds: int, device: str = 'auto', thr
                 return False
             with child(folder, arm, seed, device, threads) as process:
                 while process.is_alive() and not stopped and time.monotonic() < end:
-                    process.join(min(1., max(end - time.monotonic(), 0)))
+                    process.join(min(1.0, max(end - time.monotonic(), 0)))
             if process.exitcode in (RESTART, 130, -signal.SIGTERM, -signal.SIGINT):  # also where it alone was told to
                 return False
             if process.exitcode not in (0, FAILED):  # as for want of memory: it would be so again
@@ -430,7 +495,10 @@ def settled(run: Path) -> bool:
     return (run / RESULT).exists() or (run / 'failed.txt').exists()
 
 
-def failures(folder: Path) -> Dict[str, str]:
+def failures(folder: Path) -> dict[str, str]:
     """Why runs failed, by their places in the folder."""
-    return {str(file.parent.relative_to(folder)): file.read_text().strip()
-            for file in sorted(folder.glob('runs/*/seed-*/failed.txt')) if not (file.parent / RESULT).exists()}
+    return {
+        str(file.parent.relative_to(folder)): file.read_text().strip()
+        for file in sorted(folder.glob('runs/*/seed-*/failed.txt'))
+        if not (file.parent / RESULT).exists()
+    }

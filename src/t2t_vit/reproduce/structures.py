@@ -1,8 +1,9 @@
 """Every row of the paper's tables beside our model: parameters and multiply-adds, and why they differ where they do."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Sequence
+from typing import NamedTuple
 
 import timm
 import torch
@@ -38,7 +39,7 @@ class Structure(NamedTuple):
     gmacs: float
     gmacs_weights: float
 
-    def explanations(self) -> List[str]:
+    def explanations(self) -> list[str]:
         """Why parameters or multiply-adds are not within 1 % of the printed ones, as far as it is known."""
         row, found = self.printed, []
         if abs(self.params / row.params - 1) > TOLERANCE:
@@ -54,8 +55,10 @@ class Structure(NamedTuple):
             elif abs(self.gmacs_weights - row.gmacs) <= STEP:
                 found.append('MACs: printed without the products of attention')
             else:
-                found.append(f'MACs: {UNEXPLAINED}, {abs(self.gmacs - row.gmacs):.2f} G apart'
-                             + (f' ({row.note})' if row.note else ''))
+                found.append(
+                    f'MACs: {UNEXPLAINED}, {abs(self.gmacs - row.gmacs):.2f} G apart'
+                    + (f' ({row.note})' if row.note else '')
+                )
         return found
 
 
@@ -82,10 +85,22 @@ ROWS = [
     Printed('ResNet', 'resnet152', 80.8, 60.2, 11.6),
     Printed('MobileNet', 'mobilenetv1_100', 70.8, 4.2, 0.6),
     Printed('MobileNet', 'mobilenetv2_100', 72.8, 3.5, 0.3),
-    Printed('MobileNet', 'mobilenetv2_140', 75.6, 6.9, 0.6,
-            counted="printed as in MobileNetV2's own paper; ours is timm's network of that width"),
-    Printed('MobileNet', 'mobilenetv3_large_100', 75.2, 5.4, 0.2,
-            counted="printed as in MobileNetV3's own paper; ours is timm's network"),
+    Printed(
+        'MobileNet',
+        'mobilenetv2_140',
+        75.6,
+        6.9,
+        0.6,
+        counted="printed as in MobileNetV2's own paper; ours is timm's network of that width",
+    ),
+    Printed(
+        'MobileNet',
+        'mobilenetv3_large_100',
+        75.2,
+        5.4,
+        0.2,
+        counted="printed as in MobileNetV3's own paper; ours is timm's network",
+    ),
     Printed('Designs on ViT-S/16', 'vit_s_16_deep_narrow', 79.0, 24.5, 5.5, note=VIT_S),
     Printed('Designs on ViT-S/16', 'vit_s_16_shallow_wide', 69.9, 47.9, 9.9, note=VIT_S),
     Printed('Designs on ViT-S/16', 'vit_s_16_dense', 76.8, 46.7, 9.7),
@@ -94,21 +109,40 @@ ROWS = [
     Printed('Designs on ViT-S/16', 'vit_s_16_ghost', 73.7, 32.1, 6.9, note=VIT_S),
     Printed('Designs on T2T-ViT-14', 't2t_vit_14_wide', 77.9, 25.1, 5.0),
     Printed('Designs on T2T-ViT-14', 't2t_vit_dense', 80.6, 23.7, 5.5, note='the parameters agree'),
-    Printed('Designs on T2T-ViT-14', 't2t_vit_14_se', 81.6, 21.9, 4.9,
-            note='0.1 more is printed than without the gates, which work on one vector an image and cost 0.0003'),
+    Printed(
+        'Designs on T2T-ViT-14',
+        't2t_vit_14_se',
+        81.6,
+        21.9,
+        4.9,
+        note='0.1 more is printed than without the gates, which work on one vector an image and cost 0.0003',
+    ),
     Printed('Designs on T2T-ViT-14', 't2t_vit_14_resnext', 81.5, 21.5, 4.8),
-    Printed('Designs on T2T-ViT-14', 't2t_vit_16_ghost', 79.5, 16.3, 3.7,
-            note='between our counts with and without the products of attention'),
-    Printed('T2T module', 't2t_vit_14_no_t2t', 79.5, 21.1, 4.2,
-            note='near our count without the products of attention; the row below, of the same backbone, has them',
-            counted='printed is the backbone alone, without the embedding of patches'),
+    Printed(
+        'Designs on T2T-ViT-14',
+        't2t_vit_16_ghost',
+        79.5,
+        16.3,
+        3.7,
+        note='between our counts with and without the products of attention',
+    ),
+    Printed(
+        'T2T module',
+        't2t_vit_14_no_t2t',
+        79.5,
+        21.1,
+        4.2,
+        note='near our count without the products of attention; the row below, of the same backbone, has them',
+        counted='printed is the backbone alone, without the embedding of patches',
+    ),
     Printed('T2T module', 't2t_vit_c_14', 80.8, 21.3, 4.6),
     Printed('T2T module', 't2t_vit_14', 81.5, 21.5, 4.8),
     Printed('T2T module', 't2t_vit_t_14', 81.7, 21.5, 6.1),
-    Printed('T2T module', 't2t_vit_14_wide', 78.8, 25.0, 5.4,
-            note='5.0 is printed for the same model among the designs'),
+    Printed(
+        'T2T module', 't2t_vit_14_wide', 78.8, 25.0, 5.4, note='5.0 is printed for the same model among the designs'
+    ),
 ]
-PRINTED: Dict[str, Printed] = {row.name: row for row in reversed(ROWS)}  # the first that a model is printed in
+PRINTED: dict[str, Printed] = {row.name: row for row in reversed(ROWS)}  # the first that a model is printed in
 
 
 def measure_structure(row: Printed) -> Structure:
@@ -120,16 +154,37 @@ def measure_structure(row: Printed) -> Structure:
     return Structure(row, learned / 1e6, whole / 1e6, macs / 1e9, macs_weights / 1e9)
 
 
-HEAD = ['model', 'image', 'top-1 %', 'M params', 'printed', 'difference', 'GMAC', 'weights only', 'printed',
-        'difference', 'why, beyond 1 %']
+HEAD = [
+    'model',
+    'image',
+    'top-1 %',
+    'M params',
+    'printed',
+    'difference',
+    'GMAC',
+    'weights only',
+    'printed',
+    'difference',
+    'why, beyond 1 %',
+]
 
 
-def cells(row: Structure) -> List[str]:
+def cells(row: Structure) -> list[str]:
     """A row as it is shown."""
     printed = row.printed
-    return [printed.name, f'{printed.img_size}²', f'{printed.top1:.1f}', f'{row.params:.2f}', f'{printed.params:.1f}',
-            f'{100 * (row.params / printed.params - 1):+.1f} %', f'{row.gmacs:.2f}', f'{row.gmacs_weights:.2f}',
-            f'{printed.gmacs:.1f}', f'{100 * (row.gmacs / printed.gmacs - 1):+.1f} %', '; '.join(row.explanations())]
+    return [
+        printed.name,
+        f'{printed.img_size}²',
+        f'{printed.top1:.1f}',
+        f'{row.params:.2f}',
+        f'{printed.params:.1f}',
+        f'{100 * (row.params / printed.params - 1):+.1f} %',
+        f'{row.gmacs:.2f}',
+        f'{row.gmacs_weights:.2f}',
+        f'{printed.gmacs:.1f}',
+        f'{100 * (row.gmacs / printed.gmacs - 1):+.1f} %',
+        '; '.join(row.explanations()),
+    ]
 
 
 def show_structures(rows: Sequence[Structure]) -> None:
@@ -148,17 +203,45 @@ def save_structures(rows: Sequence[Structure], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / 'structures.csv').open('w', newline='') as file:
         writer = csv.writer(file)
-        writer.writerow(['table', 'model', 'img_size', 'top1_printed', 'params', 'params_all', 'params_printed',
-                         'gmacs', 'gmacs_weights', 'gmacs_printed', 'why'])
+        writer.writerow(
+            [
+                'table',
+                'model',
+                'img_size',
+                'top1_printed',
+                'params',
+                'params_all',
+                'params_printed',
+                'gmacs',
+                'gmacs_weights',
+                'gmacs_printed',
+                'why',
+            ]
+        )
         for row in rows:
             printed = row.printed
-            writer.writerow([printed.table, printed.name, printed.img_size, printed.top1, f'{row.params:.6f}',
-                             f'{row.params_all:.6f}', printed.params, f'{row.gmacs:.6f}', f'{row.gmacs_weights:.6f}',
-                             printed.gmacs, '; '.join(row.explanations())])
-    lines = ['# Structures: the paper\'s figures and ours', '',
-             'Parameters are the learned ones, in millions. Multiply-adds of one image, in billions, with the products '
-             'of attention, as the paper counts, and without ("weights only"). Top-1 is the published one on ImageNet.',
-             '']
+            writer.writerow(
+                [
+                    printed.table,
+                    printed.name,
+                    printed.img_size,
+                    printed.top1,
+                    f'{row.params:.6f}',
+                    f'{row.params_all:.6f}',
+                    printed.params,
+                    f'{row.gmacs:.6f}',
+                    f'{row.gmacs_weights:.6f}',
+                    printed.gmacs,
+                    '; '.join(row.explanations()),
+                ]
+            )
+    lines = [
+        "# Structures: the paper's figures and ours",
+        '',
+        'Parameters are the learned ones, in millions. Multiply-adds of one image, in billions, with the products '
+        'of attention, as the paper counts, and without ("weights only"). Top-1 is the published one on ImageNet.',
+        '',
+    ]
     for table in dict.fromkeys(row.printed.table for row in rows):
         lines += [f'## {table}', '', '| ' + ' | '.join(HEAD) + ' |', '|' + '---|' * len(HEAD)]
         lines += ['| ' + ' | '.join(cells(row)) + ' |' for row in rows if row.printed.table == table] + ['']

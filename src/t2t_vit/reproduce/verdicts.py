@@ -22,8 +22,9 @@ judged.
 """
 
 import math
+from collections.abc import Sequence
 from statistics import fmean, variance
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple
 
 from scipy import stats
 
@@ -40,8 +41,8 @@ class Arm(NamedTuple):
     """An arm's runs: top-1 in percent of each seed, and what they share."""
 
     name: str
-    top1: List[float]
-    seeds: List[int]
+    top1: list[float]
+    seeds: list[int]
     parameters: int
     macs: float
     macs_weights: float
@@ -59,16 +60,16 @@ class Verdict(NamedTuple):
     """A pair's difference in points of top-1, first minus second, its interval and what follows; None without runs."""
 
     pair: Pair
-    difference: Optional[float]
-    half: Optional[float]  # half of the interval's width
-    size: Optional[float]  # parameters, first over second
+    difference: float | None
+    half: float | None  # half of the interval's width
+    size: float | None  # parameters, first over second
     text: str
     seeds: str
 
 
-def gather(results: Sequence[Dict[str, Any]]) -> Dict[str, Arm]:
+def gather(results: Sequence[dict[str, Any]]) -> dict[str, Arm]:
     """Arms by name, of the results of single runs."""
-    arms: Dict[str, List[Dict[str, Any]]] = {}
+    arms: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         arms.setdefault(result['arm'], []).append(result)
     found = {}
@@ -76,12 +77,20 @@ def gather(results: Sequence[Dict[str, Any]]) -> Dict[str, Arm]:
         rows = sorted(rows, key=lambda row: row['seed'])
         speeds = sorted(row['images_per_second'] for row in rows)
         found[name] = Arm(
-            name, [100 * row['top1'] for row in rows], [row['seed'] for row in rows], rows[0]['parameters'],
-            rows[0]['macs'], rows[0]['macs_weights'], speeds[len(speeds) // 2], rows[0]['val_images'], rows[0]['own'])
+            name,
+            [100 * row['top1'] for row in rows],
+            [row['seed'] for row in rows],
+            rows[0]['parameters'],
+            rows[0]['macs'],
+            rows[0]['macs_weights'],
+            speeds[len(speeds) // 2],
+            rows[0]['val_images'],
+            rows[0]['own'],
+        )
     return found
 
 
-def pooled(arms: Sequence[Arm]) -> Tuple[float, int]:
+def pooled(arms: Sequence[Arm]) -> tuple[float, int]:
     """The standard deviation over seeds within arms, in points, and its degrees of freedom."""
     freedom = sum(len(arm.top1) - 1 for arm in arms)
     if not freedom:
@@ -90,7 +99,7 @@ def pooled(arms: Sequence[Arm]) -> Tuple[float, int]:
     return math.sqrt(squares / freedom), freedom
 
 
-def half_width(first: Arm, second: Optional[Arm], arms: Sequence[Arm]) -> float:
+def half_width(first: Arm, second: Arm | None, arms: Sequence[Arm]) -> float:
     """Half of the interval of a difference of means, or of one mean where there is no second."""
     deviation, freedom = pooled(arms)
     both = [first] + ([second] if second else [])
@@ -101,7 +110,7 @@ def half_width(first: Arm, second: Optional[Arm], arms: Sequence[Arm]) -> float:
     return float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(spread)
 
 
-def obstacle(first: Arm, second: Arm, arms: Sequence[Arm], chance: float, relation: str) -> Optional[str]:
+def obstacle(first: Arm, second: Arm, arms: Sequence[Arm], chance: float, relation: str) -> str | None:
     """Why nothing can be said of a pair, whatever its difference; None where something can."""
     if idle := [arm.name for arm in (first, second) if arm.mean - half_width(arm, None, arms) <= chance]:
         return f'{OPEN}: {" and ".join(idle)} did not learn'
@@ -126,7 +135,7 @@ def judge(difference: float, half: float, relation: str) -> str:
     return HOLDS if low > 0 else FAILS if high < 0 else OPEN
 
 
-def verdicts(arms: Dict[str, Arm], chance: float) -> List[Verdict]:
+def verdicts(arms: dict[str, Arm], chance: float) -> list[Verdict]:
     """Of every pair of the paper's, and of every own design against T2T-ViT-14, whose relation nobody claims.
 
     `chance` is the top-1 of guessing the largest class, in percent.

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import timm
 import torch
@@ -31,14 +31,20 @@ def preprocess(config: Config, channels: int) -> Preprocessing:
     if len(mean) != channels or len(std) != channels:
         raise UsageError(f'data.mean and data.std have a value for each of {channels} channels, got {mean}, {std}')
     return replace(
-        own, size=own.size if size is None else (size, size) if isinstance(size, int) else size,
-        channels=channels, mean=tuple(mean), std=tuple(std), crop_pct=data.crop_pct or own.crop_pct)
+        own,
+        size=own.size if size is None else (size, size) if isinstance(size, int) else size,
+        channels=channels,
+        mean=tuple(mean),
+        std=tuple(std),
+        crop_pct=data.crop_pct or own.crop_pct,
+    )
 
 
 def build_model(
-        config: Config, preprocessing: Preprocessing, classes: List[str], license: Optional[str] = None) -> nn.Module:
+    config: Config, preprocessing: Preprocessing, classes: list[str], license: str | None = None
+) -> nn.Module:
     """The model of the run, with its preprocessing, class names and licence in its pretrained_cfg."""
-    args: Dict[str, Any] = {**config.model_args, 'in_chans': preprocessing.channels}
+    args: dict[str, Any] = {**config.model_args, 'in_chans': preprocessing.channels}
     if config.family or timm.models.get_pretrained_cfg(config.model).fixed_input_size:
         args['img_size'] = preprocessing.size
     model = timm.create_model(config.model, num_classes=len(classes), **args)
@@ -46,12 +52,17 @@ def build_model(
         path = Path(config.weights)
         load_weights(model, str(path / WEIGHTS if path.is_dir() else path))
     model.pretrained_cfg.update(
-        preprocessing.as_cfg(), num_classes=len(classes), label_names=classes, custom_load=False,
-        license=license, origin_url=None)
+        preprocessing.as_cfg(),
+        num_classes=len(classes),
+        label_names=classes,
+        custom_load=False,
+        license=license,
+        origin_url=None,
+    )
     return model
 
 
-def freeze(model: nn.Module, patterns: List[str]) -> None:
+def freeze(model: nn.Module, patterns: list[str]) -> None:
     """Take the parameters that match a pattern out of training.
 
     Raises:
@@ -59,14 +70,15 @@ def freeze(model: nn.Module, patterns: List[str]) -> None:
     """
     names = [name for name, _ in model.named_parameters()]
     if idle := [pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in names)]:
-        raise UsageError('\n'.join(
-            f'optimizer.frozen: no parameter is named {pattern}{nearest(pattern, names)}' for pattern in idle))
+        raise UsageError(
+            '\n'.join(f'optimizer.frozen: no parameter is named {pattern}{nearest(pattern, names)}' for pattern in idle)
+        )
     for name, parameter in model.named_parameters():
         if any(fnmatch(name, pattern) for pattern in patterns):
             parameter.requires_grad = False
 
 
-def parameter_groups(config: Config, task: Task) -> List[Dict[str, Any]]:
+def parameter_groups(config: Config, task: Task) -> list[dict[str, Any]]:
     """Every trainable parameter in exactly one group: norms, biases and the class token by default without decay."""
     tuning, bare = config.optimizer, task.no_weight_decay()
     if tuning.layer_decay is not None:
@@ -76,9 +88,12 @@ def parameter_groups(config: Config, task: Task) -> List[Dict[str, Any]]:
     if tuning.body_lr is not None:
         head = {id(parameter) for parameter in task.net.get_classifier().parameters()}
         body = {id(parameter) for parameter in task.net.parameters()} - head
-        groups = [{**group, 'params': chosen, 'lr_scale': scale} for group in groups
-                  for scale, inside in ((1.0, False), (tuning.body_lr, True))
-                  if (chosen := [p for p in group['params'] if (id(p) in body) == inside])]
+        groups = [
+            {**group, 'params': chosen, 'lr_scale': scale}
+            for group in groups
+            for scale, inside in ((1.0, False), (tuning.body_lr, True))
+            if (chosen := [p for p in group['params'] if (id(p) in body) == inside])
+        ]
     for group in groups:
         if tuning.decay_all:
             group['weight_decay'] = tuning.weight_decay
@@ -88,16 +103,19 @@ def parameter_groups(config: Config, task: Task) -> List[Dict[str, Any]]:
     return groups
 
 
-def check_groups(task: nn.Module, groups: List[Dict[str, Any]]) -> None:
+def check_groups(task: nn.Module, groups: list[dict[str, Any]]) -> None:
     """Raises RuntimeError where a trainable parameter is in no group, or in several."""
     held = [id(parameter) for group in groups for parameter in group['params']]
-    wrong = [f'{name} in {held.count(id(parameter))}' for name, parameter in task.named_parameters()
-             if held.count(id(parameter)) != int(parameter.requires_grad)]
+    wrong = [
+        f'{name} in {held.count(id(parameter))}'
+        for name, parameter in task.named_parameters()
+        if held.count(id(parameter)) != int(parameter.requires_grad)
+    ]
     if wrong:
         raise RuntimeError(f'every trainable parameter belongs to one group: {", ".join(wrong[:5])}')
 
 
-def build_optimizer(config: Config, groups: List[Dict[str, Any]]) -> torch.optim.Optimizer:
+def build_optimizer(config: Config, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """timm's optimizer of that name."""
     tuning = config.optimizer
     return create_optimizer_v2(groups, tuning.name, config.lr, tuning.weight_decay, tuning.momentum)
@@ -107,7 +125,14 @@ def build_schedule(config: Config, optimizer: torch.optim.Optimizer, steps: int)
     """A linear warm-up, a cosine, a rest at the minimum, for epochs of `steps` steps."""
     tuning = config.optimizer
     schedule, _ = create_scheduler_v2(
-        optimizer, 'cosine', config.epochs, cooldown_epochs=tuning.cooldown_epochs,
-        warmup_epochs=tuning.warmup_epochs, warmup_lr=tuning.warmup_lr, min_lr=tuning.min_lr,
-        step_on_epochs=False, updates_per_epoch=steps)
+        optimizer,
+        'cosine',
+        config.epochs,
+        cooldown_epochs=tuning.cooldown_epochs,
+        warmup_epochs=tuning.warmup_epochs,
+        warmup_lr=tuning.warmup_lr,
+        min_lr=tuning.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=steps,
+    )
     return schedule

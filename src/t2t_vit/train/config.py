@@ -1,9 +1,10 @@
 """What a training run is made of; every field can be set by a recipe, a YAML file, or --dotted.names."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from inspect import signature
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Literal, Optional, Tuple, Union
+from typing import Any, Literal
 
 import timm
 import torch
@@ -43,17 +44,17 @@ class Data:
     """
 
     root: str = 'digits'
-    cache: Optional[str] = None
+    cache: str | None = None
     download: bool = False
-    img_size: Optional[Union[int, Tuple[int, int]]] = None
-    channels: Optional[Literal[1, 3]] = None
-    mean: Optional[Tuple[float, ...]] = None
-    std: Optional[Tuple[float, ...]] = None
-    crop_pct: Optional[float] = None
-    memory: Optional[bool] = None
+    img_size: int | tuple[int, int] | None = None
+    channels: Literal[1, 3] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_pct: float | None = None
+    memory: bool | None = None
     workers: int = 2
-    train_images: Optional[int] = None
-    val_images: Optional[int] = None
+    train_images: int | None = None
+    val_images: int | None = None
 
 
 @dataclass
@@ -76,36 +77,50 @@ class Objective:
     """
 
     kind: Literal['labels', 'distill', 'token_labels'] = 'labels'
-    teacher: Optional[str] = None
-    teacher_size: Optional[Union[int, Tuple[int, int]]] = None
+    teacher: str | None = None
+    teacher_size: int | tuple[int, int] | None = None
     temperature: float = 1.0
     hard: bool = False
     weight: float = 0.5
-    labels: Optional[str] = None
+    labels: str | None = None
     mixtoken: float = 1.0
 
-    def problems(self, augment: Augment) -> List[str]:
+    def problems(self, augment: Augment) -> list[str]:
         """What is wrong with the values, alone and beside the augmentation's."""
         dense, size = self.kind == 'token_labels', self.teacher_size
         rules = [
             (self.kind != 'distill' or bool(self.teacher), 'objective.kind distill needs an objective.teacher'),
-            (not dense or bool(self.teacher) != bool(self.labels),
-             'objective.kind token_labels needs an objective.teacher or a folder, objective.labels; '
-             f'got {"both" if self.labels else "neither"}'),
-            (self.kind != 'labels' or not self.teacher,
-             'objective.teacher is for objective.kind distill or token_labels, not labels'),
+            (
+                not dense or bool(self.teacher) != bool(self.labels),
+                'objective.kind token_labels needs an objective.teacher or a folder, objective.labels; '
+                f'got {"both" if self.labels else "neither"}',
+            ),
+            (
+                self.kind != 'labels' or not self.teacher,
+                'objective.teacher is for objective.kind distill or token_labels, not labels',
+            ),
             (dense or not self.labels, f'objective.labels is for objective.kind token_labels, not {self.kind}'),
-            (not self.labels or Path(self.labels).expanduser().is_dir(),
-             f'objective.labels: no folder at {self.labels}'),
-            (not (dense and self.labels) or not augment.rotate,
-             'objective.labels follow crops and mirrors only: set augment.rotate to 0'),
-            (not dense or not (augment.mixup or augment.cutmix),
-             'token labels are mixed by objective.mixtoken: set augment.mixup and augment.cutmix to 0'),
-            (size is None or min((size,) if isinstance(size, int) else size) >= 1,
-             f'objective.teacher_size is at least 1, got {size}'),
+            (
+                not self.labels or Path(self.labels).expanduser().is_dir(),
+                f'objective.labels: no folder at {self.labels}',
+            ),
+            (
+                not (dense and self.labels) or not augment.rotate,
+                'objective.labels follow crops and mirrors only: set augment.rotate to 0',
+            ),
+            (
+                not dense or not (augment.mixup or augment.cutmix),
+                'token labels are mixed by objective.mixtoken: set augment.mixup and augment.cutmix to 0',
+            ),
+            (
+                size is None or min((size,) if isinstance(size, int) else size) >= 1,
+                f'objective.teacher_size is at least 1, got {size}',
+            ),
             (self.temperature > 0, f'objective.temperature is above 0, got {self.temperature}'),
-            (self.weight >= 0 and (dense or self.weight <= 1),
-             f'objective.weight is at least 0{"" if dense else " and at most 1"}, got {self.weight}'),
+            (
+                self.weight >= 0 and (dense or self.weight <= 1),
+                f'objective.weight is at least 0{"" if dense else " and at most 1"}, got {self.weight}',
+            ),
             (self.mixtoken >= 0, f'objective.mixtoken is at least 0, got {self.mixtoken}'),
         ]
         return [sentence for holds, sentence in rules if not holds]
@@ -136,14 +151,14 @@ class Optimizer:
 
     name: str = 'adamw'
     lr: float = 1e-3
-    lr_batch: Optional[int] = None
+    lr_batch: int | None = None
     weight_decay: float = 0.05
     decay_all: bool = False
     momentum: float = 0.9
-    layer_decay: Optional[float] = None
-    body_lr: Optional[float] = None
-    frozen: List[str] = field(default_factory=list)
-    clip_grad: Optional[float] = None
+    layer_decay: float | None = None
+    body_lr: float | None = None
+    frozen: list[str] = field(default_factory=list)
+    clip_grad: float | None = None
     warmup_epochs: int = 10
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
@@ -180,8 +195,8 @@ class Config:
     """
 
     model: str = 't2t_vit_7'
-    model_args: Dict[str, Any] = field(default_factory=dict)
-    weights: Optional[str] = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     objective: Objective = field(default_factory=Objective)
@@ -192,13 +207,13 @@ class Config:
     ema_decay: float = 0.99996
     precision: Literal['no', 'bf16', 'fp16'] = 'no'
     device: Literal['auto', 'cpu'] = 'auto'
-    threads: Optional[int] = None
+    threads: int | None = None
     seed: int = 42
-    output: Optional[str] = None
+    output: str | None = None
     save_minutes: float = 10.0
     keep: int = 2
     max_skips: int = 20
-    trackers: Union[List[str], str] = field(default_factory=list)
+    trackers: list[str] | str = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if isinstance(self.trackers, str):  # one word of a command line
@@ -219,18 +234,23 @@ class Config:
         """Whether the model is one of ours."""
         return self.model.partition('.')[0] in VARIANTS
 
-    def problems(self) -> List[str]:
+    def problems(self) -> list[str]:
         """What is wrong with the values, each in a sentence; empty where nothing is."""
         a, o, d = self.augment, self.optimizer, self.data
         share = 'is at least 0 and at most 1'
         rules = [
-            (is_model(self.model), f'unknown model {self.model!r}{nearest(self.model, VARIANTS)}; '
-                                   '`t2t-vit models` lists ours, any other of timm will also do'),
+            (
+                is_model(self.model),
+                f'unknown model {self.model!r}{nearest(self.model, VARIANTS)}; '
+                '`t2t-vit models` lists ours, any other of timm will also do',
+            ),
             (self.seed >= 0, f'seed is at least 0, got {self.seed}'),
             (self.epochs >= 1, f'epochs is at least 1, got {self.epochs}'),
             (self.batch_size >= 1, f'batch_size is at least 1, got {self.batch_size}'),
-            (self.batch_size % 2 == 0 or not (a.mixup or a.cutmix),
-             f'mixup and cutmix need an even batch_size, got {self.batch_size}'),
+            (
+                self.batch_size % 2 == 0 or not (a.mixup or a.cutmix),
+                f'mixup and cutmix need an even batch_size, got {self.batch_size}',
+            ),
             (self.accumulate >= 1, f'accumulate is at least 1, got {self.accumulate}'),
             (self.save_minutes >= 0, f'save_minutes is at least 0, got {self.save_minutes}'),
             (self.keep >= 1, f'keep is at least 1, got {self.keep}'),
@@ -238,10 +258,14 @@ class Config:
             (0 <= self.ema_decay < 1, f'ema_decay is at least 0 and below 1, got {self.ema_decay}'),
             (self.threads is None or self.threads >= 1, f'threads is at least 1, got {self.threads}'),
             (d.workers >= 0, f'data.workers is at least 0, got {d.workers}'),
-            (min(d.train_images or 1, d.val_images or 1) >= 1,
-             f'data.train_images and val_images are at least 1, got {d.train_images}, {d.val_images}'),
-            (d.img_size is None or min((d.img_size,) if isinstance(d.img_size, int) else d.img_size) >= 1,
-             f'data.img_size is at least 1, got {d.img_size}'),
+            (
+                min(d.train_images or 1, d.val_images or 1) >= 1,
+                f'data.train_images and val_images are at least 1, got {d.train_images}, {d.val_images}',
+            ),
+            (
+                d.img_size is None or min((d.img_size,) if isinstance(d.img_size, int) else d.img_size) >= 1,
+                f'data.img_size is at least 1, got {d.img_size}',
+            ),
             (d.crop_pct is None or 0 < d.crop_pct <= 1, f'data.crop_pct is above 0 and at most 1, got {d.crop_pct}'),
             (d.std is None or min(d.std) > 0, f'data.std is above 0, got {d.std}'),
             (o.name in list_optimizers(), f'unknown optimizer.name {o.name!r}{nearest(o.name, list_optimizers())}'),
@@ -249,16 +273,22 @@ class Config:
             (o.lr_batch is None or o.lr_batch >= 1, f'optimizer.lr_batch is at least 1, got {o.lr_batch}'),
             (o.min_lr <= self.lr, f'optimizer.min_lr {o.min_lr:g} is above the learning rate {self.lr:g}'),
             (o.body_lr is None or o.body_lr > 0, f'optimizer.body_lr is above 0, got {o.body_lr}'),
-            (not o.min_lr_alike or o.min_lr <= self.lr * (o.body_lr or 1),
-             f'optimizer.min_lr {o.min_lr:g} is above the learning rate of the body, {self.lr * (o.body_lr or 1):g}'),
+            (
+                not o.min_lr_alike or o.min_lr <= self.lr * (o.body_lr or 1),
+                f'optimizer.min_lr {o.min_lr:g} is above the learning rate of the body, {self.lr * (o.body_lr or 1):g}',
+            ),
             (o.body_lr is None or o.layer_decay is None, 'optimizer.body_lr and layer_decay exclude each other'),
             (o.weight_decay >= 0, f'optimizer.weight_decay is at least 0, got {o.weight_decay}'),
             (o.warmup_epochs >= 0, f'optimizer.warmup_epochs is at least 0, got {o.warmup_epochs}'),
-            (o.warmup_epochs < self.epochs,
-             f'optimizer.warmup_epochs {o.warmup_epochs} leaves nothing of {self.epochs} epochs'),
+            (
+                o.warmup_epochs < self.epochs,
+                f'optimizer.warmup_epochs {o.warmup_epochs} leaves nothing of {self.epochs} epochs',
+            ),
             (o.cooldown_epochs >= 0, f'optimizer.cooldown_epochs is at least 0, got {o.cooldown_epochs}'),
-            (o.layer_decay is None or 0 < o.layer_decay <= 1,
-             f'optimizer.layer_decay is above 0 and at most 1, got {o.layer_decay}'),
+            (
+                o.layer_decay is None or 0 < o.layer_decay <= 1,
+                f'optimizer.layer_decay is above 0 and at most 1, got {o.layer_decay}',
+            ),
             (o.clip_grad is None or o.clip_grad > 0, f'optimizer.clip_grad is above 0, got {o.clip_grad}'),
             (0 < a.scale[0] <= a.scale[1] <= 1, f'augment.scale rises within (0, 1], got {a.scale}'),
             (0 < a.ratio[0] <= a.ratio[1], f'augment.ratio rises from above 0, got {a.ratio}'),
@@ -270,27 +300,38 @@ class Config:
             (a.color_jitter >= 0, f'augment.color_jitter is at least 0, got {a.color_jitter}'),
             (0 <= a.smoothing < 1, f'augment.smoothing is at least 0 and below 1, got {a.smoothing}'),
             (a.mixup >= 0 and a.cutmix >= 0, f'augment.mixup and cutmix are at least 0, got {a.mixup}, {a.cutmix}'),
-            (a.erase_mode in ('pixel', 'rand', 'const'), f'augment.erase_mode is pixel, rand or const, '
-                                                         f'got {a.erase_mode}'),
-            (a.interpolation in ('bilinear', 'bicubic', 'random'),
-             f'augment.interpolation is bilinear, bicubic or random, got {a.interpolation}'),
-            (self.weights != REQUIRED, 'this recipe goes on from trained weights: say which with --weights FILE, '
-                                       'or --weights null to begin from scratch all the same'),
+            (
+                a.erase_mode in ('pixel', 'rand', 'const'),
+                f'augment.erase_mode is pixel, rand or const, got {a.erase_mode}',
+            ),
+            (
+                a.interpolation in ('bilinear', 'bicubic', 'random'),
+                f'augment.interpolation is bilinear, bicubic or random, got {a.interpolation}',
+            ),
+            (
+                self.weights != REQUIRED,
+                'this recipe goes on from trained weights: say which with --weights FILE, '
+                'or --weights null to begin from scratch all the same',
+            ),
             (self.weights in (None, REQUIRED) or Path(str(self.weights)).exists(), f'no weights at {self.weights}'),
             (self.weights is None or self.family, f'weights are for models of `t2t-vit models`, not {self.model!r}'),
         ]
         return [sentence for holds, sentence in rules if not holds] + self.objective.problems(a) + self.refusals()
 
-    def refusals(self) -> List[str]:
+    def refusals(self) -> list[str]:
         """What timm and the model say against the values that are for them."""
         known = [name for name in signature(T2TViT).parameters if name not in ('img_size', 'in_chans', 'num_classes')]
         unknown = [name for name in self.model_args if name not in known] if self.family else []
         problems = [f'unknown option model_args.{name}{nearest(name, known)}' for name in unknown]
-        problems += [f'unknown tracker {name!r}{nearest(name, TRACKERS)}; those of accelerate: {", ".join(TRACKERS)}'
-                     for name in self.trackers if name not in TRACKERS]
+        problems += [
+            f'unknown tracker {name!r}{nearest(name, TRACKERS)}; those of accelerate: {", ".join(TRACKERS)}'
+            for name in self.trackers
+            if name not in TRACKERS
+        ]
         installed = [kind.value for kind in get_available_trackers()]
-        problems += [f'trackers: {name} is not installed' for name in self.trackers
-                     if name in TRACKERS and name not in installed]
+        problems += [
+            f'trackers: {name} is not installed' for name in self.trackers if name in TRACKERS and name not in installed
+        ]
         policy = self.augment.auto_augment
         problems += refusal('augment.auto_augment', lambda: create_transform(32, is_training=True, auto_augment=policy))
         if is_model(self.model) and not unknown:
@@ -298,17 +339,19 @@ class Config:
                 problems += refusal('model and model_args', lambda: timm.create_model(self.model, **self.model_args))
         return problems
 
-    def flat(self) -> Dict[str, Any]:
+    def flat(self) -> dict[str, Any]:
         """Dotted names and plain values."""
-        return {key: value if isinstance(value, (int, float, str, bool)) else str(value)
-                for key, value in flatten(_plain(asdict(self)))}
+        return {
+            key: value if isinstance(value, (int, float, str, bool)) else str(value)
+            for key, value in flatten(_plain(asdict(self)))
+        }
 
     def to_yaml(self) -> str:
         """As a file that the run can be repeated from."""
         return yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
 
 
-def refusal(key: str, make: Callable[[], Any]) -> List[str]:
+def refusal(key: str, make: Callable[[], Any]) -> list[str]:
     """What is raised where something is made of a key's value, as a sentence; empty where it can be made."""
     try:
         make()

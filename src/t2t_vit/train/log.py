@@ -2,9 +2,10 @@
 
 import json
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
@@ -23,8 +24,9 @@ class Log:
     speaks.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, console: Optional[Console] = None,
-                 interval: float = 10) -> None:
+    def __init__(
+        self, folder: Path, accelerator: Accelerator, console: Console | None = None, interval: float = 10
+    ) -> None:
         self.folder, self.accelerator, self.interval = folder, accelerator, interval
         self.file = folder / METRICS
         self.main = accelerator.is_main_process
@@ -34,7 +36,7 @@ class Log:
         """Show lines as they are."""
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def begin(self, config: Config, records: List[Dict[str, Any]]) -> None:
+    def begin(self, config: Config, records: list[dict[str, Any]]) -> None:
         """Make the folder with its configuration, and with the records of the epochs that are done."""
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +46,7 @@ class Log:
         if config.trackers:
             self.accelerator.init_trackers('t2t-vit', config=config.flat())
 
-    def record(self, values: Dict[str, Any]) -> None:
+    def record(self, values: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl, and tell the trackers."""
         if self.main:
             with self.file.open('a') as file:
@@ -60,30 +62,43 @@ class Log:
     def step(self, done: int, text: str, speed: str = '') -> None:
         """Show the number of steps done, and what there is to say; once, how long the run will be, and its speed."""
         if done - self.shown.first == FIRST:
-            self.say(f'{FIRST} steps in {self.shown.seconds:.1f} s: {self.shown.left(done)} left, '
-                     f'validation not counted; {speed}')
+            self.say(
+                f'{FIRST} steps in {self.shown.seconds:.1f} s: {self.shown.left(done)} left, '
+                f'validation not counted; {speed}'
+            )
         self.shown.show(done, text)
 
 
-def line(record: Dict[str, Any]) -> str:
+def line(record: dict[str, Any]) -> str:
     """A record as a line of JSON, which has null for what is not finite."""
-    return json.dumps({key: None if isinstance(value, float) and not math.isfinite(value) else value
-                       for key, value in record.items()}) + '\n'
+    return (
+        json.dumps(
+            {
+                key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in record.items()
+            }
+        )
+        + '\n'
+    )
 
 
-def limit(rates: Dict[str, Any]) -> str:
+def limit(rates: dict[str, Any]) -> str:
     """What a run's speed is limited by, the slower of input and model: as `Run.rates` has them."""
     alone, model, waited = rates['input_alone'], rates['model_alone'], rates['waited']
-    side = 'the input' if waited > .5 or (alone and alone < model) else 'the model'
+    side = 'the input' if waited > 0.5 or (alone and alone < model) else 'the model'
     measured = f'the input alone {alone:,.0f}, ' if alone else ''
-    return (f'{rates["images_per_second"]:,.0f} images/s ({measured}the model alone {model:,.0f}), '
-            f'{100 * waited:.0f} % of the time waiting for images: limited by {side}')
+    return (
+        f'{rates["images_per_second"]:,.0f} images/s ({measured}the model alone {model:,.0f}), '
+        f'{100 * waited:.0f} % of the time waiting for images: limited by {side}'
+    )
 
 
-def summary(record: Dict[str, Any], epochs: int) -> str:
+def summary(record: dict[str, Any], epochs: int) -> str:
     """A record as a line."""
     average = f', average of weights {100 * record["val_top1_ema"]:.2f} %' if 'val_top1_ema' in record else ''
     skipped = f', {record["skipped"]} steps left out' if record['skipped'] else ''
-    return (f'epoch {record["epoch"] + 1}/{epochs}  training loss {record["train_loss"]:.3f}  '
-            f'validation loss {record["val_loss"]:.3f}  top-1 {100 * record["val_top1"]:.2f} %{average}  '
-            f'{limit(record)}{skipped}')
+    return (
+        f'epoch {record["epoch"] + 1}/{epochs}  training loss {record["train_loss"]:.3f}  '
+        f'validation loss {record["val_loss"]:.3f}  top-1 {100 * record["val_top1"]:.2f} %{average}  '
+        f'{limit(record)}{skipped}'
+    )

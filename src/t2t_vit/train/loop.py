@@ -5,11 +5,12 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any
 
 import torch
 import yaml
@@ -46,15 +47,24 @@ from .state import Position, git_revision, load_state, read_state, save_state, s
 from .tasks import make_task
 
 # what processes of one run may see differently; what another value of does not make another run, as `epochs`
-OF_A_HOST = ('output', 'weights', 'device', 'threads', 'data.root', 'data.cache', 'data.download', 'data.workers',
-             'objective.labels')
+OF_A_HOST = (
+    'output',
+    'weights',
+    'device',
+    'threads',
+    'data.root',
+    'data.cache',
+    'data.download',
+    'data.workers',
+    'objective.labels',
+)
 MAY_CHANGE = (*OF_A_HOST, 'epochs', 'accumulate', 'save_minutes', 'keep', 'max_skips', 'trackers')
 DAMAGED = 'damaged.txt'  # a name a line
 DRAW_SECONDS = 20  # between two drawings of the curves, which take one: short epochs go on meanwhile
 RESTART = 75  # exit code of a run that was told to make room, and can go on: EX_TEMPFAIL
 
 
-def meeting_place() -> Dict[str, Any]:
+def meeting_place() -> dict[str, Any]:
     """For processes that torchrun has started again: a part of its store that those before them did not write into.
 
     It keeps the addresses of processes that are gone, and the new ones may find these (pytorch issue 135712). Machines
@@ -64,8 +74,11 @@ def meeting_place() -> Dict[str, Any]:
     if not int(found.get('TORCHELASTIC_RESTART_COUNT', 0)) or found.get('LOCAL_WORLD_SIZE') != found.get('WORLD_SIZE'):
         return {}
     store, rank, size = next(torch.distributed.rendezvous('env://'))
-    return dict(store=torch.distributed.PrefixStore(f'start-{found["TORCHELASTIC_RESTART_COUNT"]}', store),
-                rank=rank, world_size=size)
+    return dict(
+        store=torch.distributed.PrefixStore(f'start-{found["TORCHELASTIC_RESTART_COUNT"]}', store),
+        rank=rank,
+        world_size=size,
+    )
 
 
 class Interrupted(Exception):
@@ -81,17 +94,19 @@ class Diverged(FloatingPointError):
 
 
 @contextmanager
-def stop_signals() -> Iterator[List[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """While it lasts, Ctrl-C, SIGTERM and SIGUSR1 put their number into the list instead of ending the process.
 
     Signals are the main thread's: in another one it does nothing.
     """
-    caught: List[int] = []
+    caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
-    handlers = {number: signal.signal(number, lambda number, _: caught.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM))}
+    handlers = {
+        number: signal.signal(number, lambda number, _: caught.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM))
+    }
     try:
         yield caught
     finally:
@@ -99,35 +114,43 @@ def stop_signals() -> Iterator[List[int]]:
             signal.signal(number, handler)
 
 
-def differences(one: str, other: str, but: Sequence[str]) -> Iterator[Tuple[str, Any, Any]]:
+def differences(one: str, other: str, but: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
     """The settings, but for those in `but`, in which two configurations differ, as YAML; with both values."""
-    first, second = ({key: value for key, value in flatten(yaml.safe_load(text)) if value not in ({}, [])}
-                     for text in (one, other))
-    yield from ((key, first.get(key), second.get(key)) for key in {**first, **second}
-                if key not in but and first.get(key) != second.get(key))
+    first, second = (
+        {key: value for key, value in flatten(yaml.safe_load(text)) if value not in ({}, [])} for text in (one, other)
+    )
+    yield from (
+        (key, first.get(key), second.get(key))
+        for key in {**first, **second}
+        if key not in but and first.get(key) != second.get(key)
+    )
 
 
-def check_same_run(config: Config, state: Dict[str, Any], place: Path) -> None:
+def check_same_run(config: Config, state: dict[str, Any], place: Path) -> None:
     """UsageError where a state is of a run that was configured otherwise; all differences in one message."""
-    if changed := [f'{key} is {saved} in {place}, and cannot become {asked} there'
-                   for key, saved, asked in differences(state['config'], config.to_yaml(), MAY_CHANGE)]:
+    if changed := [
+        f'{key} is {saved} in {place}, and cannot become {asked} there'
+        for key, saved, asked in differences(state['config'], config.to_yaml(), MAY_CHANGE)
+    ]:
         raise UsageError('\n'.join(changed))
 
 
-def check_same_start(config: Config, state: Optional[Dict[str, Any]]) -> None:
+def check_same_start(config: Config, state: dict[str, Any] | None) -> None:
     """UsageError, in all processes, where one of them begins elsewhere or is configured otherwise than the first."""
     where = state['position'] if state else asdict(Position())
     (first, step), *others = gather_object([(config.to_yaml(), (where['epoch'], where['step']))])
     for rank, (text, place) in enumerate(others, 1):
         if place != step:
-            raise UsageError('processes find different states: the first begins in epoch {}, step {}, process {} in '
-                             'epoch {}, step {}; output must be a folder that all hosts share'.format(
-                                 step[0] + 1, step[1] + 1, rank, place[0] + 1, place[1] + 1))
+            raise UsageError(
+                f'processes find different states: the first begins in epoch {step[0] + 1}, step {step[1] + 1}, '
+                f'process {rank} in epoch {place[0] + 1}, step {place[1] + 1}; '
+                'output must be a folder that all hosts share'
+            )
         for key, one, other in differences(first, text, OF_A_HOST):
             raise UsageError(f'processes are configured differently: {key} is {one}, and {other} in process {rank}')
 
 
-def find_start(config: Config, folder: Path, resume: Optional[str]) -> Tuple[Optional[Dict[str, Any]], List[str]]:
+def find_start(config: Config, folder: Path, resume: str | None) -> tuple[dict[str, Any] | None, list[str]]:
     """What a run begins with, and what there is to say of it.
 
     The first of these that is there: the last readable state of its own folder, the state file that is given, the
@@ -143,8 +166,10 @@ def find_start(config: Config, folder: Path, resume: Optional[str]) -> Tuple[Opt
     state, notes = load_state(own)
     metrics = folder / METRICS  # empty where a run was cut off between its first model and its first state
     if state is None and (folder / WEIGHTS).exists() and not (metrics.exists() and not metrics.stat().st_size):
-        raise UsageError(f'{folder} holds a model, and no state of its run to go on from: choose another output, '
-                         f'with --weights {folder} to begin with that model')
+        raise UsageError(
+            f'{folder} holds a model, and no state of its run to go on from: choose another output, '
+            f'with --weights {folder} to begin with that model'
+        )
     if state is None and resume and resume != 'auto':
         if not Path(resume).is_file():
             raise UsageError(f'{resume} holds no state to resume from')
@@ -157,8 +182,7 @@ def find_start(config: Config, folder: Path, resume: Optional[str]) -> Tuple[Opt
 class Run:
     """A run: its parts, and what is done with them. Loading is its constructor; then step, save, validate."""
 
-    def __init__(
-            self, config: Config, folder: Path, state: Optional[Dict[str, Any]], accelerator: Accelerator) -> None:
+    def __init__(self, config: Config, folder: Path, state: dict[str, Any] | None, accelerator: Accelerator) -> None:
         self.config, self.folder, self.accelerator = config, folder, accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
         self.check_split(world)
@@ -175,9 +199,20 @@ class Run:
         self.classes = train.classes
         self.preprocessing = preprocess(config, channels=1 if config.data.root == 'digits' else 3)
         self.train_set, self.val_set = (
-            open_batches(source, self.preprocessing, config.batch_size // world, augment, config.data.memory,
-                         config.data.workers, config.seed, accelerator.device, rank, world)
-            for source, augment in ((train, config.augment), (val, None)))
+            open_batches(
+                source,
+                self.preprocessing,
+                config.batch_size // world,
+                augment,
+                config.data.memory,
+                config.data.workers,
+                config.seed,
+                accelerator.device,
+                rank,
+                world,
+            )
+            for source, augment in ((train, config.augment), (val, None))
+        )
         if len(self.train_set) == 0:
             raise DataError(f'{len(train.labels)} training images make no batch of {config.batch_size}')
         self.counts = len(train.labels), len(val.labels)
@@ -185,30 +220,33 @@ class Run:
 
         seed_all(derive(config.seed))  # the same weights in every process
         # a resumed run's own configuration no longer says what it started from
-        self.origin: Dict[str, Optional[str]] = (state or {}).get('origin') or dict(
-            weights=config.weights and Path(config.weights).name, license=licence_of(config.weights))
-        self.net = build_model(
-            config, self.preprocessing, self.classes, self.origin['license']).to(accelerator.device)
+        self.origin: dict[str, str | None] = (state or {}).get('origin') or dict(
+            weights=config.weights and Path(config.weights).name, license=licence_of(config.weights)
+        )
+        self.net = build_model(config, self.preprocessing, self.classes, self.origin['license']).to(accelerator.device)
         freeze(self.net, config.optimizer.frozen)
         self.task = make_task(config, self.net, train.name).to(accelerator.device)
         self.groups = parameter_groups(config, self.task)
         optimizer = build_optimizer(config, self.groups)
         self.schedule = build_schedule(config, optimizer, len(self.train_set))
         # the decay after t steps is t / (t + 9) up to ema_decay: the average is over a ninth of the steps made
-        self.ema = ModelEmaV3(self.net, config.ema_decay, use_warmup=True, warmup_gamma=9.0, warmup_power=1.0) \
-            if config.ema_decay else None
+        self.ema = (
+            ModelEmaV3(self.net, config.ema_decay, use_warmup=True, warmup_gamma=9.0, warmup_power=1.0)
+            if config.ema_decay
+            else None
+        )
         self.model, self.optimizer = accelerator.prepare(self.task, optimizer)
         self.parameters = [parameter for parameter in self.task.parameters() if parameter.requires_grad]
 
         # the schedule has no state: it is a function of the configuration and the step
-        self.parts: Dict[str, Any] = {'model': self.task, 'optimizer': self.optimizer}
+        self.parts: dict[str, Any] = {'model': self.task, 'optimizer': self.optimizer}
         if self.ema:
             self.parts['ema'] = self.ema.module
         if accelerator.scaler:
             self.parts['scaler'] = accelerator.scaler
         self.position, self.seen = Position(), []
-        self.input_alone: Optional[float] = None  # images/s, measured
-        self.stopped: List[int] = []  # by these signals
+        self.input_alone: float | None = None  # images/s, measured
+        self.stopped: list[int] = []  # by these signals
         self.told = self.due = False  # to stop, and a state to save; what the processes agreed on last
         self.saved = time.monotonic()
         if state is not None:
@@ -220,11 +258,15 @@ class Run:
         """UsageError where a batch cannot be dealt out to processes and parts."""
         batch, parts, augment = self.config.batch_size, self.config.accumulate * world, self.config.augment
         if batch % parts:
-            raise UsageError(f'batch_size {batch} is not a multiple of {parts}: {world} processes, '
-                             f'{self.config.accumulate} parts each')
+            raise UsageError(
+                f'batch_size {batch} is not a multiple of {parts}: {world} processes, '
+                f'{self.config.accumulate} parts each'
+            )
         if (augment.mixup or augment.cutmix) and batch // parts % 2:
-            raise UsageError(f'mixup and cutmix need an even number of images in each part, got {batch // parts}: '
-                             f'batch_size {batch} in {parts} parts')
+            raise UsageError(
+                f'mixup and cutmix need an even number of images in each part, got {batch // parts}: '
+                f'batch_size {batch} in {parts} parts'
+            )
 
     @property
     def done(self) -> int:
@@ -236,13 +278,16 @@ class Run:
         """The learning rate of the head's group, the peak one under layer decay."""
         return max(group['lr'] for group in self.optimizer.param_groups)
 
-    def rates(self) -> Dict[str, Optional[float]]:
+    def rates(self) -> dict[str, float | None]:
         """Of this epoch so far: images/s in all, of the input and of the model alone, and the share of waiting."""
         position = self.position
         images = position.step * self.config.batch_size
-        return dict(images_per_second=round(images / position.seconds, 1), input_alone=self.input_alone,
-                    model_alone=round(images / max(position.seconds - position.waited, 1e-9), 1),
-                    waited=round(position.waited / position.seconds, 3))
+        return dict(
+            images_per_second=round(images / position.seconds, 1),
+            input_alone=self.input_alone,
+            model_alone=round(images / max(position.seconds - position.waited, 1e-9), 1),
+            waited=round(position.waited / position.seconds, 3),
+        )
 
     def measure_input(self, seconds: float = 2.0) -> None:
         """How fast the input side of all processes is by itself, in at most so much time, and one pass of the images.
@@ -326,37 +371,53 @@ class Run:
             raise Diverged(
                 f'loss or gradient were not finite in {position.in_a_row} steps in a row, the last of them step '
                 f'{position.step + 1} of epoch {position.epoch + 1} (loss {loss}): try a lower optimizer.lr or '
-                f'optimizer.clip_grad 1; the last good state is in {self.folder / "checkpoints"}')
+                f'optimizer.clip_grad 1; the last good state is in {self.folder / "checkpoints"}'
+            )
 
-    def save(self) -> Optional[Path]:
+    def save(self) -> Path | None:
         """Write all that is needed to go on, by the main process; for all to call at the same step."""
         path, damaged = None, self.damaged()
         if self.accelerator.is_main_process:
-            path = save_state(self.folder / 'checkpoints', {
-                **{name: part.state_dict() for name, part in self.parts.items()}, 'damaged': damaged,
-                'position': asdict(self.position), 'config': self.config.to_yaml(), 'origin': self.origin,
-                'version': __version__, 'revision': git_revision(), 'processes': self.accelerator.num_processes,
-            }, self.done, self.config.keep)
+            path = save_state(
+                self.folder / 'checkpoints',
+                {
+                    **{name: part.state_dict() for name, part in self.parts.items()},
+                    'damaged': damaged,
+                    'position': asdict(self.position),
+                    'config': self.config.to_yaml(),
+                    'origin': self.origin,
+                    'version': __version__,
+                    'revision': git_revision(),
+                    'processes': self.accelerator.num_processes,
+                },
+                self.done,
+                self.config.keep,
+            )
         self.saved = time.monotonic()
         return path
 
-    def validate(self) -> Dict[str, Any]:
+    def validate(self) -> dict[str, Any]:
         """Close the epoch: score the weights and their average, keep the better where it is the best so far.
 
         Where it is told to stop before that is done, the whole is for the resumed run to do.
         """
         position, candidates = self.position, {'': self.net, **({'_ema': self.ema.module} if self.ema else {})}
         made = position.step - position.skipped_here
-        record: Dict[str, Any] = dict(
-            epoch=position.epoch, lr=self.lr, train_loss=position.loss_sum / made if made else math.nan,
-            **self.rates(), skipped=position.skipped)
-        scores: Dict[str, Scores] = {}
+        record: dict[str, Any] = dict(
+            epoch=position.epoch,
+            lr=self.lr,
+            train_loss=position.loss_sum / made if made else math.nan,
+            **self.rates(),
+            skipped=position.skipped,
+        )
+        scores: dict[str, Scores] = {}
         for suffix, model in candidates.items():
             self.stop_if_told()
             scores[suffix] = score(model, self.val_set, len(self.classes))
         for suffix, result in scores.items():
-            record.update({f'val_loss{suffix}': result.loss, f'val_top1{suffix}': result.top1,
-                           f'val_top5{suffix}': result.top5})
+            record.update(
+                {f'val_loss{suffix}': result.loss, f'val_top1{suffix}': result.top1, f'val_top5{suffix}': result.top5}
+            )
         damaged = self.damaged()
         record['damaged'] = len(damaged)
         if damaged and self.accelerator.is_main_process:
@@ -366,8 +427,12 @@ class Run:
             card = self.card(scores[best], 'the moving average' if best else 'the weights')
             save_folder(candidates[best], self.folder, self.config.model_args, card.text(candidates[best]))
         self.position = Position(
-            epoch=position.epoch + 1, best=max(position.best, scores[best].top1), skipped=position.skipped,
-            in_a_row=position.in_a_row, records=[*position.records, record])
+            epoch=position.epoch + 1,
+            best=max(position.best, scores[best].top1),
+            skipped=position.skipped,
+            in_a_row=position.in_a_row,
+            records=[*position.records, record],
+        )
         return record
 
     def card(self, scores: Scores, which: str) -> Card:
@@ -376,19 +441,21 @@ class Run:
         name = Path(root).name if Path(root).expanduser().exists() else root
         return Card(
             data=f'{name}: {self.counts[0]:,} training and {self.counts[1]:,} validation images of '
-                 f'{len(self.classes)} classes: {", ".join(self.classes[:20])}{", …" * (len(self.classes) > 20)}.',
-            dataset=name, recipe=yaml.safe_dump(public(flatten(yaml.safe_load(config.to_yaml()))), sort_keys=False),
+            f'{len(self.classes)} classes: {", ".join(self.classes[:20])}{", …" * (len(self.classes) > 20)}.',
+            dataset=name,
+            recipe=yaml.safe_dump(public(flatten(yaml.safe_load(config.to_yaml()))), sort_keys=False),
             scores={'top-1': scores.top1, 'top-5': scores.top5, 'loss': scores.loss},
             note=f'Of {which} after epoch {self.position.epoch + 1} of {config.total_epochs}, on {scores.count:,} '
-                 'images. That epoch was chosen by this score, which flatters it a little.',
-            **self.origin)
+            'images. That epoch was chosen by this score, which flatters it a little.',
+            **self.origin,
+        )
 
-    def damaged(self) -> List[str]:
+    def damaged(self) -> list[str]:
         """Names of images that could not be read, by any process, since the run began."""
         return sorted(set(gather_object([*self.seen, *self.train_set.damaged, *self.val_set.damaged])))
 
 
-def train(config: Config, resume: Optional[str] = None, dry_run: bool = False) -> Dict[str, Any]:
+def train(config: Config, resume: str | None = None, dry_run: bool = False) -> dict[str, Any]:
     """Train a model and leave a run folder; gives the last epoch's record.
 
     Args:
@@ -415,18 +482,26 @@ def train(config: Config, resume: Optional[str] = None, dry_run: bool = False) -
     PartialState(cpu=cpu, **meeting_place())  # or it sees no other process
     of_a_folder = resume if resume and Path(resume).is_dir() else None
     if of_a_folder and config.output and Path(config.output).resolve() != Path(of_a_folder).resolve():
-        raise UsageError(f'--resume {resume} goes on in that folder, and output is {config.output}: leave out output, '
-                         'or resume from one of the files in its checkpoints')
-    folder = Path(broadcast_object_list(
-        [of_a_folder or config.output or f'runs/{config.model}-{datetime.now():%Y%m%d-%H%M%S}'])[0])
+        raise UsageError(
+            f'--resume {resume} goes on in that folder, and output is {config.output}: leave out output, '
+            'or resume from one of the files in its checkpoints'
+        )
+    folder = Path(
+        broadcast_object_list([of_a_folder or config.output or f'runs/{config.model}-{datetime.now():%Y%m%d-%H%M%S}'])[
+            0
+        ]
+    )
     config = replace(config, output=str(folder))
     accelerator = Accelerator(
-        mixed_precision=config.precision, cpu=cpu, log_with=config.trackers or None, project_dir=str(folder))
+        mixed_precision=config.precision, cpu=cpu, log_with=config.trackers or None, project_dir=str(folder)
+    )
     state, notes = find_start(config, folder, resume)
     check_same_start(config, state)
     if state and state['processes'] != accelerator.num_processes:
-        notes.append(f'note      {accelerator.num_processes} processes go on with a state of {state["processes"]}: '
-                     'each draws its own mixup, dropout and drop path')
+        notes.append(
+            f'note      {accelerator.num_processes} processes go on with a state of {state["processes"]}: '
+            'each draws its own mixup, dropout and drop path'
+        )
     run = Run(config, folder, state, accelerator)
     run.measure_input()
     log = Log(folder, accelerator)
@@ -442,7 +517,7 @@ def train(config: Config, resume: Optional[str] = None, dry_run: bool = False) -
         accelerator.end_training()
 
 
-def follow(run: Run, log: Log) -> Dict[str, Any]:
+def follow(run: Run, log: Log) -> dict[str, Any]:
     """All epochs of a run from where it is; gives the last record."""
     config, position, drawn = run.config, run.position, -math.inf
     with log.live(run.total_steps, run.done), stop_signals() as run.stopped:
@@ -456,8 +531,12 @@ def follow(run: Run, log: Log) -> Dict[str, Any]:
                 loss = run.step(batch)
                 position.seconds += time.monotonic() - clock
                 rates = run.rates()
-                log.step(run.done, f'epoch {position.epoch + 1}/{config.total_epochs}  loss {loss:.3f}  '
-                         f'lr {run.lr:.1e}  {rates["images_per_second"]:.0f} images/s', limit(rates))
+                log.step(
+                    run.done,
+                    f'epoch {position.epoch + 1}/{config.total_epochs}  loss {loss:.3f}  '
+                    f'lr {run.lr:.1e}  {rates["images_per_second"]:.0f} images/s',
+                    limit(rates),
+                )
                 run.stop_if_told(ask=False)
                 if run.due:
                     run.save()
@@ -471,7 +550,9 @@ def follow(run: Run, log: Log) -> Dict[str, Any]:
                 plot_curves(run.position.records, run.folder / 'curves.png')
                 drawn = time.monotonic()
     if damaged := run.damaged():
-        log.say(f'{len(damaged)} damaged images were left out: {", ".join(damaged[:5])}'
-                f'{", …" * (len(damaged) > 5)}; all of them are named in {run.folder / DAMAGED}')
+        log.say(
+            f'{len(damaged)} damaged images were left out: {", ".join(damaged[:5])}'
+            f'{", …" * (len(damaged) > 5)}; all of them are named in {run.folder / DAMAGED}'
+        )
     log.say(f'best top-1 {100 * run.position.best:.2f} %; weights, config, metrics and curves are in {run.folder}')
     return run.position.records[-1]

@@ -1,6 +1,7 @@
 """What a run is about to do, before it does it."""
 
-from typing import Any, Dict, Iterable, List, Tuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -8,13 +9,12 @@ from ..data import Batch, MemoryBatches
 from .log import FIRST
 
 
-def plan(run: Any) -> List[str]:
+def plan(run: Any) -> list[str]:
     """Lines for a `Run` of the loop's: model, data, schedule, optimizer, average, memory, place; and warnings."""
     config, steps, world = run.config, len(run.train_set), run.accelerator.num_processes
     count = sum(parameter.numel() for parameter in run.parameters)
     size = 'x'.join(map(str, (run.preprocessing.channels, *run.preprocessing.size)))
-    start = f'epoch {run.position.epoch + 1}, step {run.position.step + 1}' if run.done else \
-        config.weights or 'scratch'
+    start = f'epoch {run.position.epoch + 1}, step {run.position.step + 1}' if run.done else config.weights or 'scratch'
     share = config.batch_size // world // config.accumulate
     tuning, rule = config.optimizer, ''
     if tuning.lr_batch:
@@ -35,16 +35,20 @@ def plan(run: Any) -> List[str]:
             advice = 1 - float(f'{10 / run.total_steps:.1g}')  # which keeps the digits that count
             lines.append(
                 f'warning   ema_decay {config.ema_decay:g} averages {whole:,.0f} steps, more than the run has, and is '
-                'not reached' + (f'; {advice:.9g} averages a tenth of the run' if advice > 0 else ''))
+                'not reached' + (f'; {advice:.9g} averages a tenth of the run' if advice > 0 else '')
+            )
     if run.input_alone:
-        lines.append(f'input     {run.input_alone:,.0f} images/s by itself; what the model takes is said after '
-                     f'{FIRST} steps and every epoch')
+        lines.append(
+            f'input     {run.input_alone:,.0f} images/s by itself; what the model takes is said after '
+            f'{FIRST} steps and every epoch'
+        )
     held, per_image = memory(run)
     lines += [
-        f'memory    about {(sum(held.values()) + share * per_image) / 2 ** 20:,.0f} MB a process: '
-        f'{", ".join(f"{size / 2 ** 20:,.0f} for {what}" for what, size in held.items() if size)}, '
-        f'{per_image / 2 ** 20:,.1f} for each image of a part',
-        f'run       {run.folder}']
+        f'memory    about {(sum(held.values()) + share * per_image) / 2**20:,.0f} MB a process: '
+        f'{", ".join(f"{size / 2**20:,.0f} for {what}" for what, size in held.items() if size)}, '
+        f'{per_image / 2**20:,.1f} for each image of a part',
+        f'run       {run.folder}',
+    ]
     return lines
 
 
@@ -53,7 +57,7 @@ def size_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def memory(run: Any) -> Tuple[Dict[str, int], float]:
+def memory(run: Any) -> tuple[dict[str, int], float]:
     """Estimated bytes: what is held all the time, and for what; and what a step keeps of an image to go backward.
 
     The second is measured: the sum of what autograd saves in a forward pass of two images, which leaves the running
@@ -63,10 +67,13 @@ def memory(run: Any) -> Tuple[Dict[str, int], float]:
     learned, whole = size_of(run.parameters), size_of(run.task.state_dict().values())
     slots = 1 if run.config.optimizer.name in ('sgd', 'momentum') else 2  # of the optimizer, for each weight
     sets = [part for part in (run.train_set, run.val_set) if isinstance(part, MemoryBatches)]
-    held = {'weights, gradients, optimizer and average':
-            whole + (1 + slots) * learned + (whole if run.config.ema_decay else 0),
-            'the teacher': size_of(run.task.teacher.model.state_dict().values()) if run.task.teacher else 0,
-            'the images in memory': size_of(part.images for part in sets)}
+    held = {
+        'weights, gradients, optimizer and average': whole
+        + (1 + slots) * learned
+        + (whole if run.config.ema_decay else 0),
+        'the teacher': size_of(run.task.teacher.model.state_dict().values()) if run.task.teacher else 0,
+        'the images in memory': size_of(part.images for part in sets),
+    }
     known = {t.untyped_storage().data_ptr() for t in run.task.state_dict().values()}
     saved = {}
 
@@ -80,7 +87,7 @@ def memory(run: Any) -> Tuple[Dict[str, int], float]:
     buffers = {name: buffer.clone() for name, buffer in run.task.named_buffers()}
     images = torch.zeros(pair, run.preprocessing.channels, *run.preprocessing.size, device=device)
     labels = torch.zeros(pair, dtype=torch.long, device=device)
-    batch = Batch(images, labels, labels, torch.tensor([[0., 0., 1., 1., 0.]] * pair, device=device))
+    batch = Batch(images, labels, labels, torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0]] * pair, device=device))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), run.accelerator.autocast():
         torch.func.functional_call(run.task, buffers, (batch,))
     return held, sum(saved.values()) / pair

@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import torch
 
@@ -29,16 +29,16 @@ class Position:
     skipped: int = 0  # steps without an update, in the whole run
     skipped_here: int = 0  # in this epoch
     in_a_row: int = 0  # of these, the last ones
-    records: List[Dict[str, Any]] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
 
 
-def saved_states(folder: Path) -> List[Path]:
+def saved_states(folder: Path) -> list[Path]:
     """The states in a folder, the newest first."""
     found = [(int(match[1]), file) for file in folder.glob('*.pt') if (match := NAME.fullmatch(file.name))]
     return [file for _, file in sorted(found, reverse=True)]
 
 
-def save_state(folder: Path, state: Dict[str, Any], step: int, keep: int) -> Path:
+def save_state(folder: Path, state: dict[str, Any], step: int, keep: int) -> Path:
     """Write the state after `step` steps into `folder`, and drop all but the last `keep`.
 
     The file is complete on the disk before it takes its name, and the older ones go only when the name is on the disk
@@ -69,7 +69,7 @@ def save_state(folder: Path, state: Dict[str, Any], step: int, keep: int) -> Pat
     return file
 
 
-def read_state(file: Path) -> Dict[str, Any]:
+def read_state(file: Path) -> dict[str, Any]:
     """A state from its file.
 
     Raises:
@@ -86,13 +86,13 @@ def read_state(file: Path) -> Dict[str, Any]:
     return state
 
 
-def load_state(folder: Path) -> Tuple[Optional[Dict[str, Any]], List[str]]:
+def load_state(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """The newest state that can be read, None where there is none; and what was wrong with those passed over.
 
     Raises:
         CheckpointError: if states are there and none can be read.
     """
-    wrong: List[str] = []
+    wrong: list[str] = []
     for file in saved_states(folder):
         try:
             return read_state(file), wrong
@@ -104,12 +104,14 @@ def load_state(folder: Path) -> Tuple[Optional[Dict[str, Any]], List[str]]:
 
 
 @lru_cache(maxsize=1)  # of what was loaded, and states may be saved every step
-def git_revision() -> Optional[str]:
+def git_revision() -> str | None:
     """The commit of the sources that run, '+' behind it where they were changed; None outside of a repository."""
     here = Path(__file__).parent
     if not (here.parents[2] / '.git').exists() or not shutil.which('git'):
         return None
     done = subprocess.run(
         ['git', '-C', str(here), 'describe', '--always', '--dirty=+', '--abbrev=40', '--match='],
-        capture_output=True, text=True)
+        capture_output=True,
+        text=True,
+    )
     return done.stdout.strip() or None

@@ -3,8 +3,9 @@
 A task holds all that is trained. Its random numbers are those of NumPy's and torch's own generators.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Set
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ class Task(nn.Module):
     """
 
     net: Any  # a module with the attributes of timm's
-    teacher: Optional[Teacher] = None
+    teacher: Teacher | None = None
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -39,7 +40,7 @@ class Task(nn.Module):
         """The loss of a batch, whose images may be changed in place."""
         raise NotImplementedError
 
-    def no_weight_decay(self) -> Set[str]:
+    def no_weight_decay(self) -> set[str]:
         """The student's, for timm's optimizers."""
         return {f'net.{name}' for name in self.net.no_weight_decay()} if hasattr(self.net, 'no_weight_decay') else set()
 
@@ -54,9 +55,17 @@ class Classify(Task):
 
     def __init__(self, net: nn.Module, augment: Augment) -> None:
         super().__init__(net)
-        self.mixup = Mixup(
-            augment.mixup, augment.cutmix, switch_prob=augment.switch, label_smoothing=augment.smoothing,
-            num_classes=self.net.num_classes) if augment.mixup or augment.cutmix else None
+        self.mixup = (
+            Mixup(
+                augment.mixup,
+                augment.cutmix,
+                switch_prob=augment.switch,
+                label_smoothing=augment.smoothing,
+                num_classes=self.net.num_classes,
+            )
+            if augment.mixup or augment.cutmix
+            else None
+        )
         self.loss = SoftTargetCrossEntropy() if self.mixup else nn.CrossEntropyLoss(label_smoothing=augment.smoothing)
 
     def mix(self, batch: Batch) -> Any:
@@ -86,8 +95,13 @@ class Distill(Classify):
     """
 
     def __init__(
-            self, net: nn.Module, augment: Augment, teacher: Teacher, weight: float = 0.5, temperature: float = 1.0,
-            hard: bool = False,
+        self,
+        net: nn.Module,
+        augment: Augment,
+        teacher: Teacher,
+        weight: float = 0.5,
+        temperature: float = 1.0,
+        hard: bool = False,
     ) -> None:
         super().__init__(net, augment)
         self.teacher: Teacher = teacher
@@ -101,7 +115,7 @@ class Distill(Classify):
             distance = F.cross_entropy(scores, lesson.argmax(1))
         else:
             ours, theirs = ((s / self.temperature).log_softmax(1) for s in (scores, lesson))
-            distance = F.kl_div(ours, theirs, reduction='batchmean', log_target=True) * self.temperature ** 2
+            distance = F.kl_div(ours, theirs, reduction='batchmean', log_target=True) * self.temperature**2
         return (1 - self.weight) * self.loss(scores, targets) + self.weight * distance
 
 
@@ -119,8 +133,7 @@ class TokenLabels(Task):
     """
 
     def __init__(
-            self, net: nn.Module, dense: DenseLabels, weight: float = 0.5, mixtoken: float = 1.0,
-            smoothing: float = 0.1,
+        self, net: nn.Module, dense: DenseLabels, weight: float = 0.5, mixtoken: float = 1.0, smoothing: float = 0.1
     ) -> None:
         super().__init__(net)
         token_grid(net, *Preprocessing.of(self.net.pretrained_cfg).size)  # raises where there is none
@@ -138,9 +151,10 @@ class TokenLabels(Task):
         targets = mixup_target(batch.labels, dense.shape[1], share, self.smoothing)  # with the same partner
         tokens = self.net.forward_features(images)  # (B, prefix + N, D)
         scores = self.net.forward_head(tokens).float()
-        places = self.aux_head(tokens[:, self.net.num_prefix_tokens:]).float()  # (B, N, C)
+        places = self.aux_head(tokens[:, self.net.num_prefix_tokens :]).float()  # (B, N, C)
         return F.cross_entropy(scores, targets) + self.weight * F.cross_entropy(
-            places.transpose(1, 2), dense.flatten(2))
+            places.transpose(1, 2), dense.flatten(2)
+        )
 
 
 def make_task(config: Config, net: nn.Module, name: Callable[[int], str]) -> Task:
@@ -158,10 +172,11 @@ def make_task(config: Config, net: nn.Module, name: Callable[[int], str]) -> Tas
     goal, augment = config.objective, config.augment
     if goal.kind == 'labels':
         return Classify(net, augment)
-    cfg: Dict[str, Any] = net.pretrained_cfg  # type: ignore[assignment]
+    cfg: dict[str, Any] = net.pretrained_cfg  # type: ignore[assignment]
     if goal.labels:
         labels: DenseLabels = LabelFiles(
-            Path(goal.labels).expanduser(), Path(config.data.root).expanduser(), name, cfg['num_classes'])
+            Path(goal.labels).expanduser(), Path(config.data.root).expanduser(), name, cfg['num_classes']
+        )
         return TokenLabels(net, labels, goal.weight, goal.mixtoken, augment.smoothing)
     dense = goal.kind == 'token_labels'
     teacher = load_teacher(str(goal.teacher), cfg, goal.teacher_size, dense)

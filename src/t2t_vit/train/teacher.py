@@ -1,7 +1,7 @@
 """A trained model that a student learns from."""
 
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +27,12 @@ class Teacher:
         size: (H, W) that images are resized to; as they are by default.
     """
 
-    def __init__(self, model: nn.Module, student: Preprocessing, size: Optional[Tuple[int, int]] = None) -> None:
+    def __init__(self, model: nn.Module, student: Preprocessing, size: tuple[int, int] | None = None) -> None:
         self.model, self.size = model.eval().requires_grad_(False), size
-        own: Dict[str, Any] = {**student.as_cfg(), **getattr(model, 'pretrained_cfg', {})}
+        own: dict[str, Any] = {**student.as_cfg(), **getattr(model, 'pretrained_cfg', {})}
         mean, std, own_mean, own_std = (
-            torch.tensor(values).view(1, -1, 1, 1) for values in (student.mean, student.std, own['mean'], own['std']))
+            torch.tensor(values).view(1, -1, 1, 1) for values in (student.mean, student.std, own['mean'], own['std'])
+        )
         self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
 
     def see(self, images: torch.Tensor) -> torch.Tensor:
@@ -65,12 +66,11 @@ class Teacher:
 
     def label_tokens(self, batch: Batch, grid: Grid) -> torch.Tensor:
         """A distribution over classes for every token of a student's grid: (B, classes, h, w)."""
-        return F.interpolate(
-            self.score_places(batch.images), grid, mode='bilinear', align_corners=False).softmax(1)
+        return F.interpolate(self.score_places(batch.images), grid, mode='bilinear', align_corners=False).softmax(1)
 
 
 def load_teacher(
-        name: str, cfg: Dict[str, Any], size: Optional[Union[int, Tuple[int, int]]] = None, dense: bool = False,
+    name: str, cfg: dict[str, Any], size: int | tuple[int, int] | None = None, dense: bool = False
 ) -> Teacher:
     """The teacher of this name, after one look at an image as the student has them.
 
@@ -96,12 +96,16 @@ def load_teacher(
     try:
         count = (teacher.score_places(image) if dense else teacher(image)).shape[1]
     except Exception as error:  # whatever it is, the teacher cannot do what it is for
-        raise UsageError(f'the teacher {name!r} cannot {"label places of" if dense else "score"} images of '
-                         f'{"x".join(map(str, image.shape[1:]))}: {error}') from error
+        raise UsageError(
+            f'the teacher {name!r} cannot {"label places of" if dense else "score"} images of '
+            f'{"x".join(map(str, image.shape[1:]))}: {error}'
+        ) from error
     if count != cfg['num_classes']:
         raise UsageError(f'the teacher {name!r} knows {count} classes, the student {cfg["num_classes"]}')
     theirs, ours = getattr(model, 'pretrained_cfg', {}).get('label_names'), cfg.get('label_names')
     if theirs and ours and list(theirs) != list(ours):
-        raise UsageError(f'the teacher {name!r} and the student have other classes, or another order of them: '
-                         f'{", ".join(theirs[:5])}, … and {", ".join(ours[:5])}, …')
+        raise UsageError(
+            f'the teacher {name!r} and the student have other classes, or another order of them: '
+            f'{", ".join(theirs[:5])}, … and {", ".join(ours[:5])}, …'
+        )
     return teacher

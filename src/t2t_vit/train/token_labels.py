@@ -4,8 +4,9 @@
 arXiv 2104.10858. Letters: B images, C classes, (h, w) the token grid, (r, c) the grid of a file.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Tuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torchvision.ops import roi_align
 from ..data import Batch, DataError
 from ..settings import UsageError
 
-Grid = Tuple[int, int]
+Grid = tuple[int, int]
 DenseLabels = Callable[[Batch, Grid], torch.Tensor]  # a distribution over classes for every token, (B, C, h, w)
 
 
@@ -61,8 +62,10 @@ class LabelFiles:
         image = Path(self.name(index))
         parts = image.relative_to(self.root).parts if image.is_relative_to(self.root) else ()
         if len(parts) < 3:
-            raise DataError(f'token labels are found by the path of an image, {self.root}/train/CLASS/IMAGE, and '
-                            f'{image} is none; an objective.teacher labels images from anywhere')
+            raise DataError(
+                f'token labels are found by the path of an image, {self.root}/train/CLASS/IMAGE, and '
+                f'{image} is none; an objective.teacher labels images from anywhere'
+            )
         return self.folder.joinpath(*parts[1:]).with_suffix('.pt')
 
     def read(self, index: int) -> torch.Tensor:
@@ -89,8 +92,10 @@ class LabelFiles:
         if not scores.isfinite().all():
             return 'holds scores that are not finite'
         if ((classes < 0) | (classes >= self.num_classes) | (classes != classes.round())).any():
-            return (f'holds the classes {classes.min().item():g} to {classes.max().item():g}; '
-                    f'expected whole numbers from 0 to {self.num_classes - 1}')
+            return (
+                f'holds the classes {classes.min().item():g} to {classes.max().item():g}; '
+                f'expected whole numbers from 0 to {self.num_classes - 1}'
+            )
         if scores.min() >= 0 and scores.sum(0).max() <= 1.01:
             return 'holds what adds up to 1 at most, as probabilities do; expected scores before the softmax'
         return ''
@@ -116,8 +121,8 @@ def crop_maps(maps: torch.Tensor, boxes: torch.Tensor, grid: Grid) -> torch.Tens
 
 
 def mix_tokens(
-        images: torch.Tensor, dense: torch.Tensor, alpha: float, stride: int,
-) -> Tuple[torch.Tensor, torch.Tensor, float]:
+    images: torch.Tensor, dense: torch.Tensor, alpha: float, stride: int
+) -> tuple[torch.Tensor, torch.Tensor, float]:
     """MixToken: a random box of whole tokens is taken from the batch's mirror partner, pixels and labels alike.
 
     Args:

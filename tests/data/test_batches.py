@@ -1,0 +1,362 @@
+"""Batches, whose randomness depends on nothing but seed, epoch and sample; what is shared out; what is measured."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES
+from PIL import Image
+from timm.data import create_transform
+
+from t2t_vit.data import (
+    Augment,
+    Batch,
+    DataError,
+    Digits,
+    DiskBatches,
+    Folder,
+    MemoryBatches,
+    Preprocessing,
+    list_images,
+    measure_input,
+    open_batches,
+    open_source,
+    seed_all,
+)
+from t2t_vit.data.batches import TrainTransform
+
+SMALL = Preprocessing((32, 32), 3, (0.5,) * 3, (0.25,) * 3)
+GREY = Preprocessing((16, 16), 1, (0.3,), (0.4,), crop_pct=1.0)
+PLAIN = dict(auto_augment=None, mixup=0.0, cutmix=0.0)
+STILL = Augment(**PLAIN, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, erase=0.0)
+
+
+def same(found: list[Batch], expected: list[Batch]) -> bool:
+    return len(found) == len(expected) > 0 and all(
+        torch.equal(x, y) for pair in zip(found, expected) for x, y in zip(*pair)
+    )
+
+
+def break_some(folder: Path) -> list[str]:
+    """Cut one image short and add a text that calls itself an image; gives their names."""
+    torn, text = sorted(folder.rglob('*.jpg'))[0], folder / CLASSES[0] / 'text.png'
+    torn.write_bytes(torn.read_bytes()[:200])
+    text.write_text('not an image')
+    return sorted([str(torn), str(text)])
+
+
+@pytest.fixture
+def damaged(photos: Path, tmp_path: Path) -> tuple[Folder, list[str]]:
+    """The photos to train on, two of them damaged, and the names of these."""
+    for file in list_images(photos / 'train'):
+        copy = tmp_path / file.relative_to(photos)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    names = break_some(tmp_path / 'train')
+    return Folder(tmp_path / 'train'), names
+
+
+def batches_of(photos: Path, workers: int = 0, **changes: object) -> DiskBatches:
+    augment = Augment(**{'auto_augment': 'rand-m9-mstd0.5-inc1', **changes})
+    return DiskBatches(open_source(str(photos), 'train'), SMALL, 7, augment, workers, seed=5)
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(photos):
+    assert same(list(batches_of(photos).epoch(1)), list(batches_of(photos, workers=2).epoch(1)))
+
+
+def memory_of_digits() -> MemoryBatches:
+    return MemoryBatches(Digits('train'), GREY, 256, Augment(**PLAIN, rotate=10.0), seed=5)
+
+
+@pytest.mark.parametrize('make', [batches_of, lambda photos: memory_of_digits()], ids=['disk', 'memory'])
+def test_batches_do_not_depend_on_where_an_epoch_is_entered(photos, make):
+    batches = make(photos)
+    assert same(list(batches.epoch(1, start=2)), list(make(photos).epoch(1))[2:])
+
+
+@pytest.mark.parametrize('make', [batches_of, lambda photos: memory_of_digits()], ids=['disk', 'memory'])
+def test_every_epoch_is_another(photos, make):
+    """In its order, and in what is done to each image."""
+    batches = make(photos)
+    first, second = (
+        {index: image for batch in batches.epoch(epoch) for index, image in zip(batch.indices.tolist(), batch.images)}
+        for epoch in range(2)
+    )
+    assert list(first) != list(second) and len({*first} & {*second}) > len(first) / 2
+    assert not [index for index in {*first} & {*second} if torch.equal(first[index], second[index])]
+
+
+def test_training_leaves_out_the_incomplete_last_batch(photos):
+    sizes = [len(labels) for _, labels, *_ in batches_of(photos).epoch()]
+    assert sizes == [7, 7, 7] and len(batches_of(photos)) == 3
+
+
+def test_validation_takes_every_image_once_in_order(photos):
+    batches = DiskBatches(open_source(str(photos), 'val'), SMALL, 5, workers=0)
+    labels = [labels.tolist() for _, labels, *_ in batches.epoch()]
+    assert labels == [[0] * 4 + [1], [1] * 3 + [2] * 2, [2] * 2] and len(batches) == 3
+
+
+def test_memory_and_disk_prepare_validation_images_alike(photos):
+    loaders = (loader(open_source(str(photos), 'val'), SMALL, 5, workers=0) for loader in (DiskBatches, MemoryBatches))
+    for (one, labels, *_), (other, other_labels, *_) in zip(*(loader.epoch() for loader in loaders)):
+        assert torch.equal(labels, other_labels)
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_memory_and_disk_agree_on_whole_training_images():
+    source = Digits('train')
+    memory = MemoryBatches(source, GREY, 64, STILL, seed=5)
+    disk = DiskBatches(source, GREY, 64, Augment(**{**vars(STILL), 'interpolation': 'bicubic'}), 0, seed=5)
+    for (one, labels, *_), (other, other_labels, *_) in zip(memory.epoch(3), disk.epoch(3)):
+        assert torch.equal(labels, other_labels)
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def generator_states() -> Iterator[object]:
+    yield random.getstate()
+    yield np.random.get_state()[1].tolist()
+    yield torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize(
+    'make',
+    [batches_of, lambda photos: batches_of(photos, workers=1), lambda photos: memory_of_digits()],
+    ids=['disk', 'worker', 'memory'],
+)
+def test_loading_leaves_the_global_generators_alone(photos, make):
+    before = list(generator_states())
+    assert list(make(photos).epoch())
+    assert list(generator_states()) == before
+
+
+@pytest.mark.parametrize('loader', [DiskBatches, MemoryBatches])
+def test_damaged_validation_images_are_left_out_and_named(damaged, loader):
+    source, names = damaged
+    batches = loader(source, SMALL, 4, workers=0)
+    labels = torch.cat([labels for _, labels, *_ in batches.epoch()])
+    assert sorted(batches.damaged) == names and len(labels) == len(source.labels) - 2
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_damaged_training_images_leave_no_gap(damaged, workers):
+    """Mixup needs even batches, and a resumed run counts them."""
+    source, names = damaged
+    batches = DiskBatches(source, SMALL, 1, Augment(), workers, seed=5)
+    assert len(list(batches.epoch())) == len(source.labels)
+    assert sorted({*batches.damaged}) == names
+
+
+@pytest.mark.parametrize('loader', [DiskBatches, MemoryBatches])
+def test_only_damaged_images(tmp_path, loader):
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'a' / '1.png').write_text('not an image')
+    with pytest.raises(DataError, match='not one'):
+        list(loader(Folder(tmp_path), SMALL, 1, Augment(**PLAIN), workers=0).epoch())
+
+
+@pytest.mark.parametrize(
+    'augment, memory, message',
+    [
+        (Augment(auto_augment='augmix-m3'), True, 'auto_augment augmix-m3 has operations for single images only'),
+        (Augment(auto_augment='rand-m9-t3a'), True, 'auto_augment rand-m9-t3a has operations for single images only'),
+        (Augment(auto_augment='v0', rotate=5.0), None, 'rotate works on sets held in memory only'),
+        (Augment(**PLAIN, rotate=5.0), False, 'rotate works on sets held in memory only'),
+    ],
+)
+def test_augmentation_that_a_loader_does_not_have(photos, augment, memory, message):
+    with pytest.raises(DataError, match=message):
+        open_batches(open_source(str(photos), 'train'), SMALL, 4, augment, memory)
+
+
+@pytest.mark.parametrize(
+    'size, augment, kind',
+    [
+        (64, None, MemoryBatches),
+        (64, Augment(**PLAIN), MemoryBatches),
+        (64, Augment(), MemoryBatches),
+        (64, Augment(auto_augment='v0'), DiskBatches),
+        (65, None, DiskBatches),
+        (32, None, MemoryBatches),
+        (32, Augment(), DiskBatches),
+    ],
+)
+def test_small_images_are_held_in_memory(photos, size, augment, kind):
+    """And to train on, only where they are not made much smaller by that."""
+    preprocessing = Preprocessing((size, size), 3, (0.5,) * 3, (0.25,) * 3)
+    assert type(open_batches(open_source(str(photos), 'val'), preprocessing, 4, augment, None)) is kind
+
+
+# what a batch says of its samples
+
+
+@pytest.mark.parametrize('loader', [DiskBatches, MemoryBatches])
+@pytest.mark.parametrize('augment', [None, Augment()], ids=['val', 'train'])
+def test_samples_know_their_place_in_the_source(damaged, loader, augment):
+    source, names = damaged
+    for _, labels, indices, boxes in loader(source, SMALL, 4, augment, workers=0).epoch():
+        assert [source.labels[i] for i in indices] == labels.tolist()
+        assert not {source.name(i) for i in indices} & {*names}
+        assert boxes.shape == (len(labels), 5)
+
+
+def test_one_image_is_transformed_as_timm_does_it(photos):
+    """Bit for bit, with the same random numbers; so a run from disk is what it was before boxes were told."""
+    source = open_source(str(photos), 'train')
+    augment = Augment()
+    ours = TrainTransform(SMALL, augment)
+    theirs = create_transform(
+        (3, 32, 32),
+        is_training=True,
+        mean=SMALL.mean,
+        std=SMALL.std,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=0.5,
+        color_jitter=0,
+        auto_augment=augment.auto_augment,
+        interpolation='random',
+        re_prob=0.25,
+        re_mode='pixel',
+    )
+    for i in range(24):
+        image = SMALL.convert(source.open(i))
+        seed_all(i)
+        expected = theirs(image)
+        seed_all(i)
+        assert torch.equal(ours(image)[0], expected)
+
+
+class Places:
+    """Images whose red is the column and whose green is the row, from 0 to 255."""
+
+    classes, labels = ['place'], [0] * 40
+
+    def open(self, index: int) -> Image.Image:
+        rows, cols = np.mgrid[:256, : (256 if index % 2 else 384)]
+        return Image.fromarray(np.stack([cols * 255 // cols.max(), rows, 0 * rows], 2).astype(np.uint8))
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+
+@pytest.mark.parametrize('loader', [DiskBatches, MemoryBatches])
+@pytest.mark.parametrize(
+    'augment, crop_mode',
+    [(Augment(**PLAIN, erase=0.0, pad=4), ''), (None, 'center'), (None, 'squash'), (None, 'border')],
+)
+def test_boxes_are_what_is_seen(loader, augment, crop_mode):
+    """Read off the pixels in the middle, to 2 % of the image."""
+    preprocessing = Preprocessing((64, 64), 3, (0.0,) * 3, (1.0,) * 3, crop_mode=crop_mode or 'center')
+    for images, _, _, boxes in loader(Places(), preprocessing, 10, augment, workers=0).epoch():
+        top, left, height, width, mirrored = boxes.unbind(1)
+        for edge in (24, 40):
+            place = (edge + 0.5) / 64
+            across = torch.where(mirrored > 0, 1 - place, place)
+            torch.testing.assert_close(images[:, 0, 32, edge], left + width * across, rtol=0, atol=0.02)
+            torch.testing.assert_close(images[:, 1, edge, 32], top + height * place, rtol=0, atol=0.02)
+        assert augment is not None or not mirrored.any()
+
+
+# shared out over processes
+
+
+@pytest.mark.parametrize('loader', [DiskBatches, MemoryBatches])
+def test_processes_share_every_step(photos, loader):
+    """One process with batches of eight, two with four, four with two: the same images, augmented the same."""
+    source, augment = open_source(str(photos), 'train'), Augment(erase=0.5, pad=2)
+    (whole,), *parts = (
+        [
+            list(loader(source, SMALL, 8 // world, augment, 0, 5, rank=rank, world=world).epoch(1, start=1))
+            for rank in range(world)
+        ]
+        for world in (1, 2, 4)
+    )
+    assert len(whole) == 2
+    for ranks in parts:
+        for expected, step in zip(whole, zip(*ranks)):
+            for one, pieces in zip(expected, zip(*step)):
+                torch.testing.assert_close(torch.cat(pieces), one)
+
+
+@pytest.mark.parametrize('loader', [DiskBatches, MemoryBatches])
+@pytest.mark.parametrize('batch_size, world', [(5, 2), (3, 4), (1, 5), (40, 3)])
+def test_processes_validate_every_image_once(photos, loader, batch_size, world):
+    loaders = [
+        loader(open_source(str(photos), 'val'), SMALL, batch_size, None, 0, rank=rank, world=world)
+        for rank in range(world)
+    ]
+    indices = torch.cat([batch.indices for batches in loaders for batch in batches.epoch()])
+    assert sorted(indices.tolist()) == list(range(12))
+    assert {len(batches) for batches in loaders} == {-(-12 // (batch_size * world))}
+
+
+def test_ranks_that_are_none(photos):
+    with pytest.raises(ValueError, match='rank is at least 0 and below world, got rank 2 of world 2'):
+        DiskBatches(open_source(str(photos), 'val'), SMALL, 4, rank=2, world=2)
+
+
+# workers that stay
+
+
+def workers_of(batches: DiskBatches) -> list[int]:
+    return [worker.pid for worker in batches.loader._iterator._workers]
+
+
+def test_workers_stay_for_all_epochs(photos):
+    batches = batches_of(photos, workers=2)
+    first, pids = list(batches.epoch(0)), workers_of(batches)
+    second = list(batches.epoch(1))
+    assert workers_of(batches) == pids
+    assert same(first, list(batches_of(photos).epoch(0))) and same(second, list(batches_of(photos).epoch(1)))
+
+
+def test_an_epoch_that_was_broken_off(photos):
+    """Nothing of it is left in the workers' pipes."""
+    batches = batches_of(photos, workers=2)
+    next(batches.epoch(0))
+    assert same(list(batches.epoch(1, start=1)), list(batches_of(photos).epoch(1, start=1)))
+
+
+def test_damaged_images_are_named_once(damaged):
+    source, names = damaged
+    for batches in (DiskBatches(source, SMALL, 4, augment, 2) for augment in (None, Augment())):
+        for epoch in range(2):
+            assert list(batches.epoch(epoch))
+        assert sorted(batches.damaged) == names
+
+
+# speed
+
+
+def test_input_is_measured(photos):
+    assert measure_input(batches_of(photos), 0.05) > 0
+    few = batches_of(photos, workers=1).smaller(3)
+    assert measure_input(few, 9, [0]) > 0 and len(few) == 8  # until its one epoch is over
+    few.close()
+    assert few.loader._iterator is None and measure_input(batches_of(photos).smaller(24), 9, [0]) == 0
+    with pytest.raises(DataError, match='make no batch of 99'):
+        measure_input(DiskBatches(open_source(str(photos), 'train'), SMALL, 99, Augment(), 0), 0.05)
+
+
+# preprocessing
+
+
+def test_channels_that_images_do_not_have():
+    with pytest.raises(DataError, match='1 or 3 channels, the model has 4'):
+        Preprocessing((8, 8), 4, (0.5,) * 4, (0.5,) * 4)
+
+
+def test_statistics_of_a_colour_model_made_grey():
+    cfg = dict(input_size=(1, 8, 8), mean=(0.2, 0.4, 0.6), std=(0.1, 0.2, 0.3), interpolation='bicubic', crop_pct=1.0)
+    grey = Preprocessing.of(cfg)
+    assert (grey.mean, grey.std) == (pytest.approx((0.4,)), pytest.approx((0.2,)))
+
+
+def test_grey_and_colour_of_one_image():
+    image = Image.new('RGBA', (4, 4), 'red')
+    assert (SMALL.convert(image).mode, GREY.convert(image).mode) == ('RGB', 'L')

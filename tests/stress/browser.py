@@ -1,0 +1,285 @@
+"""The page in a real browser, Debian's Chromium or Playwright's own: `make test-browser`.
+
+It leaves the screenshots of docs/explore.md in docs/pictures. Without a browser it is skipped.
+"""
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+playwright = pytest.importorskip('playwright.sync_api', reason='needs Playwright: pip install playwright')
+pytest.importorskip('gradio', reason="needs Gradio: pip install 't2t-vit[explore]'")
+
+PICTURES = Path(__file__).resolve().parents[2] / 'docs' / 'pictures'
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+
+@pytest.fixture(scope='module')
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The page with the last run under RUNS, by default one that is trained here for some minutes, and with two models
+    of photos, whose weights are random."""
+    folder = tmp_path_factory.mktemp('page')
+    words = [
+        sys.executable,
+        '-u',
+        '-m',
+        't2t_vit.cli',
+        'explore',
+        '--runs',
+        os.environ.get('RUNS', str(folder)),
+        '--max_megabytes',
+        '2',
+        '--compare',
+        't2t_vit_7',
+        'resnet18',
+    ]
+    with open(folder / 'log', 'w') as log, subprocess.Popen(words, stdout=log, stderr=log) as process:
+        for _ in range(900):
+            if (found := re.search(r'http://\S+', (folder / 'log').read_text())) or process.poll() is not None:
+                break
+            time.sleep(1)
+        assert found, (folder / 'log').read_text()
+        yield found[0]
+        process.terminate()
+
+
+@pytest.fixture(scope='module')
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as player:
+        own = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+        try:
+            chromium = player.chromium.launch(executable_path=own, args=['--no-sandbox'])
+        except playwright.Error as error:
+            pytest.skip(f'no browser: apt-get install chromium, or playwright install chromium ({error})'[:300])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    """The page, loaded; what it asks of other machines is an error, and so is what its console says of errors."""
+    page = browser.new_page(viewport=dict(width=1200, height=1000))
+    wrong = []
+    page.on(
+        'request',
+        lambda request: wrong.append(request.url) if not request.url.startswith((address, 'data:', 'blob:')) else None,
+    )
+    page.on('console', lambda message: wrong.append(message.text) if message.type == 'error' else None)
+    open_page(page, address)
+    yield page
+    page.close()
+    assert not wrong
+
+
+def open_page(page: Any, address: str) -> None:
+    page.set_default_timeout(60_000)
+    page.goto(address)
+    page.wait_for_selector('#picture .bars')
+
+
+def choose_view(page: Any, name: str) -> None:
+    page.locator('#view').get_by_label(name, exact=True).check()
+    page.wait_for_selector(f'#picture .what[data-view="{name}"]')
+    page.wait_for_timeout(300)
+    mark = page.locator('#view input:checked').bounding_box()
+    with Image.open(io.BytesIO(page.screenshot(clip=mark))) as image:
+        pixels = np.asarray(image.convert('RGB')).astype(int)
+    assert (pixels.max(-1) - pixels.min(-1) > 100).mean() > 0.3, 'the mark of the chosen view is not seen'
+
+
+def caption(page: Any) -> str:
+    return page.locator('#picture figcaption').first.inner_text()
+
+
+def changed(page: Any, before: str) -> str:
+    """The first caption, once it is another."""
+    page.wait_for_function(
+        'text => { const now = document.querySelector("#picture figcaption"); return now && now.innerText !== text }',
+        arg=before,
+    )
+    return caption(page)
+
+
+def pick(page: Any, where: str, name: str) -> None:
+    page.locator(f'#{where} input').click()
+    page.get_by_role('option', name=name, exact=True).click()
+
+
+def picture(page: Any, name: str, **how: Any) -> None:
+    """A screenshot for the docs."""
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    page.wait_for_timeout(700)
+    page.screenshot(path=PICTURES / name, **how)
+    with Image.open(PICTURES / name) as image:
+        image.convert('RGB').save(PICTURES / name, optimize=True)
+
+
+def test_upload(page, tmp_path):
+    Image.fromarray(load_sample_images().images[0]).save(tmp_path / 'mine.jpg')
+    page.locator('#drop input[type=file]').set_input_files(tmp_path / 'mine.jpg')
+    page.wait_for_function('document.querySelector("#preview").innerText.includes("mine.jpg")')
+    assert page.locator('#picture .bars li').count() == 5
+    page.wait_for_selector('#drop input[type=file]', state='attached')  # there is room for the next
+
+
+def photo_by(page: Any, model: str) -> None:
+    """China's pavilion, as one of the models of photos sees it."""
+    page.locator('#examples button').nth(0).click()
+    pick(page, 'first', model)
+    page.wait_for_function('document.querySelector("#preview").innerText.match(/china.*224×224/)')
+
+
+def test_slide(page):
+    photo_by(page, 't2t_vit_7')
+    choose_view(page, 'Attention')
+    before = caption(page)
+    assert 'mean of' in before
+    page.locator('#head input[type=range]').fill('2')
+    assert 'head 2 of' in (now := changed(page, before))
+    page.locator('#layer input[type=range]').fill('3')
+    assert 'Layer 3 of' in changed(page, now)
+    choose_view(page, 'Windows')
+    near = page.locator('#picture figcaption').nth(1)
+    page.locator('#across input[type=range]').fill('0.25')
+    page.locator('#down input[type=range]').fill('0.15')
+    page.wait_for_function('document.querySelectorAll("#picture figcaption")[1].innerText.match(/row 9, column 15:/)')
+    assert 'its pixels' in near.inner_text()
+    picture(page, 'explore-windows.png', full_page=True)
+    page.locator('#moving input').check()
+    page.wait_for_selector('#picture animate[attributeName=viewBox]', state='attached')
+    for view in ('Tokens', 'Evidence', 'Feature maps'):
+        choose_view(page, view)
+        assert page.locator('#wrong .wrong').count() == 0
+
+
+def test_an_emptied_box(page):
+    """The number of a slider is cleared: a sentence, until there is one again."""
+    box = page.locator('#top_k input[type=number]')
+    box.fill('')
+    page.locator('#wrong [role=alert]').filter(has_text='A number is missing: Classes.').wait_for()
+    box.fill('3')
+    page.wait_for_function('document.querySelectorAll("#picture .bars li").length == 3')
+    assert page.locator('#wrong .wrong').count() == 0
+
+
+def test_compare(page):
+    own = page.locator('#first input').input_value()
+    photo_by(page, 't2t_vit_7')
+    pick(page, 'second', 'resnet18')
+    page.wait_for_selector('#picture section:nth-of-type(2)')
+    choose_view(page, 'Feature maps')
+    page.locator('#stage input[type=range]').fill('4')
+    page.wait_for_function(
+        'document.querySelector("#picture").innerText.match(/layer2.*of 128. Of all, [1-9]\\d* dead/)'
+    )
+    assert page.locator('#picture title').filter(has_text=': dead').count() > 0
+    picture(page, 'explore-features.png')
+    pick(page, 'first', own)
+    pick(page, 'second', f'{own}, untrained')
+    page.locator('#examples button').nth(5).click()
+    page.wait_for_function('document.querySelector("#preview").innerText.includes("digit 3")')
+    page.locator('#picture section[aria-label$=", untrained"]').wait_for()
+    assert page.locator('#picture section').count() == 2
+    choose_view(page, 'Tokens')
+    page.wait_for_selector('#picture section:nth-of-type(2) svg')
+    picture(page, 'explore-compare.png')
+    choose_view(page, 'Attention')
+    picture(page, 'explore-attention.png', full_page=True)
+
+
+def test_download(page, tmp_path):
+    page.locator('#make').click()
+    button = page.locator('#download')
+    button.wait_for(state='visible', timeout=120_000)
+    with page.expect_download() as download:
+        button.click()
+    download.value.save_as(tmp_path / 'report.html')
+    assert download.value.suggested_filename == 't2t-vit-report.html'
+    assert 'data:image/png' in (tmp_path / 'report.html').read_text()
+
+
+@pytest.mark.parametrize(
+    'name, content, says', [('letter.png', b'Dear Sir or Madam', 'is not an image'), ('torn.jpg', b'', 'is damaged')]
+)
+def test_a_wrong_file(page, tmp_path, name, content, says):
+    if not content:
+        Image.fromarray(load_sample_images().images[0]).save(tmp_path / 'whole.jpg')
+        content = (tmp_path / 'whole.jpg').read_bytes()[:20_000]
+    (tmp_path / name).write_bytes(content)
+    page.locator('#drop input[type=file]').set_input_files(tmp_path / name)
+    line = page.locator('#wrong [role=alert]')
+    line.wait_for()
+    assert says in line.inner_text() and name in line.inner_text()
+    page.locator('#examples button').nth(1).click()  # the page goes on, and the line goes
+    line.wait_for(state='detached')
+
+
+def test_a_file_too_large(page, tmp_path):
+    (tmp_path / 'large.png').write_bytes(bytes(3_000_000))
+    page.locator('#drop input[type=file]').set_input_files(tmp_path / 'large.png')
+    page.get_by_text(re.compile('size|MB', re.I)).filter(
+        has_text=re.compile('exceed|limit|most|large', re.I)
+    ).first.wait_for()
+
+
+def test_a_narrow_screen(browser, address):
+    page = browser.new_page(viewport=dict(width=375, height=800), device_scale_factor=1, has_touch=True)
+    open_page(page, address)
+    pick(page, 'second', page.locator('#first input').input_value() + ', untrained')
+    page.wait_for_selector('#picture section:nth-of-type(2)')
+    for view in ('Windows', 'Attention', 'Feature maps', 'Evidence'):
+        choose_view(page, view)
+        assert page.evaluate('document.documentElement.scrollWidth') <= 375, view
+    under = '({at: (name, edge) => document.querySelector(name).getBoundingClientRect()[edge]})'
+    assert 0 < page.evaluate(f'{under}.at("#picture", "top") - {under}.at("#view", "bottom")') < 60
+    rows = [page.locator('#examples button').nth(i).bounding_box() for i in (0, 6)]
+    assert 0 <= rows[1]['y'] - rows[0]['y'] - rows[0]['height'] < 20  # no gap between the rows of examples
+    picture(page, 'explore-phone.png', full_page=True)
+    page.close()
+
+
+def test_keyboard(page):
+    """Everything by Tab, arrows, Space and Enter."""
+    reached = []
+    for _ in range(60):
+        page.keyboard.press('Tab')
+        reached.append(
+            page.evaluate("""() => { let at = document.activeElement;
+            while (at && !at.id.match(/^[a-z_]+$/)) at = at.parentElement; return at ? at.id : "" }""")
+        )
+        style = page.evaluate(
+            '(({outlineStyle, outlineWidth}) => [outlineStyle, outlineWidth])(getComputedStyle(document.activeElement))'
+        )
+        if reached[-1]:
+            assert style == ['solid', '3px'], (reached[-1], style)  # it is seen where the keyboard is
+        if reached[-1] == 'make':
+            break
+    order = [
+        reached.index(name)
+        for name in ('drop', 'examples', 'across', 'down', 'first', 'second', 'view', 'top_k', 'make')
+    ]
+    assert order == sorted(order), reached  # as they stand on the page
+    page.locator('#view input').nth(0).focus()
+    page.keyboard.press('Tab')  # Gradio's radios are groups of one: Tab goes through them, Space chooses
+    page.keyboard.press('Space')
+    page.wait_for_selector('#picture .what[data-view="Windows"]')
+    before = page.locator('#picture figcaption').nth(1).inner_text()
+    page.locator('#across input[type=range]').focus()
+    for _ in range(30):
+        page.keyboard.press('ArrowRight')
+    page.wait_for_function('text => document.querySelectorAll("#picture figcaption")[1].innerText !== text', arg=before)
+    page.locator('#examples button').nth(4).focus()
+    page.keyboard.press('Enter')
+    page.wait_for_function('document.querySelector("#preview").innerText.includes("digit 2")')

@@ -1,0 +1,65 @@
+"""Kill a training run at random moments, resume it, and compare with an unbroken one: `make torture`.
+
+    python tests/stress/torture.py [kills] [processes] [disk]
+
+Every run of three epochs on the digits saves after every step, is killed with SIGKILL after a random time, also in the
+middle of saving, and is started again until it ends; then weights, averages and moments must be those of an unbroken
+run, bit for bit. Prints the count. Runs go on until there were `kills` (100) kills. `processes` (1) train together;
+with `disk`, images are opened and augmented by two worker processes each, and mixed.
+"""
+
+import random
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from test_loop import same_run
+from test_survival import DISK, finish, start
+
+from t2t_vit.train.state import saved_states
+
+
+def main(kills='100', processes='1', source='memory'):
+    """Returns the number of runs that ended otherwise."""
+    kills, processes, words = int(kills), int(processes), DISK if source == 'disk' else []
+    room = Path(tempfile.mkdtemp())
+    begun = time.monotonic()
+    finish(start(room / 'whole', *words, processes=processes))
+    done = runs = wrong = 0
+    while done < kills:
+        folder, tries = room / f'run{runs}', 0
+        while True:
+            run = start(folder, *words, processes=processes)
+            held = len(saved_states(folder / 'checkpoints')) and saved_states(folder / 'checkpoints')[0]
+            while run.poll() is None and not (  # it has got past its start
+                (found := saved_states(folder / 'checkpoints')) and found[0] != held
+            ):
+                time.sleep(0.002)
+            time.sleep(random.uniform(0, 0.4))
+            if run.poll() is not None:
+                finish(run)
+                break
+            run.kill()
+            run.communicate()
+            done, tries = done + 1, tries + 1
+        runs += 1
+        same = same_run(folder, room / 'whole')
+        wrong += not same
+        print(
+            f'run {runs}: killed {tries} times, {"the same to the last bit" if same else "DIFFERENT"}; '
+            f'{done} kills in {time.monotonic() - begun:.0f} s',
+            flush=True,
+        )
+        shutil.rmtree(folder)
+    print(
+        f'{done} kills, {runs} runs of {processes} processes, images from {source}, {wrong} of them different from '
+        'the unbroken one'
+    )
+    shutil.rmtree(room)
+    return wrong
+
+
+if __name__ == '__main__':
+    sys.exit(main(*sys.argv[1:]) > 0)

@@ -1,0 +1,166 @@
+"""What is built of a configuration: which parameters learn, at which rate; and the plan, which changes nothing."""
+
+import pytest
+import torch
+from accelerate import Accelerator, tracking
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
+from conftest import digits_config
+
+from t2t_vit.models.recompute import Recompute
+from t2t_vit.settings import UsageError
+from t2t_vit.train.build import build_optimizer, check_groups, parameter_groups
+from t2t_vit.train.loop import Run, train
+from t2t_vit.train.plan import plan
+
+
+def make(folder, **changes):
+    return Run(digits_config(output=str(folder), **changes), folder, None, Accelerator(cpu=True))
+
+
+def test_frozen_parameters_stay_and_the_others_learn(tmp_path):
+    run = make(tmp_path, **{'optimizer.frozen': ['norm.*', 'cls_token']})
+    before = {name: value.clone() for name, value in run.net.named_parameters()}
+    run.step(next(run.train_set.epoch()))
+    run.step(next(run.train_set.epoch()))
+    same = {name for name, value in run.net.named_parameters() if torch.equal(value, before[name])}
+    assert same == {'norm.weight', 'norm.bias', 'cls_token'}
+
+
+def test_a_pattern_of_nothing_is_refused(tmp_path):
+    with pytest.raises(UsageError, match='no parameter is named cls_tokn, did you mean cls_token'):
+        make(tmp_path, **{'optimizer.frozen': ['cls_tokn']})
+
+
+def test_the_body_learns_at_its_own_rate(tmp_path):
+    run = make(tmp_path, **{'optimizer.body_lr': 0.01})
+    rates = {id(p): group['lr_scale'] for group in run.groups for p in group['params']}
+    assert {name: rates[id(p)] for name, p in run.net.named_parameters()} == {
+        name: 1.0 if name.startswith('head.') else 0.01 for name, _ in run.net.named_parameters()
+    }
+
+
+def test_what_has_no_decay(tmp_path):
+    run = make(tmp_path)
+    decay = {id(p): group['weight_decay'] for group in run.groups for p in group['params']}
+    for name, p in run.net.named_parameters():
+        assert (decay[id(p)] == 0) == (p.ndim <= 1 or name == 'cls_token'), name
+
+
+def test_transfer_as_the_release_does_it(tmp_path):
+    """Decay on all that learns, and one end for the rates of head and body: eta_min of a plain cosine."""
+    run = make(
+        tmp_path,
+        **{
+            'optimizer.body_lr': 0.1,
+            'optimizer.decay_all': True,
+            'optimizer.min_lr_alike': True,
+            'optimizer.min_lr': 1e-4,
+            'optimizer.warmup_epochs': 0,
+        },
+    )
+    groups = run.optimizer.param_groups
+    assert {group['weight_decay'] for group in groups} == {0.05}
+    rates = []
+    for step in (0, 5, 10):  # of ten
+        run.schedule.step_update(step)
+        rates.append(sorted({group['lr'] for group in groups}))
+    assert rates == [pytest.approx([2e-4, 2e-3]), pytest.approx([1.5e-4, 1.05e-3]), pytest.approx([1e-4])]
+
+
+def test_the_memory_of_teacher_and_images(tmp_path, digits_run, capsys):
+    train(
+        digits_config(output=str(tmp_path), **{'objective.kind': 'distill', 'objective.teacher': str(digits_run)}),
+        dry_run=True,
+    )
+    assert 'average, 1 for the teacher, 0 for the images in memory, ' in capsys.readouterr().out  # 0.6 and 0.4 MB
+
+
+def test_a_parameter_in_no_group_or_in_two(tmp_path):
+    run = make(tmp_path)
+    groups = parameter_groups(run.config, run.task)
+    for wrong in (groups[:1], [*groups, groups[0]]):
+        with pytest.raises(RuntimeError, match='every trainable parameter belongs to one group'):
+            check_groups(run.task, wrong)
+
+
+def test_the_rate_follows_the_batch(tmp_path):
+    run = make(tmp_path, **{'optimizer.lr_batch': 512})  # of a batch of 256
+    optimizer = build_optimizer(run.config, parameter_groups(run.config, run.task))
+    assert optimizer.param_groups[0]['lr'] == pytest.approx(1e-3)
+    assert any('lr 0.001 = 0.002 x 256 / 512' in line for line in plan(run))
+
+
+def test_the_plan_leaves_the_model_as_it_is(tmp_path):
+    run = make(tmp_path, model='resnet10t', model_args={}, **{'data.img_size': 32})  # which has running statistics
+    before = {name: value.clone() for name, value in run.task.state_dict().items()}
+    plan(run)
+    assert all(torch.equal(value, before[name]) for name, value in run.task.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    'decay, steps, last, advice',
+    [
+        (0.99996, 775_620, '25,000', ''),
+        (0.99996, 20_000, '2,223', '0.9995 averages a tenth'),
+        (0.99, 5, '1', 'reached'),
+        (0.9, 50, '6', ''),
+        (0.999999, 100_000, '11,112', '0.9999 averages a tenth'),
+    ],
+)
+def test_how_far_the_average_reaches(tmp_path, decay, steps, last, advice):
+    """After t steps t / (t + 9), up to the decay: over a ninth of the steps made, and its own in the paper's run."""
+    run = make(tmp_path, ema_decay=decay)
+    assert run.ema.get_decay(steps) == pytest.approx(min(decay, (steps - 1) / (steps + 8)))
+    run.total_steps = steps
+    lines = [line for line in plan(run) if line.startswith(('average', 'warning'))]
+    assert f'at the end over the last {last} steps' in lines[0]
+    assert len(lines) == 1 + bool(advice) and advice in lines[-1]
+
+
+def test_a_dry_run_says_its_plan_and_writes_nothing(tmp_path, capsys):
+    assert train(digits_config(output=str(tmp_path / 'run')), dry_run=True) == {}
+    assert 'schedule  2 epochs of 5 steps' in capsys.readouterr().out
+    assert not (tmp_path / 'run').exists()
+
+
+def test_trackers_that_are_none(tmp_path):
+    with pytest.raises(UsageError, match='unknown tracker .tensorbord., did you mean tensorboard'):
+        train(digits_config(output=str(tmp_path), trackers=['tensorbord']))
+
+
+class Tracker(GeneralTracker):
+    """One that needs a folder, as TensorBoard's."""
+
+    name, requires_logging_directory, told = 'tensorboard', True, []
+
+    def __init__(self, run_name, logging_dir, **kwargs):
+        super().__init__()
+        self.told.append(logging_dir)
+
+    @property
+    def tracker(self):
+        return self
+
+    def store_init_configuration(self, values):
+        self.told.append(values['optimizer.lr'])
+
+    def log(self, values, step=None, **kwargs):
+        self.told.append((step, values['train_loss']))
+
+
+def test_a_tracker_gets_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, '_available_trackers', [LoggerType.TENSORBOARD])
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, 'tensorboard', Tracker)
+    record = train(
+        digits_config(output=str(tmp_path), trackers='tensorboard', epochs=1, **{'optimizer.warmup_epochs': 0})
+    )
+    assert Tracker.told == [str(tmp_path), 2e-3, (0, record['train_loss'])]
+
+
+def test_what_is_made_again_stands_where_it_stood():
+    """Also where the function lays it out otherwise than the original was."""
+    value = torch.randn(3, 4).t()
+    pack = Recompute(value, torch.Tensor.contiguous, value.clone())
+    view = value[1:3]
+    assert torch.equal(pack.unpack(pack(view)), view)

@@ -1,0 +1,505 @@
+"""Runs: what they leave, that they repeat bit for bit, also when cut short, and what stops them."""
+
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+import timm
+import torch
+import yaml
+from accelerate import Accelerator
+from conftest import SMALLER, digits_config, read_records
+from rich.console import Console
+from safetensors.torch import load_file
+
+from t2t_vit.console import duration
+from t2t_vit.data import Batch, DataError, Digits, DiskBatches, MemoryBatches
+from t2t_vit.evaluate import score
+from t2t_vit.settings import UsageError
+from t2t_vit.train import loop
+from t2t_vit.train.log import Log
+from t2t_vit.train.loop import Interrupted, Run, check_same_start, find_start, train
+from t2t_vit.train.state import load_state, read_state, saved_states
+
+SHORT = {'epochs': 1, 'optimizer.warmup_epochs': 0}
+GREY_PHOTOS = {'data.channels': 1, 'augment.rotate': 0}
+PHOTOS = {'data.mean': None, 'data.std': None, 'augment.rotate': 0}
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """Of every epoch, but for what is time."""
+    return [
+        {
+            key: value
+            for key, value in record.items()
+            if key not in ('images_per_second', 'input_alone', 'model_alone', 'waited')
+        }
+        for record in read_records(folder / 'metrics.jsonl')
+    ]
+
+
+def same_run(folder: Path, expected: Path) -> bool:
+    """Same metrics, same model, same last weights, averages and moments, bit for bit."""
+    states = [read_state(saved_states(f / 'checkpoints')[0]) for f in (folder, expected)]
+    moments = [list(state['optimizer']['state'].values()) for state in states]
+    return records(folder) == records(expected) and all(
+        found.keys() == want.keys() and all(torch.equal(found[key], want[key]) for key in want)
+        for found, want in (
+            [load_file(f / 'model.safetensors') for f in (folder, expected)],
+            *([state[part] for state in states] for part in ('model', 'ema')),
+            *zip(*moments),
+        )
+    )
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Ctrl-C in the middle of a step."""
+    step, made = Run.step, []
+
+    def stopping(run: Run, batch: Batch) -> float:
+        made.append(1)
+        if len(made) == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(run, batch)
+
+    monkeypatch.setattr(Run, 'step', stopping)
+
+
+# what a run leaves
+
+
+def test_a_run_folder_has_all_pieces(digits_run):
+    assert {str(p.relative_to(digits_run)) for p in digits_run.rglob('*') if p.is_file()} >= {
+        'config.yaml',
+        'config.json',
+        'model.safetensors',
+        'README.md',
+        'metrics.jsonl',
+        'curves.png',
+        'checkpoints/step-00000005.pt',
+        'checkpoints/step-00000010.pt',
+    }
+    assert matplotlib.image.imread(digits_run / 'curves.png').std() > 0
+
+
+@pytest.mark.parametrize('seconds, drawings', [(0, [1, 2, 3]), (3600, [1, 3])], ids=['every epoch', 'first and last'])
+def test_curves_are_drawn_now_and_then(tmp_path, monkeypatch, seconds, drawings):
+    made: list[int] = []
+    monkeypatch.setattr(loop, 'DRAW_SECONDS', seconds)
+    monkeypatch.setattr(loop, 'plot_curves', lambda records, path: made.append(len(records)))
+    train(digits_config(output=str(tmp_path), epochs=3, **{'optimizer.warmup_epochs': 0}))
+    assert made == drawings
+
+
+def test_records_of_every_epoch(digits_run):
+    found = read_records(digits_run / 'metrics.jsonl')
+    assert [record['epoch'] for record in found] == [0, 1]
+    assert found[1]['train_loss'] < found[0]['train_loss'] < 3
+    assert all(0 <= record['val_top1'] <= record['val_top5'] <= 1 for record in found)
+
+
+def test_a_run_can_be_repeated_from_its_config(digits_run, tmp_path):
+    config = yaml.safe_load((digits_run / 'config.yaml').read_text())
+    assert config.pop('output') == str(digits_run)
+    assert config == {key: value for key, value in yaml.safe_load(digits_config().to_yaml()).items() if key != 'output'}
+
+
+def test_a_run_folder_loads_in_timm(digits_run):
+    model = timm.create_model(f'local-dir:{digits_run}', pretrained=True).eval()
+    expected = timm.create_model('t2t_vit_4_16', in_chans=1, num_classes=10, **SMALLER).eval()
+    expected.load_state_dict(load_file(digits_run / 'model.safetensors'))
+    images = torch.randn(2, 1, 16, 16)
+    assert torch.equal(model(images), expected(images))
+    cfg = model.pretrained_cfg
+    assert cfg['label_names'] == [str(i) for i in range(10)]
+    assert (*cfg['input_size'], *cfg['mean'], *cfg['std']) == (1, 16, 16, 0.305, 0.376)
+
+
+def test_a_run_folder_knows_its_model_args(tmp_path):
+    args = {'model_args.depth': 2, 'model_args.token_layer': 'convolution', 'data.img_size': [16, 24]}
+    train(digits_config(output=str(tmp_path), **SHORT, **args))
+    model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert (len(model.blocks), model.img_size) == (2, (16, 24))
+    assert 'conv' in dict(model.tokens_to_token.attention1.named_children())
+
+
+# the same again
+
+
+def test_the_same_run_twice(digits_run, tmp_path):
+    train(digits_config(output=str(tmp_path)))
+    assert same_run(tmp_path, digits_run)
+
+
+def test_another_seed_is_another_run(digits_run, tmp_path):
+    train(digits_config(output=str(tmp_path), seed=1, **SHORT))
+    assert records(tmp_path)[0]['train_loss'] != records(digits_run)[0]['train_loss']
+
+
+@pytest.mark.parametrize('steps', [2, 5, 8], ids=['second step', 'last of an epoch', 'middle of the second'])
+def test_stopped_and_resumed(digits_run, tmp_path, monkeypatch, steps):
+    config = digits_config(output=str(tmp_path))
+    with monkeypatch.context() as context, pytest.raises(Interrupted, match='go on with --resume') as stop:
+        stop_after(context, steps)
+        train(config)
+    assert str(tmp_path / 'checkpoints' / f'step-{steps:08}.pt') in str(stop.value) and stop.value.code == 130
+    train(config, resume=str(tmp_path))
+    assert same_run(tmp_path, digits_run)
+
+
+@pytest.mark.parametrize('call', [1, 2], ids=['weights', 'average'])
+def test_stopped_while_it_validates(digits_run, tmp_path, monkeypatch, call):
+    """It does not wait for the next step: what is not scored yet, the resumed run scores."""
+    calls: list[int] = []
+
+    def stopping(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(*args)
+
+    config = digits_config(output=str(tmp_path))
+    with monkeypatch.context() as context:
+        context.setattr(loop, 'score', stopping)
+        with pytest.raises(Interrupted, match='step-00000005') as stop:
+            train(config)
+    assert stop.value.code == loop.RESTART and len(calls) == call
+    train(config, resume='auto')
+    assert same_run(tmp_path, digits_run)
+
+
+def test_stopped_and_resumed_with_all_randomness_on(photos, tmp_path, monkeypatch):
+    random = {
+        **PHOTOS,
+        'data.root': str(photos),
+        'data.memory': False,
+        'batch_size': 8,
+        'augment.mixup': 0.8,
+        'augment.cutmix': 1.0,
+        'augment.erase': 0.5,
+        'augment.auto_augment': 'rand-m9-mstd0.5-inc1',
+        'model_args.drop_path_rate': 0.2,
+        'model_args.drop_rate': 0.2,
+    }
+    train(digits_config(output=str(tmp_path / 'whole'), **random))
+    config = digits_config(output=str(tmp_path / 'parts'), **random)
+    with monkeypatch.context() as context, pytest.raises(Interrupted):
+        stop_after(context, 5)
+        train(config)
+    train(config, resume=str(tmp_path / 'parts'))
+    assert same_run(tmp_path / 'parts', tmp_path / 'whole')
+
+
+def test_resumed_for_longer(digits_run, tmp_path):
+    """The schedule is that of all epochs from the first resumed step on, not the old one begun anew."""
+    config = digits_config(output=str(tmp_path), epochs=3)
+    rates = []
+    for state in (None, read_state(digits_run / 'checkpoints' / 'step-00000010.pt')):
+        run = Run(config, tmp_path, state, Accelerator(cpu=True))
+        run.schedule.step_update(11)
+        rates.append([group['lr'] for group in run.optimizer.param_groups])
+    assert rates[0] == rates[1] and rates[0][0] < 1e-3
+
+
+def test_a_torn_state_is_passed_over(digits_run, tmp_path, capsys):
+    config = digits_config(output=str(tmp_path))
+    train(config)
+    last = saved_states(tmp_path / 'checkpoints')[0]
+    last.write_bytes(last.read_bytes()[:1000])
+    train(config, resume=str(tmp_path))
+    assert f'passed over: {last} cannot be read' in capsys.readouterr().out
+    assert same_run(tmp_path, digits_run)
+
+
+def test_resuming_a_finished_run_changes_nothing(digits_run, tmp_path):
+    config = digits_config(output=str(tmp_path))
+    record = train(config)
+    assert train(config, resume=str(tmp_path)) == record
+    assert same_run(tmp_path, digits_run)
+
+
+def test_the_whole_group_of_processes_is_interrupted(photos, tmp_path):
+    """As a terminal does it, with workers under way."""
+    run = subprocess.Popen(
+        [
+            sys.executable,
+            '-m',
+            't2t_vit.cli',
+            'train',
+            '--recipe',
+            'small-images',
+            '--data.root',
+            str(photos),
+            '--batch_size',
+            '4',
+            '--model_args.depth',
+            '1',
+            '--data.memory',
+            'false',
+            '--output',
+            str(tmp_path / 'run'),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = tmp_path / 'run' / 'metrics.jsonl'
+    while run.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGINT)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 130, output
+    assert f'go on with --resume {tmp_path / "run"}' in output and 'Traceback' not in output
+    assert load_state(tmp_path / 'run' / 'checkpoints')[0]['position']['epoch'] >= 1
+
+
+def test_training_in_another_thread(tmp_path):
+    """Which receives no signals."""
+    results: list[dict[str, Any]] = []
+    thread = threading.Thread(target=lambda: results.append(train(digits_config(output=str(tmp_path), **SHORT))))
+    thread.start()
+    thread.join()
+    assert results[0]['epoch'] == 0
+
+
+# what it can be made of
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'augment.mixup': 0.8, 'augment.cutmix': 1.0},
+        {'precision': 'bf16'},
+        {'ema_decay': 0},
+        {'optimizer.layer_decay': 0.7, 'optimizer.clip_grad': 1.0},
+        {'optimizer.name': 'sgd', 'optimizer.cooldown_epochs': 1, 'optimizer.lr': 0.1},
+        {'model': 'vit_tiny_patch16_224', 'model_args': {'depth': 1}, 'data.img_size': 16},
+        {'model': 'test_convnext', 'model_args': {}, 'data.img_size': 32},
+    ],
+    ids=' '.join,
+)
+def test_options_at_smoke_size(tmp_path, changes):
+    record = train(digits_config(output=str(tmp_path), **{**SHORT, **changes}))
+    assert 0 < record['train_loss'] < 10
+    assert ('val_top1_ema' in record) == ('ema_decay' not in changes)
+    assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).num_classes == 10
+
+
+@pytest.mark.parametrize('source', ['photos', 'parquet'])
+@pytest.mark.parametrize('memory', [False, True], ids=['disk', 'memory'])
+def test_data_of_ones_own(request, tmp_path, source, memory):
+    config = digits_config(
+        output=str(tmp_path),
+        batch_size=8,
+        **SHORT,
+        **PHOTOS,
+        **{'data.root': str(request.getfixturevalue(source)), 'data.memory': memory},
+    )
+    run = Run(config, tmp_path, None, Accelerator(cpu=True))
+    assert type(run.train_set) is type(run.val_set) is (MemoryBatches if memory else DiskBatches)
+    train(config)
+    assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).pretrained_cfg['label_names'] == [
+        'flower',
+        'roof',
+        'sky',
+    ]
+
+
+def test_weights_from_a_run(digits_run, tmp_path):
+    trained = digits_config(weights=str(digits_run), output=str(tmp_path), **SHORT)
+    run = Run(trained, tmp_path, None, Accelerator(cpu=True))
+    for name, tensor in load_file(digits_run / 'model.safetensors').items():
+        assert torch.equal(run.net.state_dict()[name], tensor)
+    assert train(trained)['epoch'] == 0
+
+
+def test_weights_for_other_classes(digits_run, photos, tmp_path):
+    weights = digits_run / 'model.safetensors'
+    config = digits_config(batch_size=8, weights=str(weights), **GREY_PHOTOS, **{'data.root': str(photos)})
+    run = Run(config, tmp_path, None, Accelerator(cpu=True))
+    expected, found = load_file(weights), run.net.state_dict()
+    assert found['head.weight'].shape == (3, 128)
+    assert torch.equal(found['blocks.0.attn.qkv.weight'], expected['blocks.0.attn.qkv.weight'])
+
+
+# what stops it
+
+
+def test_a_folder_with_a_run_is_refused(digits_run):
+    before = {p: p.read_bytes() for p in digits_run.rglob('*') if p.is_file()}
+    with pytest.raises(UsageError, match=f'holds a run: go on with it by --resume {digits_run}'):
+        train(digits_config(output=str(digits_run)))
+    assert {p: p.read_bytes() for p in digits_run.rglob('*') if p.is_file()} == before
+
+
+def test_a_folder_with_a_model_is_refused(digits_run, tmp_path):
+    (tmp_path / 'model.safetensors').write_bytes((digits_run / 'model.safetensors').read_bytes())
+    with pytest.raises(UsageError, match='holds a run'):
+        train(digits_config(output=str(tmp_path)))
+
+
+def test_a_model_without_a_state_is_not_trained_over(digits_run, tmp_path):
+    """As where checkpoints were deleted; a run that was cut off in its first validation begins again."""
+    for name in ('model.safetensors', 'metrics.jsonl'):
+        (tmp_path / name).write_bytes((digits_run / name).read_bytes())
+    config = digits_config(output=str(tmp_path), **SHORT)
+    with pytest.raises(UsageError, match=f'{tmp_path} holds a model, and no state of its run .* --weights {tmp_path}'):
+        train(config, resume='auto')
+    (tmp_path / 'metrics.jsonl').write_text('')
+    assert find_start(config, tmp_path, 'auto') == (None, [])
+
+
+def test_resuming_into_another_folder(digits_run, tmp_path):
+    with pytest.raises(UsageError, match=f'output is {tmp_path}: leave out output, or resume from one of the files'):
+        train(digits_config(output=str(tmp_path)), resume=str(digits_run))
+
+
+def test_processes_that_begin_differently(monkeypatch):
+    """As where hosts do not share the folder of the run."""
+    config, ours = digits_config(), {'position': {'epoch': 0, 'step': 3}}
+    for other, message in (
+        ((config.to_yaml(), (0, 0)), 'begins in epoch 1, step 4, process 1 in epoch 1, step 1; output must be'),
+        ((digits_config(epochs=3).to_yaml(), (0, 3)), 'epochs is 2, and 3 in process 1'),
+    ):
+        monkeypatch.setattr(loop, 'gather_object', lambda found, other=other: [*found, other])
+        with pytest.raises(UsageError, match=message):
+            check_same_start(config, ours)
+    monkeypatch.setattr(
+        loop,
+        'gather_object',
+        lambda found: [*found, (digits_config(**{'data.root': '/elsewhere', 'threads': 3}).to_yaml(), (0, 3))],
+    )
+    check_same_start(config, ours)
+
+
+def test_another_number_of_processes_is_said(digits_run, tmp_path, capsys):
+    shutil.copytree(digits_run, tmp_path / 'run')
+    last = saved_states(tmp_path / 'run' / 'checkpoints')[0]
+    torch.save({**read_state(last), 'processes': 2}, last)
+    train(digits_config(), resume=str(tmp_path / 'run'), dry_run=True)
+    assert 'note      1 processes go on with a state of 2' in capsys.readouterr().out
+
+
+def test_a_single_class_is_refused(photos, tmp_path):
+    for split in ('train', 'val'):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / 'sky').symlink_to(photos / split / 'sky')
+    with pytest.raises(DataError, match='has one class, sky'):
+        train(digits_config(**PHOTOS, **{'data.root': str(tmp_path)}), dry_run=True)
+
+
+def test_resuming_what_is_no_run(tmp_path):
+    with pytest.raises(UsageError, match='holds no state to resume from'):
+        train(digits_config(), resume=str(tmp_path))
+
+
+def test_resuming_as_another_run(digits_run):
+    changes = {'optimizer.lr': 0.1, 'model_args.drop_rate': 0.5, 'batch_size': 64, 'epochs': 9, 'data.workers': 0}
+    with pytest.raises(UsageError) as error:
+        train(digits_config(**changes), resume=str(digits_run))
+    states = digits_run / 'checkpoints'
+    assert str(error.value).splitlines() == [
+        f'optimizer.lr is 0.002 in {states}, and cannot become 0.1 there',
+        f'batch_size is 256 in {states}, and cannot become 64 there',
+        f'model_args.drop_rate is None in {states}, and cannot become 0.5 there',
+    ]
+
+
+def test_other_classes_stop_it_before_it_starts(photos, tmp_path):
+    (tmp_path / 'data' / 'train' / 'cat').mkdir(parents=True)
+    (tmp_path / 'data' / 'val').symlink_to(photos / 'val')
+    (tmp_path / 'data' / 'train' / 'cat' / '1.jpg').write_bytes(b'')
+    with pytest.raises(DataError, match='only in train: cat; only in val: flower, roof, sky'):
+        train(digits_config(output=str(tmp_path / 'run'), **{'data.root': str(tmp_path / 'data')}))
+    assert not (tmp_path / 'run').exists()
+
+
+def test_fewer_images_than_a_batch(tmp_path):
+    with pytest.raises(DataError, match='1437 training images make no batch of 2000'):
+        train(digits_config(output=str(tmp_path / 'run'), batch_size=2000))
+
+
+def test_statistics_for_other_channels():
+    with pytest.raises(UsageError, match='a value for each of 1 channels'):
+        train(digits_config(**{'data.mean': [0.1, 0.2], 'data.std': [1, 1]}))
+
+
+# what it says
+
+
+def test_damaged_images_are_counted_and_named(photos, tmp_path, capsys):
+    (tmp_path / 'train').mkdir()
+    for name in ('flower', 'roof', 'sky'):
+        (tmp_path / 'train' / name).symlink_to(photos / 'train' / name)
+        (tmp_path / 'val' / name).mkdir(parents=True)
+        for file in (photos / 'val' / name).iterdir():
+            (tmp_path / 'val' / name / file.name).symlink_to(file)
+    names = [str(tmp_path / 'val' / 'sky' / f'text{i}.jpg') for i in range(6)]
+    for name in names:
+        Path(name).write_text('not an image')
+    train(digits_config(output=str(tmp_path / 'run'), batch_size=8, **SHORT, **PHOTOS, **{'data.root': str(tmp_path)}))
+    assert records(tmp_path / 'run')[0]['damaged'] == 6
+    said = f'6 damaged images were left out: {", ".join(names[:5])}, …; all of them are named in '
+    assert said + str(tmp_path / 'run' / 'damaged.txt') in capsys.readouterr().out
+    assert (tmp_path / 'run' / 'damaged.txt').read_text().splitlines() == names
+    state = load_state(tmp_path / 'run' / 'checkpoints')[0]
+    assert state['damaged'] == names  # a resumed run knows those of before
+    run = Run(
+        digits_config(batch_size=8, **SHORT, **PHOTOS, **{'data.root': str(photos)}),
+        tmp_path,
+        state,
+        Accelerator(cpu=True),
+    )
+    assert run.damaged() == names
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop, 'Log', lambda folder, accelerator: Log(folder, accelerator, interval=0))
+    train(digits_config(output=str(tmp_path), **SHORT))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:5] == [
+        'model     t2t_vit_4_16, 161,772 learnable parameters, images of 1x16x16 on cpu',
+        'data      digits: 1,437 training and 360 validation images, 10 classes, in memory',
+        'schedule  1 epochs of 5 steps, 5 in all, from scratch',
+        'batch     256 images = 1 processes x 1 parts x 256',
+        'optimizer adamw, lr 0.002, weight decay 0.05 on 159,664 of them',
+    ]
+    assert [line.split()[0] for line in lines[5:9]] == ['average', 'warning', 'input', 'memory']
+    assert lines[9] == f'run       {tmp_path}'
+    assert [line.split()[1] for line in lines[10:15]] == ['1/5', '2/5', '3/5', '4/5', '5/5']
+    assert all(word in lines[10] for word in ('epoch 1/1', 'loss', 'lr', 'images/s', 'left'))
+    assert lines[15].startswith('epoch 1/1  training loss')
+    assert re.search(r'images/s \(the input alone [\d,]+, the model alone [\d,]+\), .*limited by the model', lines[15])
+    assert lines[16].startswith('best top-1')
+    assert '\x1b' not in ''.join(lines)
+
+
+def test_a_live_line_on_a_terminal(tmp_path):
+    screen = io.StringIO()
+    log = Log(tmp_path, Accelerator(cpu=True), Console(file=screen, force_terminal=True, width=120))
+    with log.live(10, 3):
+        log.step(4, 'epoch 1/2  loss 1.234  lr 1.0e-03  99 images/s')
+    assert '\x1b[' in screen.getvalue() and '4/10' in screen.getvalue() and '99 images/s' in screen.getvalue()
+
+
+@pytest.mark.parametrize('seconds, text', [(5, '0:05'), (65.9, '1:05'), (3723, '1:02:03')])
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_digits_in_colour(tmp_path):
+    config = digits_config(**{'data.channels': 3, 'data.mean': None, 'data.std': None})
+    run = Run(config, tmp_path, None, Accelerator(cpu=True))
+    images, labels, *_ = next(run.val_set.epoch())
+    assert images.shape == (256, 3, 16, 16) and labels.tolist()[:5] == list(Digits('val').labels[:5])
