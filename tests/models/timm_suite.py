@@ -169,7 +169,7 @@ def run(*args):
             **os.environ,
             'GITHUB_ACTIONS': '1',
             'OMP_NUM_THREADS': '1',
-            'PYTHONPATH': os.pathsep.join(str(path) for path in (ROOT / 'tests', ROOT / 'src')),
+            'PYTHONPATH': os.pathsep.join(str(path) for path in (ROOT / 'tests' / 'models', ROOT / 'src')),
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
