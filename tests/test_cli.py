@@ -309,11 +309,11 @@ def test_predict_from_a_file(run, release, photos):
 def test_predict_says_what_is_damaged(run, digits_run, photos, tmp_path):
     (tmp_path / 'a.png').write_text('not an image')
     code, lines, _ = run('predict', tmp_path, photos / 'val' / 'sky', '--checkpoint', digits_run)
-    said = f'1 of 5 images cannot be read: {tmp_path / "a.png"} (UnidentifiedImageError'
+    said = f'1 of 5 images cannot be read: {tmp_path / "a.png"} (ImageError'
     assert code == 0 and lines[-1].startswith(said) and len([line for line in lines if line.count('%') == 5]) == 4
     code, _, errors = run('predict', tmp_path, '--checkpoint', digits_run)
     assert code == 2
-    assert errors[0].startswith(f't2t-vit: not one image can be read: {tmp_path / "a.png"} (UnidentifiedImageError')
+    assert errors[0].startswith(f't2t-vit: not one image can be read: {tmp_path / "a.png"} (ImageError')
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_rows_are_those_of_the_model(whole, many, model):
     assert [row['index'] for row in rows] == list(range(100))
     assert [row['image'] for row in rows] == [os.path.join(many.parent, p) for p in many.read_text().split('\n')]
     assert [row['index'] for row in rows if row['error']] == [17, 98] and rows[17]['classes'] is None
-    assert rows[17]['error'].startswith('UnidentifiedImageError')
+    assert rows[17]['error'].startswith('ImageError: not an image')
     assert rows[98]['error'].startswith('FileNotFoundError')
     for row in rows[:3] + rows[99:]:
         image = preprocessing.transform()(preprocessing.convert(Image.open(row['image'])))

@@ -357,7 +357,7 @@ def predict(
         plot_predictions(
             [
                 (
-                    job.opener.show(row['index']),
+                    job.opener.picture(row['index']),
                     row['classes'][0],
                     row['probabilities'][0],
                     job.images.truth(row['index']),

@@ -26,7 +26,7 @@ from t2t_vit.data import (
     open_source,
     seed_all,
 )
-from t2t_vit.data.batches import TrainTransform
+from t2t_vit.data.preprocessing import TrainTransform
 
 SMALL = Preprocessing((32, 32), 3, (0.5,) * 3, (0.25,) * 3)
 GREY = Preprocessing((16, 16), 1, (0.3,), (0.4,), crop_pct=1.0)
@@ -346,9 +346,46 @@ def test_input_is_measured(photos):
 # preprocessing
 
 
-def test_channels_that_images_do_not_have():
-    with pytest.raises(DataError, match='1 or 3 channels, the model has 4'):
-        Preprocessing((8, 8), 4, (0.5,) * 4, (0.5,) * 4)
+class Fields:
+    """Twelve images of five bands; in each, band b has the value b / 10 everywhere."""
+
+    classes, labels = ['wheat', 'maize'], [0, 1] * 6
+
+    def open(self, index: int) -> np.ndarray:
+        return np.broadcast_to(np.arange(5, dtype=np.float32) / 10, (20, 24, 5))
+
+    def name(self, index: int) -> str:
+        return f'field {index}'
+
+
+@pytest.mark.parametrize('memory', [False, True])
+@pytest.mark.parametrize('augment', [None, Augment(**PLAIN, erase=0.0)], ids=['val', 'train'])
+def test_images_of_five_bands_make_batches(memory, augment):
+    preprocessing = Preprocessing((16, 16), 5, (0.0, 0.1, 0.2, 0.3, 0.4), (0.5,) * 5)
+    batches = open_batches(Fields(), preprocessing, 4, augment, memory, workers=0)
+    assert batches.damaged == [] and isinstance(batches, MemoryBatches) is memory
+    for batch in batches.epoch():
+        assert batch.images.shape == (4, 5, 16, 16) and batch.images.abs().max() < 1e-5
+
+
+def test_colour_augmentation_of_bands_is_rejected():
+    preprocessing = Preprocessing((16, 16), 5, (0.0,) * 5, (0.5,) * 5)
+    with pytest.raises(
+        DataError, match='auto_augment and augment.color_jitter need 1 or 3 channels, the images have 5'
+    ):
+        open_batches(Fields(), preprocessing, 4, Augment(), None)
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(channels=0, mean=(), std=()), 'channels must be at least 1, got 0'),
+        (dict(channels=4, crop_mode='border'), 'crop_mode border needs 1 or 3 channels, got 4'),
+    ],
+)
+def test_impossible_preprocessing_is_rejected(change, message):
+    with pytest.raises(DataError, match=message):
+        Preprocessing(**{**vars(SMALL), **change})
 
 
 def test_statistics_of_a_colour_model_made_grey():

@@ -15,7 +15,7 @@ from PIL import Image
 from test_checkpoints import tiny
 
 from t2t_vit import CheckpointError, load_weights
-from t2t_vit.data import DataError, decode
+from t2t_vit.data import DataError, decode_image
 from t2t_vit.data.sources import number_labels, read_label, read_lines
 from t2t_vit.settings import UsageError, parse_settings, resolve
 from t2t_vit.train.config import Config
@@ -133,7 +133,7 @@ def test_names_of_classes_that_are_no_text(tmp_path):
 @pytest.mark.filterwarnings('ignore:.*decompression bomb:PIL.Image.DecompressionBombWarning')
 def test_images_that_would_take_all_memory_or_start_a_program(bomb):
     with pytest.raises((DataError, OSError, Image.DecompressionBombError)):
-        decode(io.BytesIO(BOMBS[bomb]))
+        decode_image(io.BytesIO(BOMBS[bomb]))
 
 
 BOMBS = bombs()
@@ -141,11 +141,11 @@ BOMBS = bombs()
 
 @pytest.mark.filterwarnings('ignore:.*decompression bomb:PIL.Image.DecompressionBombWarning')
 def test_the_limits_of_an_image():
-    assert decode(io.BytesIO(png(500, 1, 8, 0, True))).size == (500, 1)
+    assert decode_image(io.BytesIO(png(500, 1, 8, 0, True))).size == (500, 1)
     with pytest.raises(DataError, match='501x1 pixels: its sides are more than 500 to 1'):
-        decode(io.BytesIO(png(501, 1, 8, 0, True)))
+        decode_image(io.BytesIO(png(501, 1, 8, 0, True)))
     with pytest.raises(DataError, match='10000x10000 pixels; at most 89,478,485 are decoded'):
-        decode(io.BytesIO(png(10000, 10000)))
+        decode_image(io.BytesIO(png(10000, 10000)))
 
 
 def test_labels_of_any_kind():

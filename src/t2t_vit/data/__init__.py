@@ -1,20 +1,23 @@
 """Images, with labels and without: where they come from, how they are augmented, and how batches are made of them."""
 
 from .augment import Augment
-from .batches import (
-    Batch,
-    DiskBatches,
-    MemoryBatches,
-    Preprocessing,
-    derive,
-    measure_input,
-    open_batches,
-    seed_all,
-    synchronize,
+from .batches import Batch, DiskBatches, MemoryBatches, derive, measure_input, open_batches, seed_all, synchronize
+from .decode import (
+    Decoded,
+    Raw,
+    convert_image,
+    decode_image,
+    has_image_suffix,
+    image_size,
+    image_suffixes,
+    is_color,
+    pixel_limit,
+    read_image,
 )
-from .images import MAX_PIXELS, Images, Opened, Opener, Piece, find_images, open_pieces, pixel_limit
+from .errors import DataError, ImageError
+from .images import MAX_PIXELS, Images, Opened, Opener, Piece, find_images, open_pieces
+from .preprocessing import Preprocessing
 from .sources import (
-    DataError,
     Digits,
     Folder,
     HubSet,
@@ -24,7 +27,6 @@ from .sources import (
     Source,
     TorchSet,
     check_same_classes,
-    decode,
     list_images,
     open_source,
 )
@@ -34,10 +36,12 @@ __all__ = [
     'Augment',
     'Batch',
     'DataError',
+    'Decoded',
     'Digits',
     'DiskBatches',
     'Folder',
     'HubSet',
+    'ImageError',
     'Images',
     'MemoryBatches',
     'Opened',
@@ -46,19 +50,26 @@ __all__ = [
     'Part',
     'Piece',
     'Preprocessing',
+    'Raw',
     'Shards',
     'Source',
     'TorchSet',
     'check_same_classes',
-    'decode',
+    'convert_image',
+    'decode_image',
     'derive',
     'find_images',
+    'has_image_suffix',
+    'image_size',
+    'image_suffixes',
+    'is_color',
     'list_images',
     'measure_input',
     'open_batches',
     'open_pieces',
     'open_source',
     'pixel_limit',
+    'read_image',
     'seed_all',
     'synchronize',
 ]

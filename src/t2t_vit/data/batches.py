@@ -13,20 +13,19 @@ import math
 import random
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision.transforms.functional as TF
-from PIL import Image
-from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 from torchvision import transforms
 
-from .augment import Augment, BatchAugment, in_memory, shift_box
-from .sources import DataError, Source
+from .augment import Augment, BatchAugment, in_memory
+from .decode import Decoded, image_size
+from .errors import DataError
+from .preprocessing import Preprocessing, TrainTransform
+from .sources import Source
 
 
 class Batch(NamedTuple):
@@ -41,125 +40,6 @@ class Batch(NamedTuple):
     labels: torch.Tensor
     indices: torch.Tensor
     boxes: torch.Tensor
-
-
-@dataclass
-class Preprocessing:
-    """How an image becomes a tensor, in timm's words; travels with a model as its pretrained_cfg."""
-
-    size: tuple[int, int]
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = 'bicubic'
-    crop_pct: float = 0.9
-    crop_mode: str = 'center'
-
-    def __post_init__(self) -> None:
-        if self.channels not in (1, 3):
-            raise DataError(f'images are read with 1 or 3 channels, the model has {self.channels}')
-
-    @classmethod
-    def of(cls, cfg: dict[str, Any]) -> 'Preprocessing':
-        """What a model's pretrained_cfg says."""
-        channels, height, width = cfg['input_size']
-        mean, std = tuple(cfg['mean']), tuple(cfg['std'])
-        if len(mean) != channels:  # an RGB model rebuilt for another number of channels
-            mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
-        return cls(
-            (height, width),
-            channels,
-            mean,
-            std,
-            cfg['interpolation'],
-            cfg['crop_pct'],
-            cfg.get('crop_mode') or 'center',
-        )
-
-    def as_cfg(self) -> dict[str, Any]:
-        """The same for a pretrained_cfg."""
-        return dict(
-            input_size=(self.channels, *self.size),
-            mean=self.mean,
-            std=self.std,
-            crop_pct=self.crop_pct,
-            interpolation=self.interpolation,
-            crop_mode=self.crop_mode,
-        )
-
-    def convert(self, image: Image.Image) -> Image.Image:
-        """To the model's channels: grey for 1, RGB for 3."""
-        return image.convert({1: 'L', 3: 'RGB'}[self.channels])
-
-    def transform(self, normalize: bool = True) -> Callable[[Image.Image], torch.Tensor]:
-        """For evaluation: resize, crop, normalise; without the last, uint8."""
-        return create_transform(
-            (self.channels, *self.size),
-            mean=self.mean,
-            std=self.std,
-            interpolation=self.interpolation,
-            crop_pct=self.crop_pct,
-            crop_mode=self.crop_mode,
-            normalize=normalize,
-        )
-
-    def resized(self, image: Image.Image) -> tuple[int, int]:
-        """Height and width that `transform` gives an image before it crops; a strip may become long."""
-        factors = [size / self.crop_pct / side for size, side in zip(self.size, (image.height, image.width))]
-        if self.crop_mode != 'squash':
-            factors = [min(factors) if self.crop_mode == 'border' else max(factors)] * 2
-        return int(image.height * factors[0]), int(image.width * factors[1])
-
-    def kept(self, image: Image.Image) -> tuple[float, ...]:
-        """The box that `transform` keeps of an image, to within a pixel: top, left, height, width, 0 for unmirrored.
-
-        In the crop mode `border` it reaches out of the image.
-        """
-        ratios = [side * self.crop_pct / size for side, size in zip((image.height, image.width), self.size)]
-        ratio = max(ratios) if self.crop_mode == 'border' else min(ratios)
-        height, width = (self.crop_pct if self.crop_mode == 'squash' else self.crop_pct * ratio / own for own in ratios)
-        return (1 - height) / 2, (1 - width) / 2, height, width, 0.0
-
-
-class TrainTransform:
-    """timm's transform of one training image, which tells its crop too; its random numbers are drawn as timm does."""
-
-    def __init__(self, preprocessing: Preprocessing, augment: Augment) -> None:
-        primary, self.secondary, self.final = create_transform(
-            (preprocessing.channels, *preprocessing.size),
-            is_training=True,
-            mean=preprocessing.mean,
-            std=preprocessing.std,
-            scale=augment.scale,
-            ratio=augment.ratio,
-            hflip=augment.hflip,
-            color_jitter=augment.color_jitter,
-            auto_augment=augment.auto_augment,
-            interpolation=augment.interpolation,
-            re_prob=augment.erase,
-            re_mode=augment.erase_mode,
-            separate=True,
-        )
-        self.crop, self.size = primary.transforms[0], preprocessing.size
-        self.pad, self.hflip = augment.pad, augment.hflip
-
-    def __call__(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
-        """The image as (C, H, W), and the box of what it shows, (5,)."""
-        top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
-        modes = self.crop.interpolation
-        mode = random.choice(modes) if isinstance(modes, (tuple, list)) else modes
-        box = torch.tensor([top / image.height, left / image.width, height / image.height, width / image.width, 0])
-        image = TF.resized_crop(image, top, left, height, width, list(self.size), mode)
-        if self.pad:
-            image = TF.pad(image, [self.pad])
-            row, col, *_ = transforms.RandomCrop.get_params(image, self.size)
-            image = TF.crop(image, row, col, *self.size)
-            rows, cols = torch.tensor([row - self.pad]), torch.tensor([col - self.pad])
-            box = shift_box(box[None], rows, cols, self.size)[0]
-        if self.hflip and torch.rand(1) < self.hflip:
-            image = TF.hflip(image)
-            box[4] = 1
-        return self.final(self.secondary(image)), box
 
 
 def derive(*keys: int) -> int:
@@ -319,7 +199,7 @@ class _Opener(Dataset[Sample]):
             return (tensor, self.source.labels[i], i, box), names
         return None, names
 
-    def transformed(self, image: Image.Image, epoch: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def transformed(self, image: Decoded, epoch: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The image and its box, by random numbers of the sample's own; the main process keeps its state."""
         if self.train is None:
             return self.evaluate(image), torch.tensor(self.preprocessing.kept(image))
@@ -376,9 +256,8 @@ class MemoryBatches:
             )
         self.batch_size, self.seed, self.device = batch_size, seed, device
         self.damaged: list[str] = []
-        whole = transforms.Compose(
-            [transforms.Resize(preprocessing.size, transforms.InterpolationMode.BICUBIC), transforms.PILToTensor()]
-        )
+        resize = transforms.Resize(preprocessing.size, transforms.InterpolationMode.BICUBIC)
+        whole = transforms.Compose([resize, *([transforms.PILToTensor()] if preprocessing.displayable else [])])
         prepare = whole if augment else preprocessing.transform(normalize=False)
         images, indices, boxes = [], [], []
         for i in range(len(source.labels)):
@@ -387,7 +266,7 @@ class MemoryBatches:
             except Exception:  # whatever a decoder may raise over damaged bytes
                 self.damaged.append(source.name(i))
                 continue
-            images.append(prepare(image))
+            images.append(prepare(image) * (1 if preprocessing.displayable else 255))
             indices.append(i)
             boxes.append(preprocessing.kept(image))
         if not images:
@@ -432,12 +311,13 @@ def small_images(source: Source, preprocessing: Preprocessing, training: bool) -
     sixteen of them are looked at.
     """
     pixels, count = preprocessing.size[0] * preprocessing.size[1], len(source.labels)
-    if pixels > 64 * 64 or count * pixels * preprocessing.channels > 1 << 30:
+    width = preprocessing.channels * (1 if preprocessing.displayable else 4)  # bytes a pixel
+    if pixels > 64 * 64 or count * pixels * width > 1 << 30:
         return False
     sizes = []
     for i in range(0, count, max(1, count // 16)) if training else ():
         try:
-            sizes.append(source.open(i).size)
+            sizes.append(image_size(source.open(i)))
         except Exception:  # whatever a decoder may raise over damaged bytes
             continue
     return all(width * height <= 2 * pixels for width, height in sizes)
@@ -469,6 +349,11 @@ def open_batches(
         rank: This process's number among those that share every step.
         world: How many these are.
     """
+    if augment and not preprocessing.displayable and (augment.auto_augment or augment.color_jitter):
+        raise DataError(
+            f'augment.auto_augment and augment.color_jitter need 1 or 3 channels, the images have '
+            f'{preprocessing.channels}: set them to null and 0'
+        )
     if memory is None:
         memory = small_images(source, preprocessing, augment is not None) and (augment is None or in_memory(augment))
     if augment and augment.rotate and not memory:

@@ -4,10 +4,8 @@ import csv
 import glob
 import hashlib
 import os
-import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -17,8 +15,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .batches import Preprocessing, leave_signals
-from .sources import SUFFIXES, DataError, Rows, Source, decode, decode_slice, is_image, open_source, tar_members, walk
+from .batches import leave_signals
+from .decode import Decoded, Raw, convert_image, image_size, image_suffixes, pixel_limit, read_image
+from .errors import DataError
+from .preprocessing import Preprocessing
+from .sources import Rows, Source, decode_slice, is_image, open_source, tar_members, walk
 
 TABLES, LISTS = ('.tar', '.parquet'), ('.csv', '.txt')
 PATH_COLUMNS = ('image', 'path', 'file', 'filename', 'file_name', 'filepath', 'image_path')
@@ -35,7 +36,7 @@ class Part(Protocol):
     def name(self, index: int) -> str:
         """What a person finds the image by."""
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Raw:
         """The decoded image; raises where it is damaged."""
 
 
@@ -55,10 +56,9 @@ class Files:
         """Its path."""
         return self.paths[index].as_py().decode(errors='replace')
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Raw:
         """The decoded image."""
-        with open(os.fsdecode(self.paths[index].as_py()), 'rb') as file:
-            return decode(file)
+        return read_image(os.fsdecode(self.paths[index].as_py()))
 
 
 class Tar:
@@ -86,7 +86,7 @@ class Tar:
         """The tar's path and the member's."""
         return f'{self.path}/{self.index.column("name")[index].as_py()}'
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Raw:
         """The decoded image."""
         offset, size = (self.index.column(name)[index].as_py() for name in ('offset', 'size'))
         return decode_slice(self.path, offset, size)
@@ -107,7 +107,7 @@ class Photos:
         """Its file's."""
         return f'samples/{Path(self.photos.filenames[index]).name}'
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Raw:
         """The image."""
         return Image.fromarray(self.photos.images[index])
 
@@ -126,7 +126,7 @@ class Sample:
         """Its place among all digits."""
         return self.source.name(self.chosen[index])
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Raw:
         """The image."""
         return self.source.open(self.chosen[index])
 
@@ -158,7 +158,7 @@ class Images:
         part, place = self.locate(index)
         return part.name(place)
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Raw:
         """The decoded image; raises where it is damaged."""
         part, place = self.locate(index)
         return part.open(place)
@@ -198,14 +198,16 @@ def find_images(inputs: Sequence[str]) -> Images:
         raise DataError(f'not there: {", ".join(missing)}')
     images = Images(list(gather(walk_all(places))))
     if not len(images):
-        raise DataError(f'no images in {", ".join(inputs)}; in folders and tars they end in {" ".join(SUFFIXES)}')
+        raise DataError(
+            f'no images in {", ".join(inputs)}; in folders and tars they end in {" ".join(image_suffixes())}'
+        )
     return images
 
 
 def walk_all(places: Iterable[str]) -> Iterator[str]:
     """Folders as what is in them, all else as it is."""
     for place in places:
-        yield from walk(place, (*SUFFIXES, *TABLES)) if os.path.isdir(place) else (place,)
+        yield from walk(place, (*image_suffixes(), *TABLES)) if os.path.isdir(place) else (place,)
 
 
 def gather(places: Iterable[str]) -> Iterator[Part]:
@@ -257,25 +259,12 @@ def column_of_paths(rows: Iterator[list[str]], file: Path) -> Iterator[str]:
     names = [name.strip().lower() for name in header]
     known = next((name for name in PATH_COLUMNS if name in names), None)
     first = header[0] if len(header) == 1 else ''
-    if known is None and header and not (first.lower().endswith(SUFFIXES) or os.sep in first or '/' in first):
+    if known is None and header and not (first.lower().endswith(image_suffixes()) or os.sep in first or '/' in first):
         raise DataError(f'{file} has the columns {header}; expected one of paths, {", ".join(PATH_COLUMNS)}')
     if known is None:
         yield from header
     place = names.index(known) if known else 0
     yield from (row[place] for row in rows if len(row) > place)
-
-
-@contextmanager
-def pixel_limit(max_pixels: int) -> Iterator[None]:
-    """While it lasts, PIL refuses what claims to have more pixels, before it decodes it, and warns of nothing."""
-    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            warnings.simplefilter('error', Image.DecompressionBombWarning)
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
 
 
 class Opened(NamedTuple):
@@ -298,17 +287,23 @@ class Opener(Dataset[Opened]):
         self.images, self.preprocessing, self.max_pixels = images, preprocessing, max_pixels
         self.transform = preprocessing.transform()
 
-    def show(self, index: int) -> Image.Image:
+    def show(self, index: int) -> Decoded:
         """An image with the model's channels."""
         with pixel_limit(self.max_pixels):
             image = self.images.open(index)
+            before = image_size(image)
         height, width = self.preprocessing.resized(image)
         if height * width > self.max_pixels:
             raise DataError(
-                f'{image.width}x{image.height} pixels would be resized to {width}x{height}, more than '
+                f'{before[0]}x{before[1]} pixels would be resized to {width}x{height}, more than '
                 f'{self.max_pixels} in all'
             )
         return self.preprocessing.convert(image)
+
+    def picture(self, index: int) -> Image.Image:
+        """Return an image to show to people: as the model gets it, or its first band where it has others than RGB."""
+        image = self.show(index)
+        return image if isinstance(image, Image.Image) else convert_image(image[0].clamp(0, 1).numpy(), 1)
 
     def __getitem__(self, piece: Piece) -> Opened:
         tensors, good, errors = [], [], {}

@@ -4,9 +4,7 @@
 """
 
 import hashlib
-import io
 import json
-import math
 import os
 import tarfile
 from bisect import bisect_right
@@ -24,21 +22,15 @@ from PIL import Image
 from timm.data import create_dataset
 
 from ..settings import nearest
+from .decode import Raw, image_suffixes, read_image
+from .errors import DataError
 
 SPLITS = {'train': ('train', 'training'), 'val': ('val', 'validation', 'valid', 'test')}
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm', '.pgm')
-# what is decoded, whatever the name says: none of those that Pillow hands to other programs, as PostScript
-FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'PPM', 'AVIF', 'JPEG2000')
-MAX_ASPECT = 500  # of an image's sides
 TORCH_SETS = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist')
 IMAGE_COLUMNS = ('image', 'img', 'jpg', 'png')
 LABEL_COLUMNS = ('label', 'labels', 'fine_label', 'cls', 'target')
 AT_ONCE = 1 << 28  # bytes of Parquet files
 CACHE = '~/.cache/t2t-vit'
-
-
-class DataError(ValueError):
-    """Data that cannot be used: what was found, what was expected."""
 
 
 class Source(Protocol):
@@ -47,7 +39,7 @@ class Source(Protocol):
     classes: list[str]
     labels: Sequence[int]
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Raw:
         """The decoded image; raises where it is damaged."""
 
     def name(self, index: int) -> str:
@@ -70,7 +62,7 @@ class Digits:
         self.labels: Sequence[int] = digits.target[self.indices].tolist()
         self.pixels = np.rint(digits.images[self.indices] * (255 / 16)).astype(np.uint8)
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Raw:
         return Image.fromarray(self.pixels[index])
 
     def name(self, index: int) -> str:
@@ -86,12 +78,12 @@ class Folder:
             raise DataError(f'{root} holds no class folders; expected {root}/CLASS/IMAGE')
         samples = [(file, i) for i, name in enumerate(self.classes) for file in list_images(root / name)]
         if not samples:
-            raise DataError(f'no images in the class folders of {root}; they end in {" ".join(SUFFIXES)}')
+            raise DataError(f'no images in the class folders of {root}; they end in {" ".join(image_suffixes())}')
         self.files = [file for file, _ in samples]
         self.labels: Sequence[int] = [label for _, label in samples]
 
-    def open(self, index: int) -> Image.Image:
-        return decode(self.files[index])
+    def open(self, index: int) -> Raw:
+        return read_image(self.files[index])
 
     def name(self, index: int) -> str:
         return str(self.files[index])
@@ -134,7 +126,7 @@ class Rows:
         """The file's path and the row's number."""
         return f'{self.path}[{index}]'
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Raw:
         """The decoded image."""
         group = bisect_right(self.ends, index)
         if self.held[0] != group:
@@ -146,7 +138,7 @@ class Rows:
         content = value['bytes'] if isinstance(value, dict) else value
         if content is None:
             raise DataError('the row holds no image')
-        return decode(io.BytesIO(content))
+        return read_image(content)
 
 
 class Parquet:
@@ -183,7 +175,7 @@ class Parquet:
         part = bisect_right(self.ends, index)
         return self.parts[part], index - (self.ends[part - 1] if part else 0)
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Raw:
         rows, row = self.locate(index)
         return rows.open(row)
 
@@ -213,8 +205,8 @@ class TorchSet:
         self.labels: Sequence[int] = [int(label) for label in self.images.targets]
         self.place = f'torch/{name}/{split}'
 
-    def open(self, index: int) -> Image.Image:
-        return self.images[index][0]
+    def open(self, index: int) -> Raw:
+        return read_image(self.images[index][0])
 
     def name(self, index: int) -> str:
         return f'{self.place}[{index}]'
@@ -247,9 +239,9 @@ class HubSet:
         )
         self.place = f'hfds/{name}/{chosen}'
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Raw:
         with self.reader[index][0] as file:
-            return decode(file)
+            return read_image(file)
 
     def name(self, index: int) -> str:
         return f'{self.place}[{index}]'
@@ -279,7 +271,7 @@ class Shards:
         self.files, folder = list(files), files[0].parent
         self.index = load_index(self.files, Path(cache or CACHE).expanduser())
         if not self.index.num_rows:
-            raise DataError(f'no images in {self.files[0]}; they end in {" ".join(SUFFIXES)}')
+            raise DataError(f'no images in {self.files[0]}; they end in {" ".join(image_suffixes())}')
         names = folder / 'classes.txt'
         numbered = self.index.column('numbered').to_pylist()
         self.classes, self.labels = number_labels(
@@ -292,7 +284,7 @@ class Shards:
             'label',
         )
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Raw:
         shard, offset, size = (self.index.column(name)[index].as_py() for name in ('shard', 'offset', 'size'))
         return decode_slice(self.files[shard], offset, size)
 
@@ -393,7 +385,7 @@ def tar_members(path: Path, read: Sequence[str] = ()) -> Iterator[tuple[tarfile.
 
 def is_image(kind: str) -> bool:
     """Whether what follows the first dot of a file's name ends as an image's does."""
-    return f'.{kind.rpartition(".")[2].lower()}' in SUFFIXES
+    return f'.{kind.rpartition(".")[2].lower()}' in image_suffixes()
 
 
 def sample_key(name: str) -> str:
@@ -480,7 +472,7 @@ def number_labels(values: Sequence[Any], names: list[str], place: str, column: s
 
 def list_images(folder: Path) -> list[Path]:
     """The images of a folder and those in it, sorted; hidden files are none."""
-    return sorted(map(Path, walk(folder, SUFFIXES)))
+    return sorted(map(Path, walk(folder, image_suffixes())))
 
 
 def walk(folder: 'Path | str', suffixes: Sequence[str]) -> Iterator[str]:
@@ -494,29 +486,11 @@ def walk(folder: 'Path | str', suffixes: Sequence[str]) -> Iterator[str]:
         )
 
 
-def decode(file: Any) -> Image.Image:
-    """An image with its pixels read, so that a damaged one raises here.
-
-    Raises:
-        DataError: for a strip of more than `MAX_ASPECT` to 1, which resizing would blow up, and for more pixels than
-            Pillow would open without a warning (`PIL.Image.MAX_IMAGE_PIXELS`). Nothing is decoded before.
-    """
-    Image.init()  # Pillow has not all of them everywhere, and takes no name that it has not
-    image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
-    width, height = image.size
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise DataError(f'an image of {width}x{height} pixels: its sides are more than {MAX_ASPECT} to 1')
-    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise DataError(f'an image of {width}x{height} pixels; at most {Image.MAX_IMAGE_PIXELS:,} are decoded')
-    image.load()
-    return image
-
-
-def decode_slice(path: 'Path | str', offset: int, size: int) -> Image.Image:
-    """`decode` of a part of a file, as of a tar."""
+def decode_slice(path: 'Path | str', offset: int, size: int) -> Raw:
+    """Read an image that is a part of a file, as of a tar."""
     with open(path, 'rb') as file:  # opened anew: a file that workers share has one position for all
         file.seek(offset)
-        return decode(io.BytesIO(file.read(size)))
+        return read_image(file.read(size))
 
 
 def open_source(root: str, split: str, cache: str | None = None, download: bool = False) -> Source:
@@ -592,7 +566,7 @@ class Part:
         self.indices = np.sort(np.argsort(shares, kind='stable')[:count])
         self.labels: Sequence[int] = labels[self.indices].tolist()
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Raw:
         return self.source.open(int(self.indices[index]))
 
     def name(self, index: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from ..console import console
-from ..data import open_source
+from ..data import convert_image, open_source
 from ..look.opened import OpenModel, Photo, open_images, open_model
 from ..look.visualize import unique
 from ..settings import UsageError, read_settings, recipes, require, resolve
@@ -203,7 +203,7 @@ def examples() -> list[Photo]:
     digits = open_source('digits', 'val')
     found = open_images(['samples'])
     for label, name in enumerate(digits.classes):
-        image = digits.open(list(digits.labels).index(label))
+        image = convert_image(digits.open(list(digits.labels).index(label)), 1)
         found.append(Photo(f'digit {name}', image.resize((96, 96), Image.Resampling.BICUBIC)))
     return found
 

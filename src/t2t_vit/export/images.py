@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..data import DataError, Images, Opener, Preprocessing, Source, find_images, open_source
+from ..data import DataError, Images, Opener, Preprocessing, Source, convert_image, find_images, open_source
 from ..trained import other_classes
 
 
@@ -20,7 +20,7 @@ class Samples:
 
     def __init__(self) -> None:
         photos, chance = find_images(['samples']), np.random.default_rng(0)
-        self.photos = [photos.open(i) for i in range(len(photos))]
+        self.photos = [convert_image(photos.open(i)) for i in range(len(photos))]
         self.windows: list[tuple[int, int, int, int]] = []
         for i in range(self.count):
             width, height = self.photos[i % 2].size

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..data import MAX_PIXELS, DataError, Preprocessing, find_images, pixel_limit
+from ..data import MAX_PIXELS, DataError, Preprocessing, convert_image, find_images, pixel_limit
 from ..models.listing import build
 from ..settings import UsageError, nearest
 from ..trained import class_names, load_model, spoken_names
@@ -105,7 +105,7 @@ def open_images(inputs: Sequence[str], most: int | None = None) -> list[Photo]:
     for index in range(len(found))[:most]:
         try:
             with pixel_limit(MAX_PIXELS):
-                photos.append(Photo(found.name(index), found.open(index)))
+                photos.append(Photo(found.name(index), convert_image(found.open(index))))
         except Exception:  # whatever a decoder may raise over damaged bytes
             damaged.append(found.name(index))
     if damaged:

@@ -26,8 +26,9 @@ def preprocess(config: Config, channels: int) -> Preprocessing:
     data, size = config.data, config.data.img_size
     channels = data.channels or channels
     mean, std = data.mean or own.mean, data.std or own.std
-    if channels == 1 and len(mean) == 3:
-        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
+    if channels != len(own.mean):  # a grey or multi-band model starts from the means over the RGB statistics
+        mean = data.mean or (sum(own.mean) / len(own.mean),) * channels
+        std = data.std or (sum(own.std) / len(own.std),) * channels
     if len(mean) != channels or len(std) != channels:
         raise UsageError(f'data.mean and data.std have a value for each of {channels} channels, got {mean}, {std}')
     return replace(
@@ -36,6 +37,7 @@ def preprocess(config: Config, channels: int) -> Preprocessing:
         channels=channels,
         mean=tuple(mean),
         std=tuple(std),
+        background=data.background,
         crop_pct=data.crop_pct or own.crop_pct,
     )
 

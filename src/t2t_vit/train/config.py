@@ -15,7 +15,7 @@ from timm.data import create_transform
 from timm.models import is_model
 from timm.optim import list_optimizers
 
-from ..data import Augment
+from ..data import Augment, is_color
 from ..models.t2t_vit import VARIANTS, T2TViT
 from ..settings import flatten, nearest
 
@@ -33,9 +33,11 @@ class Data:
         cache: Where torch/ and hfds/ sets are kept; by default ~/.cache/t2t-vit, and the Hub's own for hfds/.
         download: Fetch a torch/ set that is not there.
         img_size: Pixels, one number or [height, width]; the model's own by default.
-        channels: 1 for grey, 3 for colour; by default grey for the digits, colour else.
-        mean: Of each channel, in [0, 1]; the model's own by default.
-        std: Of each channel; the model's own by default.
+        channels: 1 for grey, 3 for RGB, any other number for the bands of multi-band TIFF and .npy files as they are
+            stored; by default 1 for the digits and 3 otherwise.
+        background: The colour that shows through transparent pixels, a name or #rrggbb.
+        mean: Mean of each channel, in [0, 1]; the model's own by default.
+        std: Standard deviation of each channel; the model's own by default.
         crop_pct: Share of the resized image that the validation crop keeps; the model's own by default.
         memory: Hold the decoded set on the device; by default where it is of small images.
         workers: Processes that open images.
@@ -47,7 +49,8 @@ class Data:
     cache: str | None = None
     download: bool = False
     img_size: int | tuple[int, int] | None = None
-    channels: Literal[1, 3] | None = None
+    channels: int | None = None
+    background: str = 'white'
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     crop_pct: float | None = None
@@ -267,6 +270,8 @@ class Config:
                 f'data.img_size is at least 1, got {d.img_size}',
             ),
             (d.crop_pct is None or 0 < d.crop_pct <= 1, f'data.crop_pct is above 0 and at most 1, got {d.crop_pct}'),
+            (d.channels is None or d.channels >= 1, f'data.channels must be at least 1, got {d.channels}'),
+            (is_color(d.background), f'data.background must be a colour name or #rrggbb, got {d.background!r}'),
             (d.std is None or min(d.std) > 0, f'data.std is above 0, got {d.std}'),
             (o.name in list_optimizers(), f'unknown optimizer.name {o.name!r}{nearest(o.name, list_optimizers())}'),
             (o.lr > 0, f'optimizer.lr is above 0, got {o.lr}'),

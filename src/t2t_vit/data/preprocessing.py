@@ -1,0 +1,157 @@
+"""Turn a read image into the tensor that a model is given, for evaluation and for training."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torchvision.transforms.functional as TF
+from timm.data import create_transform
+from torchvision import transforms
+
+from .augment import Augment, shift_box
+from .decode import Decoded, Raw, convert_image, image_size
+from .errors import DataError
+
+
+@dataclass
+class Preprocessing:
+    """The size, bands, crop and normalisation that a model expects; saved with a model in its pretrained_cfg.
+
+    Args:
+        size: Height and width in pixels.
+        channels: 1 for grey, 3 for RGB, any other number for bands as they are stored (see `decode_image`).
+        mean: Mean of each channel, of values in [0, 1].
+        std: Standard deviation of each channel.
+        interpolation: timm's name of the filter to resize with.
+        crop_pct: Fraction of the resized image that the centre crop keeps.
+        crop_mode: center, squash or border, as timm has them.
+        background: The colour that shows through transparent pixels, a name or #rrggbb.
+    """
+
+    size: tuple[int, int]
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = 'bicubic'
+    crop_pct: float = 0.9
+    crop_mode: str = 'center'
+    background: str = 'white'
+
+    def __post_init__(self) -> None:
+        if self.channels < 1:
+            raise DataError(f'channels must be at least 1, got {self.channels}')
+        if self.crop_mode == 'border' and not self.displayable:
+            raise DataError(f'crop_mode border needs 1 or 3 channels, got {self.channels}: use center or squash')
+
+    @property
+    def displayable(self) -> bool:
+        """Return true if images are grey or RGB in 8 bits, false if they are other bands, as floats."""
+        return self.channels in (1, 3)
+
+    @classmethod
+    def of(cls, cfg: dict[str, Any]) -> 'Preprocessing':
+        """Read the preprocessing from a model's pretrained_cfg."""
+        channels, height, width = cfg['input_size']
+        mean, std = tuple(cfg['mean']), tuple(cfg['std'])
+        if len(mean) != channels:  # an RGB model rebuilt for another number of channels
+            mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
+        return cls(
+            (height, width),
+            channels,
+            mean,
+            std,
+            cfg['interpolation'],
+            cfg['crop_pct'],
+            cfg.get('crop_mode') or 'center',
+            cfg.get('background') or 'white',
+        )
+
+    def as_cfg(self) -> dict[str, Any]:
+        """Return the same as entries of a pretrained_cfg; the background, which timm has no entry for, is not one."""
+        return dict(
+            input_size=(self.channels, *self.size),
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop_pct,
+            interpolation=self.interpolation,
+            crop_mode=self.crop_mode,
+        )
+
+    def convert(self, image: Raw) -> Decoded:
+        """Convert a read image to the model's channels: mode L for 1, RGB for 3, else a float tensor of the bands."""
+        return convert_image(image, self.channels, self.background)
+
+    def transform(self, normalize: bool = True) -> Callable[[Decoded], torch.Tensor]:
+        """Return timm's evaluation transform: resize, crop, normalise; without the last, uint8 for L and RGB."""
+        return create_transform(
+            (self.channels, *self.size),
+            mean=self.mean,
+            std=self.std,
+            interpolation=self.interpolation,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+            normalize=normalize,
+        )
+
+    def resized(self, image: 'Raw | Decoded') -> tuple[int, int]:
+        """Return the height and width that `transform` resizes an image to before it crops it."""
+        width, height = image_size(image)
+        factors = [size / self.crop_pct / side for size, side in zip(self.size, (height, width))]
+        if self.crop_mode != 'squash':
+            factors = [min(factors) if self.crop_mode == 'border' else max(factors)] * 2
+        return int(height * factors[0]), int(width * factors[1])
+
+    def kept(self, image: 'Raw | Decoded') -> tuple[float, ...]:
+        """Return the box that `transform` keeps of an image, to within a pixel; see `Batch`.
+
+        With crop_mode border the box extends beyond the image.
+        """
+        width, height = image_size(image)
+        ratios = [side * self.crop_pct / size for side, size in zip((height, width), self.size)]
+        ratio = max(ratios) if self.crop_mode == 'border' else min(ratios)
+        rows, cols = (self.crop_pct if self.crop_mode == 'squash' else self.crop_pct * ratio / own for own in ratios)
+        return (1 - rows) / 2, (1 - cols) / 2, rows, cols, 0.0
+
+
+class TrainTransform:
+    """timm's training transform of one image, which also returns the crop; draws random numbers in timm's order."""
+
+    def __init__(self, preprocessing: Preprocessing, augment: Augment) -> None:
+        primary, self.secondary, self.final = create_transform(
+            (preprocessing.channels, *preprocessing.size),
+            is_training=True,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            scale=augment.scale,
+            ratio=augment.ratio,
+            hflip=augment.hflip,
+            color_jitter=augment.color_jitter,
+            auto_augment=augment.auto_augment,
+            interpolation=augment.interpolation,
+            re_prob=augment.erase,
+            re_mode=augment.erase_mode,
+            separate=True,
+        )
+        self.crop, self.size = primary.transforms[0], preprocessing.size
+        self.pad, self.hflip = augment.pad, augment.hflip
+
+    def __call__(self, image: Decoded) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the augmented image (C, H, W), and the box of the original that it shows, (5,); see `Batch`."""
+        image_width, image_height = image_size(image)
+        top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+        modes = self.crop.interpolation
+        mode = random.choice(modes) if isinstance(modes, (tuple, list)) else modes
+        box = torch.tensor([top / image_height, left / image_width, height / image_height, width / image_width, 0])
+        image = TF.resized_crop(image, top, left, height, width, list(self.size), mode)
+        if self.pad:
+            image = TF.pad(image, [self.pad])
+            row, col, *_ = transforms.RandomCrop.get_params(image, self.size)
+            image = TF.crop(image, row, col, *self.size)
+            rows, cols = torch.tensor([row - self.pad]), torch.tensor([col - self.pad])
+            box = shift_box(box[None], rows, cols, self.size)[0]
+        if self.hflip and torch.rand(1) < self.hflip:
+            image = TF.hflip(image)
+            box[4] = 1
+        return self.final(self.secondary(image)), box
