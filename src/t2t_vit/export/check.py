@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..benchmark import device_name, interleave, spread
+from ..timing import device_name, interleave, spread
 from .images import Batch
 from .metadata import Metadata
 from .runtime import ExportedModel
@@ -113,7 +113,7 @@ class Comparison:
     """Differences of two models' logits, gathered batch by batch; of images whose logits are all finite."""
 
     def __init__(self) -> None:
-        self.largest, self.relative, self.broken = 0.0, [], 0  # type: float, List[float], int
+        self.largest, self.relative, self.broken = 0.0, [], 0  # type: float, list[float], int
         self.images = self.agreed = self.labelled = 0
         self.right = [0, 0]
 
@@ -154,7 +154,7 @@ def compare(
     Raises:
         CheckpointError: if the runtime cannot run the file on them.
     """
-    found, sizes = Comparison(), []  # type: Comparison, List[Tuple[int, int]]
+    found, sizes = Comparison(), []  # type: Comparison, list[tuple[int, int]]
     with torch.inference_mode():
         for batch in images:
             found.add(model(batch.images), exported(batch.images), batch.labels)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .runtime import need
+from .signal_stack import keep_signal_stack
 
 
 class Node(NamedTuple):
@@ -60,7 +61,7 @@ def constants(graph: Graph) -> set[str]:
 
 def kept_in_float(graph: Graph) -> list[str]:
     """The operations of kernel attention and of window statistics, in their order; empty where there is neither."""
-    fixed, users = constants(graph), {name: [] for name in graph}  # type: Set[str], Dict[str, List[str]]
+    fixed, users = constants(graph), {name: [] for name in graph}  # type: set[str], dict[str, list[str]]
     for name, node in graph.items():
         for value in node.inputs:
             users.get(value, []).append(name)
@@ -102,6 +103,7 @@ def quietly() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@keep_signal_stack()
 def quantize(model: Any, graph: Graph, images: Sequence[np.ndarray]) -> Any:
     """An openvino.Model or onnx.ModelProto with int8 products and convolutions, calibrated on these images.
 

@@ -15,6 +15,7 @@ from ..models.checkpoints import CheckpointError, PathLike
 from ..settings import UsageError
 from .archive import read_archive
 from .metadata import KEY, OUTPUTS, Metadata, kind
+from .signal_stack import keep_signal_stack
 
 Runtime = Literal['onnxruntime', 'openvino', 'torch']
 RUNTIMES = {'onnx': 'onnxruntime', 'torch': 'torch', 'openvino': 'openvino'}
@@ -141,6 +142,7 @@ def load_onnxruntime(path: PathLike, threads: int | None) -> tuple[str, Run]:
     )
 
 
+@keep_signal_stack()
 def load_openvino(path: PathLike, threads: int | None) -> tuple[str, Run]:
     """The metadata and the call of an OpenVINO IR, or of an ONNX file.
 
