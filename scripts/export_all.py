@@ -16,12 +16,12 @@ import torch
 from rich.progress import track
 
 from t2t_vit import VARIANTS
-from t2t_vit.benchmark import device_name
 from t2t_vit.export import load_exported
 from t2t_vit.export.check import TOLERANCES, compare, versions
 from t2t_vit.export.command import describe, load
 from t2t_vit.export.formats import export_model
 from t2t_vit.export.images import batches, open_images
+from t2t_vit.timing import device_name
 
 
 def row(name: str) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from t2t_vit.benchmark import device_name, interleave, spread
 from t2t_vit.export import load_exported
+from t2t_vit.timing import device_name, interleave, spread
 
 
 def main() -> None:

@@ -26,9 +26,9 @@ from sklearn.datasets import load_sample_images
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_loader
 from torch.utils.data import Dataset
 
-from t2t_vit.benchmark import device_name
 from t2t_vit.data import Augment, DiskBatches, MemoryBatches, Preprocessing, Source, measure_input, open_source
 from t2t_vit.data.batches import images_per_second
+from t2t_vit.timing import device_name
 
 CIFAR = dict(auto_augment=None, erase=0.0, scale=(1.0, 1.0), pad=4)  # pad, crop and mirror, nothing else
 Loader = Callable[[float], float]  # seconds -> images per second

@@ -8,11 +8,12 @@ from PIL import Image
 from reference import plain_14
 
 from t2t_vit import benchmark
-from t2t_vit.benchmark import Row, bench, count_macs, save, spread
+from t2t_vit.benchmark import Row, bench, count_macs, save
 from t2t_vit.cli import main
 from t2t_vit.models.listing import build
+from t2t_vit.timing import spread
 
-# the paper's convention and most counters', in G: all products, and those with weights only
+# G multiply-adds, as the paper counts (all matmuls) and as most counters do (only those with weights)
 MACS = {
     't2t_vit_7': (1.147, 0.976),
     't2t_vit_10': (1.516, 1.285),
@@ -28,13 +29,13 @@ MACS = {
 
 
 @pytest.fixture(autouse=True)
-def memory_is_given_back(monkeypatch):
-    """The process of all tests is not to keep what it frees."""
+def do_not_keep_freed_memory(monkeypatch):
+    """Leave the allocator of the test process as it is."""
     monkeypatch.setattr(benchmark, 'keep_freed_memory', lambda: None)
 
 
 @pytest.mark.parametrize('name', MACS)
-def test_multiply_adds_are_the_published_ones(name):
+def test_count_macs_gives_published_numbers(name):
     counted = [macs / 1e9 for macs in count_macs(build(name, 224), 224)]
     assert counted == pytest.approx(MACS[name], abs=2e-3)
 
@@ -44,7 +45,8 @@ def test_spread_is_median_and_quartiles():
     assert spread([2.0]) == (2.0, 2.0, 2.0)
 
 
-def test_rows_hold_speed_ratio_memory_and_conditions(tmp_path):
+@pytest.mark.timeout(600)
+def test_bench_reports_speed_ratio_memory_and_conditions(tmp_path):
     rows = bench(
         ['t2t_vit_4_16'],
         baseline='vit_s_16',
@@ -100,9 +102,9 @@ def row(model, img_size, speed):
     )
 
 
-def test_speed_is_drawn_against_top1_or_over_sizes(tmp_path):
+def test_save_plots_speed_against_top1_or_over_sizes(tmp_path):
     save([row('t2t_vit_14', 224, 20.0), row('resnet50', 224, 15.0), row('unscored', 224, 9.0)], tmp_path / 'one')
-    for sizes in ([224], [224, 448]):  # as a run of several saves behind each
+    for sizes in ([224], [224, 448]):  # bench saves after each size
         save([row('t2t_vit_14', size, 2000 / size) for size in sizes], tmp_path / 'sizes')
     assert {f.name for f in (tmp_path / 'one').iterdir()} == {'bench.csv', 'README.md', 'speed.png'}
     assert {f.name for f in (tmp_path / 'sizes').iterdir()} == {'bench.csv', 'README.md', 'sizes.png'}
@@ -110,19 +112,19 @@ def test_speed_is_drawn_against_top1_or_over_sizes(tmp_path):
         assert image.size[0] > 800
 
 
-def test_a_model_from_a_file(tmp_path):
+def test_build_model_from_python_file(tmp_path):
     (tmp_path / 'mine.py').write_text(
         'import timm\ndef small(img_size):\n    return timm.create_model("t2t_vit_4_16", img_size=img_size, depth=1)\n'
     )
     assert len(build(f'{tmp_path / "mine"}.py:small', 16).blocks) == 1
 
 
-def test_the_plain_reference_has_the_published_multiply_adds():
+def test_plain_reference_has_published_macs():
     assert [macs / 1e9 for macs in count_macs(plain_14(224), 224)] == pytest.approx(MACS['t2t_vit_14'], abs=2e-3)
 
 
-def test_many_models_are_compiled_each_for_its_size(monkeypatch):
-    """Nine of one class, at two sizes: torch gives up at the eighth that it takes for the same, changed."""
+def test_bench_compiles_each_model_for_each_size(monkeypatch):
+    """Compile nine models of one class: without a reset torch stops at the eighth recompilation."""
     seen = []
     monkeypatch.setattr(
         torch,
@@ -154,18 +156,18 @@ def test_many_models_are_compiled_each_for_its_size(monkeypatch):
 @pytest.mark.parametrize(
     'option, sentence',
     [
-        ('rounds', 'rounds is at least 1'),
-        ('batch_size', 'batch_size is at least 1'),
-        ('threads', 'threads is at least'),
-        ('seconds', 'seconds is above 0'),
+        ('rounds', 'rounds must be at least 1'),
+        ('batch_size', 'batch_size must be at least 1'),
+        ('threads', 'threads must be at least'),
+        ('seconds', 'seconds must be above 0'),
     ],
 )
-def test_measurements_that_cannot_be_are_refused(option, sentence, capsys):
+def test_bench_rejects_invalid_numbers(option, sentence, capsys):
     assert main(['bench', 't2t_vit_4_16', f'--{option}', '0']) == 2
     assert sentence in capsys.readouterr().err
 
 
-def test_unknown_models_are_refused(tmp_path, capsys):
+def test_bench_rejects_unknown_models(tmp_path, capsys):
     with pytest.raises(ValueError, match='no file'):
         build(f'{tmp_path}/none.py:small', 16)
     (tmp_path / 'mine.py').touch()

@@ -1,18 +1,13 @@
-"""Speed, memory and size of models, side by side: one process, interleaved rounds, ratios to a baseline.
+"""Compare the speed, memory and size of models in one process, with ratios to a baseline (`t2t-vit bench`).
 
-Absolute times drift on a shared machine; a ratio of two models timed in the same round drifts far less. So every round
-times every model once, and what is reported is the median of the rounds with its quartiles.
+Every round times each model once, and the report is the median of the rounds with its quartiles (timing.py says why).
 """
 
 import csv
-import ctypes
 import gc
 import multiprocessing
 import os
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -31,6 +26,7 @@ from .models.listing import build, count_parameters
 from .models.t2t_vit import VARIANTS
 from .plots import plot_sizes, plot_speed
 from .settings import require
+from .timing import device_name, interleave, keep_freed_memory, spread, synchronize
 from .trained import pick_device
 
 Mode = Literal['infer', 'train']
@@ -40,7 +36,7 @@ DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 @dataclass
 class Row:
-    """One model under one set of conditions; speeds are medians over rounds, with their quartiles."""
+    """Hold the figures of one model under one set of conditions; speeds are medians over rounds, with quartiles."""
 
     model: str
     mode: Mode
@@ -48,7 +44,7 @@ class Row:
     images_per_second: float
     low: float
     high: float
-    ratio: float  # to the baseline, round by round; above 1 is faster
+    ratio: float  # speed over the baseline's in the same round; above 1 is faster
     ratio_low: float
     ratio_high: float
     memory_mb: float | None
@@ -68,24 +64,23 @@ class Row:
 
 
 class AllTokens(nn.Module):
-    """A model that computes every token, as published counts have it; `forward` saves some of the last block's."""
+    """Make a model compute every token of the last block, as published counts assume; `forward` skips most of them."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, num_classes)."""
-        if not hasattr(self.model, 'forward_features'):  # a model of the user's own
+        """Map (B, C, H, W) to (B, num_classes)."""
+        if not hasattr(self.model, 'forward_features'):  # a custom model
             return self.model(x)
         return self.model.forward_head(self.model.forward_features(x))  # type: ignore[operator]
 
 
 def count_macs(model: nn.Module, img_size: int, in_chans: int = 3) -> tuple[float, float]:
-    """Multiply-adds for one image, in units of 1: (all, those with weights only).
+    """Return the multiply-adds of one image: (all, only those with weights).
 
-    The difference is the products of attention, softmax's two and the kernel's, which the paper counts and most
-    counters leave out.
+    The difference is the matmuls of attention (softmax and kernel), which the paper counts and most counters omit.
     """
     whole = AllTokens(model).to('meta').eval()
     counter = FlopCounterMode(display=False)
@@ -99,10 +94,10 @@ def count_macs(model: nn.Module, img_size: int, in_chans: int = 3) -> tuple[floa
     total = of('Global', '')
     attention = of('Global', 'bmm', 'attention')
     for name, module in whole.named_modules():
-        if hasattr(module, 'kqv'):  # a Performer: its features are a product with a fixed table
-            place = f'{AllTokens.__name__}.{name}'
-            parts = sum(of(f'{place}.{part}', 'mm') for part in ('kqv', 'proj', 'mlp'))
-            attention += of(place, 'mm') - of(place, 'bmm') - parts
+        if hasattr(module, 'kqv'):  # a Performer: its features are a matmul with a fixed table
+            path = f'{AllTokens.__name__}.{name}'
+            weights = sum(of(f'{path}.{part}', 'mm') for part in ('kqv', 'proj', 'mlp'))
+            attention += of(path, 'mm') - of(path, 'bmm') - weights
     return total, total - attention
 
 
@@ -113,7 +108,7 @@ def _autocast(device: torch.device, precision: Precision) -> AbstractContextMana
 def work(
     model: nn.Module, mode: Mode, compiled: bool, images: torch.Tensor, precision: Precision
 ) -> Callable[[], None]:
-    """What is timed: a forward pass, or a whole training step with AdamW."""
+    """Return the function to time: a forward pass, or a training step with AdamW."""
     device = images.device
     model = model.to(device).train(mode == 'train')
     call = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
@@ -139,19 +134,14 @@ def work(
     return train
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type != 'cpu':
-        torch.accelerator.synchronize()
-
-
 def peak_memory_cpu(name: str, mode: Mode, batch_size: int, img_size: int, precision: Precision) -> float | None:
-    """Peak resident memory that a step of a model adds to it, in MB, in a process of its own; None but on Linux.
+    """Return the peak resident memory that one step adds, in MB, measured in a new process; None except on Linux.
 
-    That process gives every freed tensor back at once, so that the figure is what is in use, as an accelerator's
-    "allocated" is; glibc's allocator keeps some more.
+    The new process returns every freed tensor to the system at once, so the figure counts memory in use, as
+    "allocated" does on an accelerator.
     """
     before = os.environ.get('MALLOC_MMAP_THRESHOLD_')
-    os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'  # read when a process starts
+    os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'  # glibc reads it when a process starts
     try:
         with multiprocessing.get_context('spawn').Pool(1) as pool:
             return pool.apply(_peak_memory_cpu, (name, mode, batch_size, img_size, precision, torch.get_num_threads()))
@@ -177,9 +167,9 @@ def _peak_memory_cpu(
         return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
 
     call = work(model, mode, False, images, precision)
-    call()  # what stays is made in the first one: the optimizer's state
+    call()  # the first step allocates the optimizer's state
     before = kilobytes('VmRSS')
-    reset.write_text('5')  # the peak begins anew
+    reset.write_text('5')  # resets the peak
     call()
     return (kilobytes('VmHWM') - before) / 1024
 
@@ -198,7 +188,7 @@ def measure(
     memory: bool = True,
 ) -> list[Row]:
     """Time all models in turn, `rounds` times; each turn takes about `seconds`."""
-    torch.compiler.reset()  # every model is compiled anew, or torch takes all for one that changes
+    torch.compiler.reset()  # or torch takes all models for one that changes, and gives up
     images = torch.randn(batch_size, 3, img_size, img_size, device=device)
     works: dict[str, Callable[[], None]] = {}
     sizes: dict[str, tuple[int, float, float]] = {}
@@ -208,9 +198,9 @@ def measure(
         call = work(build(name, img_size), mode, compiled, images, precision)
         try:
             call()
-            _synchronize(device)
+            synchronize(device)
         except torch.OutOfMemoryError:
-            console().print(f'{name}: {mode} at batch {batch_size} does not fit into the device: left out')
+            console().print(f'{name}: {mode} at batch size {batch_size} does not fit on the device: skipped')
             continue
         works[name] = call
         peaks[name] = None
@@ -222,7 +212,14 @@ def measure(
         elif memory and device.type == 'cpu' and not compiled:
             peaks[name] = peak_memory_cpu(name, mode, batch_size, img_size, precision)
 
-    require([(baseline in works, f'the baseline {baseline} does not fit into the device at batch {batch_size}')])
+    require(
+        [
+            (
+                baseline in works,
+                f'the baseline {baseline} does not fit on the device at batch size {batch_size}; choose a smaller one',
+            )
+        ]
+    )
     speeds = interleave(works, batch_size, rounds, seconds, device)
 
     rows = []
@@ -256,64 +253,7 @@ def measure(
     return rows
 
 
-def interleave(
-    works: dict[str, Callable[[], None]],
-    batch_size: int,
-    rounds: int,
-    seconds: float,
-    device: torch.device = torch.device('cpu'),
-) -> dict[str, list[float]]:
-    """Images per second of each work, which does `batch_size` of them, in every round; all have a turn in a round.
-
-    A turn takes about `seconds`. Each work should have run before.
-    """
-    speeds: dict[str, list[float]] = {name: [] for name in works}
-    repeats: dict[str, int] = {}
-    for name, call in works.items():
-        begun = time.perf_counter()
-        call()
-        _synchronize(device)
-        repeats[name] = max(1, round(seconds / (time.perf_counter() - begun)))
-    for _ in range(rounds):
-        for name, call in works.items():
-            begun = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            _synchronize(device)
-            speeds[name].append(repeats[name] * batch_size / (time.perf_counter() - begun))
-    return speeds
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, as other allocators do, instead of giving it back to the system at once.
-
-    Which model's memory it gives back in every pass and which one's not is a matter of the order of allocations; the
-    pages that have to be had again cost up to a twentieth of the time. Nothing where there is no glibc.
-    """
-    if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-
-
-def spread(values: list[float]) -> tuple[float, float, float]:
-    """Median and quartiles."""
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method='inclusive')
-    return middle, low, high
-
-
-def device_name(device: torch.device) -> str:
-    """The chip's name."""
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    info = Path('/proc/cpuinfo')
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), platform.processor())
-    return name if device.type == 'cpu' else device.type
-
-
-TOP1 = {  # ImageNet at 224², trained on it alone: ours by the release; resnet50 and mobilenetv2 by its recipe
+TOP1 = {  # ImageNet top-1 at 224² without other data: T2T-ViT, resnet50 and mobilenetv2 as its authors trained them
     't2t_vit_7': 71.7,
     't2t_vit_10': 75.2,
     't2t_vit_12': 76.5,
@@ -329,7 +269,7 @@ TOP1 = {  # ImageNet at 224², trained on it alone: ours by the release; resnet5
     'resnet101': 79.9,
     'mobilenetv2_100': 72.8,  # the paper, Table 2
 }
-PEERS = [  # ours, and what users would take instead
+PEERS = [  # our models, and those that users would choose instead
     't2t_vit_7',
     't2t_vit_14',
     't2t_vit_t_14',
@@ -356,33 +296,33 @@ def bench(
     memory: bool = True,
     output: str | None = None,
 ) -> list[Row]:
-    """Compare models in speed, memory and size: one process, interleaved rounds, the ratio to a baseline.
+    """Compare the speed, memory and size of models, as ratios to a baseline.
 
     Args:
-        models: Names that timm knows, or FILE.py:FUNCTION, a function of img_size that gives a model; by default
-            three of ours and the models one would take instead.
-        baseline: The model that ratios are to; it is timed along.
-        modes: infer and train (forward, backward, AdamW).
-        compiled: Whether through torch.compile; [false,true] for both.
+        models: timm model names, or FILE.py:FUNCTION, a function of img_size that returns a model; by default three
+            T2T-ViTs and the models that users would choose instead.
+        baseline: Model that the ratios refer to; it is timed too.
+        modes: infer (forward), train (forward, backward, AdamW), or both.
+        compiled: Use torch.compile; [false,true] measures both.
         precision: float32, or autocast to bf16 or fp16.
-        batch_size: Images at once.
-        img_sizes: Pixels; several for a curve.
+        batch_size: Images per batch.
+        img_sizes: Image sizes in pixels; several give a curve.
         device: cpu, cuda, mps or auto.
-        threads: Threads on a CPU; torch's own choice by default.
-        rounds: How often every model is timed.
-        seconds: How long each turn takes.
-        memory: Measure peak memory too; on a CPU in a process of its own for each model.
-        output: Folder for bench.csv and README.md; none by default.
+        threads: CPU threads; PyTorch chooses by default.
+        rounds: Number of times that every model is timed.
+        seconds: Duration of one turn.
+        memory: Measure peak memory too; on a CPU in a new process for each model.
+        output: Folder for bench.csv, README.md and plots; nothing is written by default.
     """
     names = [baseline, *(name for name in models or PEERS if name != baseline)]
     numbers = dict(batch_size=batch_size, rounds=rounds, threads=1 if threads is None else threads)
     require(
-        [(value >= 1, f'{name} is at least 1, got {value}') for name, value in numbers.items()]
-        + [(size >= 1, f'img_sizes are at least 1, got {size}') for size in img_sizes]
-        + [(seconds > 0, f'seconds is above 0, got {seconds}')]
+        [(value >= 1, f'{name} must be at least 1, got {value}') for name, value in numbers.items()]
+        + [(size >= 1, f'img_sizes must be at least 1, got {size}') for size in img_sizes]
+        + [(seconds > 0, f'seconds must be above 0, got {seconds}')]
     )
     for name in names:
-        build(name, img_sizes[0])  # says what is no model, before any is timed
+        build(name, img_sizes[0])  # reports an unknown model before any is timed
     if threads:
         torch.set_num_threads(threads)
     keep_freed_memory()
@@ -402,7 +342,7 @@ def bench(
 
 
 def as_table(rows: list[Row]) -> Table:
-    """Rows of one set of conditions, for a terminal."""
+    """Return a table for the terminal of rows with the same conditions."""
     first = rows[0]
     table = Table(title=conditions(first))
     for name in ('model', 'images/s', 'ratio', 'quartiles', 'memory MB', 'ratio', 'M params', 'GMAC', 'weights only'):
@@ -413,7 +353,7 @@ def as_table(rows: list[Row]) -> Table:
 
 
 def cells(row: Row) -> list[str]:
-    """A row's figures as they are shown."""
+    """Format the figures of a row."""
     return [
         row.model,
         f'{row.images_per_second:.1f}',
@@ -428,7 +368,7 @@ def cells(row: Row) -> list[str]:
 
 
 def conditions(row: Row) -> str:
-    """What a row's figures hold for."""
+    """Describe the conditions of a row."""
     return (
         f'{"training step" if row.mode == "train" else "inference"}, {"compiled" if row.compiled else "eager"}, '
         f'{row.precision}, batch {row.batch_size}, {row.img_size}², {row.device}, {row.threads} threads, '
@@ -437,10 +377,9 @@ def conditions(row: Row) -> str:
 
 
 def save(rows: list[Row], folder: Path) -> None:
-    """bench.csv with everything, README.md with a table for each set of conditions, and pictures.
+    """Write bench.csv with all figures, README.md with a table per set of conditions, and a plot.
 
-    Inference over several image sizes is drawn as curves (sizes.png); at one size, models whose top-1 is known are
-    set against it (speed.png).
+    Several image sizes give curves of inference (sizes.png); one size gives speed against published top-1 (speed.png).
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / 'bench.csv').open('w', newline='') as file:
@@ -466,7 +405,7 @@ def save(rows: list[Row], folder: Path) -> None:
         for row in alike
     }
     if len(curves[first.model]) > 1:
-        (folder / 'speed.png').unlink(missing_ok=True)  # of the first size alone
+        (folder / 'speed.png').unlink(missing_ok=True)  # drawn when only the first size was done
         plot_sizes(curves, conditions(first).replace(f', {first.img_size}²', ''), folder / 'sizes.png')
     elif known := {row.model: (row.images_per_second, TOP1[row.model]) for row in alike if row.model in TOP1}:
         plot_speed(known, list(VARIANTS), conditions(first), folder / 'speed.png')
