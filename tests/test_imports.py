@@ -1,6 +1,7 @@
-"""The package's order: who may import whom, that each module stands alone, and that none grows long."""
+"""Check the direction of imports, that every module imports on its own without warnings, and that none is too long."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,128 +12,84 @@ import pytest
 import t2t_vit
 
 ROOT = Path(t2t_vit.__file__).parent
-LAYERS = [  # a module imports from those above it only
-    [
-        'settings',
-        'console',
-        'plots',
-        'models.recompute',
-        'models.positions',
-        'models.own',
-        'models.pyramid',
-        'reproduce.mobilenet',
-        'models.kernels',
-    ],
-    ['models.soft_split'],
-    ['models.fused'],
-    ['data.errors', 'data.augment', 'models.tokens'],
-    ['data.decode'],
-    ['data.sources', 'data.preprocessing'],
-    ['data.batches'],
-    ['data.images'],
-    ['data'],
-    ['models.blocks', 'models.checkpoints'],
-    ['models.t2t_vit'],
-    ['models.listing'],
-    ['trained', 'results', 'look.attention'],
-    ['benchmark', 'evaluate', 'hub', 'look.trace', 'look.opened'],
-    ['look.features', 'look.gradients', 'export.metadata', 'export.archive', 'export.images', 'export.graph'],
-    ['look.draw', 'look.report', 'export.runtime'],
-    ['export', 'export.formats', 'export.int8', 'export.check'],
-    ['export.command', 'predict'],
-    ['look.visualize'],
-    ['train.config', 'train.state', 'train.token_labels'],
-    ['train.teacher', 'train.log'],
-    ['train.tasks'],
-    ['train.build', 'train.plan'],
-    ['train.loop', 'reproduce.structures'],
-    ['reproduce.arms'],
-    ['reproduce.runs', 'reproduce.verdicts'],
-    ['reproduce.report'],
-    ['reproduce.command', 'explore.seen'],
-    ['explore.views', 'explore.uploads'],
-    ['explore.page'],
-    ['explore.command'],
-    ['cli'],
+LAYERS = [  # a module imports from its own layer and the layers above it; modules not listed here are tools
+    {'settings', 'options', 'custom', 'console', 'plots', 'timing'},
+    {'models', 'fast', 'data'},
+    {'train', 'look', 'evaluate', 'metrics', 'classes', 'export', 'trained', 'results', 'hub'},
+    {'tools'},
+    {'cli', '__main__'},
 ]
-ABOVE_ALL = 't2t_vit'  # for __version__, which the package sets before it imports anything
-LONGEST = 600  # lines
-PACKAGES = ['data', 'export']  # whose __init__ imports
-MODULES = sorted(
-    [
-        *PACKAGES,
-        *(
-            str(file.relative_to(ROOT).with_suffix('')).replace('/', '.')
-            for file in ROOT.rglob('*.py')
-            if file.name != '__init__.py'
-        ),
-    ]
-)
+MAX_LINES = 620
+FILES = {
+    '.'.join(file.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__'): file
+    for file in sorted(ROOT.rglob('*.py'))
+}
+del FILES['__init__']  # the package itself, which every module may import for its version
 
 
-def imported(module: str) -> Iterator[str]:
-    """What a module imports, inside functions too; from its own package without the package's name."""
-    file = ROOT / module.replace('.', '/')
-    package = ['t2t_vit', *module.split('.')[: None if module in PACKAGES else -1]]
-    file = file / '__init__.py' if module in PACKAGES else file.with_suffix('.py')
-    for node in ast.walk(ast.parse(file.read_text())):
+def imports(module: str) -> Iterator[str]:
+    """Yield the absolute names that a module imports, inside functions too; without the prefix `t2t_vit.`."""
+    parts = ['t2t_vit', *module.split('.')]
+    package = parts if FILES[module].name == '__init__.py' else parts[:-1]
+    for node in ast.walk(ast.parse(FILES[module].read_text(encoding='utf-8'))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from (alias.name.removeprefix('t2t_vit.') for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             parents = package[: len(package) + 1 - node.level] if node.level else []
             base = '.'.join([*parents, *([node.module] if node.module else [])])
             for alias in node.names:
-                whole = f'{base}.{alias.name}'.removeprefix('t2t_vit.')
-                yield whole if whole in MODULES else base.removeprefix('t2t_vit.')
+                name = f'{base}.{alias.name}'.removeprefix('t2t_vit.')
+                yield name if name in FILES else base.removeprefix('t2t_vit.')
 
 
-def test_every_module_has_its_layer():
-    assert sorted(module for layer in LAYERS for module in layer) == MODULES
+def layer(module: str) -> int:
+    """Return the index of a module's layer."""
+    top = module.split('.')[0]
+    return next((i for i, names in enumerate(LAYERS) if top in names), 3)
 
 
-@pytest.mark.parametrize('module', MODULES)
-def test_imports_go_one_way(module):
-    place = next(i for i, layer in enumerate(LAYERS) if module in layer)
-    allowed = {name for layer in LAYERS[:place] for name in layer}
-    own = {name for name in imported(module) if name in MODULES or name.startswith('t2t_vit')}
-    assert own - {ABOVE_ALL} <= allowed
+GRAPH = {module: {name for name in imports(module) if name in FILES and name != module} for module in FILES}
 
 
-def test_nothing_imports_tests_and_nothing_is_called_utils():
-    names = {name.split('.')[0] for module in MODULES for name in imported(module)}
-    assert not names & {'tests', 'conftest', 'reference'}
-    assert not [module for module in MODULES if 'util' in module]
+@pytest.mark.parametrize('module', FILES)
+def test_module_imports_only_its_own_layer_and_those_above(module):
+    assert not {name for name in GRAPH[module] if layer(name) > layer(module)}
 
 
-def test_the_command_line_alone_imports_little():
-    """Each command is imported when it is called."""
-    assert {name for name in imported('cli') if name in MODULES} == {
-        'settings',
-        'train.config',
-        'train.loop',
-        'train.state',
-    }
+def test_imports_have_no_cycle():
+    graphlib.TopologicalSorter(GRAPH).prepare()  # raises CycleError with the modules of the cycle
 
 
-@pytest.mark.parametrize('file', sorted(ROOT.rglob('*.py')), ids=lambda file: str(file.relative_to(ROOT)))
-def test_no_file_is_long(file):
-    assert len(file.read_text().splitlines()) <= LONGEST
+def test_package_does_not_import_tests_and_has_no_utils():
+    assert not {name.split('.')[0] for module in FILES for name in imports(module)} & {'tests', 'conftest', 'reference'}
+    assert not [module for module in FILES if 'util' in module]
+
+
+def test_command_line_imports_commands_only_when_called():
+    top_level = ast.parse(FILES['cli'].read_text(encoding='utf-8')).body
+    modules = {node.module.split('.')[0] for node in top_level if isinstance(node, ast.ImportFrom) and node.module}
+    assert not modules & {'predict', 'hub', 'benchmark', 'explore', 'reproduce', 'export', 'look'}
+
+
+@pytest.mark.parametrize('module', FILES)
+def test_no_file_is_long(module):
+    assert len(FILES[module].read_text(encoding='utf-8').splitlines()) <= MAX_LINES
 
 
 def test_every_module_imports_first_and_without_warnings():
-    """Each in a fresh interpreter would take minutes: a cycle shows where none of the others is there yet."""
+    """Import each module with none of the package loaded; a fresh interpreter for each would take minutes."""
     check = '\n'.join(
         (
             'import importlib, sys, warnings',
             'import accelerate, gradio, jsonargparse, matplotlib.figure, pyarrow, timm, torchmetrics  # their warnings',
             'warnings.simplefilter("error")',
-            'warnings.simplefilter("ignore", ResourceWarning)  # torch 2.6 leaves a folder behind at exit',
+            'warnings.simplefilter("ignore", ResourceWarning)  # torch 2.6 leaves a folder open at exit',
             'for name in sys.argv[1:]:',
             '    for loaded in [key for key in sys.modules if key.startswith("t2t_vit")]:',
             '        del sys.modules[loaded]',
             '    importlib.import_module(f"t2t_vit.{name}")',
         )
     )
-    arguments: list[str] = [sys.executable, '-c', check, *MODULES]
+    arguments = [sys.executable, '-c', check, *(name for name in FILES if name != '__main__')]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=280)
     assert (done.returncode, done.stderr) == (0, '')
