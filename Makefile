@@ -17,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/digits-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: quickstart test test-browser load test-timm test-export test-oldest torture fuzz docs clean
+.PHONY: quickstart lint test test-browser load test-timm test-export test-oldest torture fuzz docs clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -36,12 +36,15 @@ quickstart: $(VENV)/.package
 	$(BIN)/t2t-vit eval --checkpoint $(RUN)
 	$(BIN)/t2t-vit predict digits --checkpoint $(RUN) --top_k 3 --picture $(RUN)/predictions.png
 
-# exported files apart: a process that had loaded their three runtimes ended without a word in the test behind them
-test: $(VENV)/.tests
+# the checks of .pre-commit-config.yaml, on every file
+lint: $(VENV)/.tests
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/codespell
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist worksteal --ignore tests/export
-	$(BIN)/pytest -n 2 --dist worksteal tests/export
+
+test: lint
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-timm: $(VENV)/.tests
 	cd tests/models && $(abspath $(BIN))/python timm_suite.py --every -n 2

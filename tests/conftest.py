@@ -1,4 +1,4 @@
-"""Small data and one trained run, made once for all tests that use them."""
+"""Provide small datasets and one trained run, shared by all tests."""
 
 import os
 
@@ -31,20 +31,11 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
     torch.set_num_threads(1)
 
 CLASSES = ['flower', 'roof', 'sky']
-LONGEST = [
-    'test_timms_own_tests_pass',
-    'test_quickstart',
-    'test_one_of_two_workers_lost',
-    'test_every_command',
-    'test_a_killed_comparison_goes_on',
-    'test_rows_hold_speed_ratio_memory_and_conditions',
-    'test_a_slice_of_it',
-]  # about a minute and more
 SMALLER = {'depth': 1, 'token_dim': 16}
 
 
 def crops() -> Iterator[tuple[str, str, Image.Image]]:
-    """Split, class and crop: eight a class to train on and four to validate, not all of one size."""
+    """Yield split, class name and crop: per class eight to train on and four to validate, of three sizes."""
     china, flower = load_sample_images().images
     areas = {'flower': flower[100:340, 200:520], 'roof': china[180:420, 100:600], 'sky': china[:120, :640]}
     chance = np.random.default_rng(0)
@@ -57,7 +48,7 @@ def crops() -> Iterator[tuple[str, str, Image.Image]]:
 
 @pytest.fixture(scope='session')
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train/ and val/ of three class folders; read only."""
+    """Return a folder with train/ and val/ of three class folders; read-only."""
     root = tmp_path_factory.mktemp('photos')
     for i, (split, name, image) in enumerate(crops()):
         (root / split / name).mkdir(parents=True, exist_ok=True)
@@ -66,7 +57,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_parquet(file: Path, images: list[bytes], labels: list[object], names: list[str]) -> None:
-    """As the Hub has it; without names, without its metadata."""
+    """Write a Parquet file as the Hugging Face Hub does; without class names, leave out its metadata."""
     table = pa.table({'image': [{'bytes': image, 'path': None} for image in images], 'label': labels})
     features = {'image': {'_type': 'Image'}, 'label': {'names': names, '_type': 'ClassLabel'}}
     metadata = {'huggingface': json.dumps({'info': {'features': features}})} if names else {}
@@ -75,7 +66,7 @@ def write_parquet(file: Path, images: list[bytes], labels: list[object], names: 
 
 @pytest.fixture(scope='session')
 def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same photos as a Parquet file a split; read only."""
+    """Return a folder with the same photos, one Parquet file per split; read-only."""
     root = tmp_path_factory.mktemp('parquet')
     for split, file in (('train', 'train-00000-of-00001.parquet'), ('val', 'validation-00000-of-00001.parquet')):
         images, labels = [], []
@@ -88,30 +79,30 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl."""
+    """Read the lines of a metrics.jsonl."""
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def digits_config(**changes: object) -> Config:
-    """The quick start's recipe for two epochs of five steps and a smaller model; with changes by dotted names."""
+    """Return the quick start's recipe with two epochs of five steps and a smaller model; `changes` has dotted keys."""
     small = {'epochs': 2, 'batch_size': 256, 'optimizer.warmup_epochs': 1, 'model_args': SMALLER, **changes}
     return resolve(Config, read_settings(recipes()['digits']) + [(key, key, value) for key, value in small.items()])
 
 
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than the runs of most tests; `digits_run` has its curves."""
+    """Skip drawing the curves, which takes longer than most training runs of the tests."""
     monkeypatch.setattr(loop, 'plot_curves', lambda records, file: None)
 
 
 @pytest.fixture(scope='session')
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a short run on the digits; read only."""
+    """Return the folder of a short training run on the digits; read-only."""
     folder = tmp_path_factory.mktemp('runs') / 'digits'
     train(digits_config(output=str(folder)))
     return folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that no worker is left alone with one at the end."""
-    items.sort(key=lambda item: LONGEST.index(item.name) if item.name in LONGEST else len(LONGEST))
+    """Start tests with a `timeout` marker first: they are the longest, and no worker should end alone with one."""
+    items.sort(key=lambda item: item.get_closest_marker('timeout') is None)
