@@ -30,7 +30,7 @@ from t2t_vit.data import Augment, DiskBatches, MemoryBatches, Preprocessing, Sou
 from t2t_vit.data.batches import images_per_second
 from t2t_vit.timing import device_name
 
-CIFAR = dict(auto_augment=None, erase=0.0, scale=(1.0, 1.0), pad=4)  # pad, crop and mirror, nothing else
+CIFAR = dict(aa=None, reprob=0.0, scale=(1.0, 1.0), pad=4)  # pad, crop and mirror, nothing else
 Loader = Callable[[float], float]  # seconds -> images per second
 
 
@@ -69,13 +69,13 @@ def by_timm(source: Source, preprocessing: Preprocessing, batch_size: int, augme
         batch_size,
         is_training=True,
         use_prefetcher=False,
-        re_prob=augment.erase,
-        re_mode=augment.erase_mode,
+        re_prob=augment.reprob,
+        re_mode=augment.remode,
         scale=augment.scale,
         ratio=augment.ratio,
         hflip=augment.hflip,
         color_jitter=augment.color_jitter,
-        auto_augment=augment.auto_augment,
+        auto_augment=augment.aa,
         interpolation=augment.interpolation,
         mean=preprocessing.mean,
         std=preprocessing.std,

@@ -23,9 +23,9 @@ if not torch.cuda.is_available():  # before Triton reads it: test_fused.py runs 
     os.environ['TRITON_INTERPRET'] = '1'
 
 from t2t_vit.settings import read_settings, recipes, resolve
-from t2t_vit.train import loop
+from t2t_vit.train import run
 from t2t_vit.train.config import Config
-from t2t_vit.train.loop import train
+from t2t_vit.train.run import train
 
 if 'PYTEST_XDIST_WORKER' in os.environ:
     torch.set_num_threads(1)
@@ -92,7 +92,7 @@ def digits_config(**changes: object) -> Config:
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip drawing the curves, which takes longer than most training runs of the tests."""
-    monkeypatch.setattr(loop, 'plot_curves', lambda records, file: None)
+    monkeypatch.setattr(run, 'plot_curves', lambda records, file: None)
 
 
 @pytest.fixture(scope='session')

@@ -172,7 +172,7 @@ def test_a_loss_that_is_not_finite(run, tmp_path):
         1e30,
         '--model_args.depth',
         1,
-        '--max_skips',
+        '--max_skipped_steps',
         3,
     ]
     code, _, errors = run('train', '--recipe', 'digits', '--output', tmp_path, *argv)

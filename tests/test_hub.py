@@ -23,7 +23,7 @@ from t2t_vit import cli, hub
 from t2t_vit.hub import Card, from_pretrained, licence_of, public, save_pretrained
 from t2t_vit.models.checkpoints import CheckpointError
 from t2t_vit.settings import UsageError, flatten
-from t2t_vit.train.loop import train
+from t2t_vit.train.run import train
 from t2t_vit.train.state import read_state, saved_states
 
 SHORT = {'epochs': 1, 'optimizer.warmup_epochs': 0}
@@ -124,7 +124,7 @@ def test_the_card_of_a_run(trained):
     ):
         assert said in card.text
     recipe = yaml.safe_load(re.search(r'```yaml\n(.*?)```', card.text, re.DOTALL)[1])
-    assert recipe['model'] == 't2t_vit_4_16' and recipe['augment']['auto_augment'] is None
+    assert recipe['model'] == 't2t_vit_4_16' and recipe['augment']['aa'] is None
     assert str(trained[0].parent) not in card.text and 'output' not in recipe
 
 

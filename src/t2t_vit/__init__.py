@@ -1,6 +1,6 @@
 """T2T-ViT for today's PyTorch and timm. Importing it registers the models: `timm.create_model('t2t_vit_14')`."""
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 from .models.blocks import Block
 from .models.checkpoints import CheckpointError, convert_state_dict, load_weights

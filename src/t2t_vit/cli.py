@@ -9,7 +9,7 @@ from typing import Any
 from . import __version__
 
 COMMANDS = {  # what it is for, where its function stands
-    'train': ('train a model, from scratch or from weights', 'train.loop:train'),
+    'train': ('train a model, from scratch or from weights', 'train.run:train'),
     'eval': ('score a trained model on labelled images', 'evaluate:evaluate'),
     'predict': ('name what is in images', 'predict:predict'),
     'embed': ('turn images into vectors', 'predict:embed'),
@@ -166,8 +166,8 @@ def train(argv: list[str]) -> int:
         print(config.to_yaml(), end='')
         return 0
 
-    from .train.loop import Interrupted
-    from .train.loop import train as run
+    from .train.run import train as run
+    from .train.signals import Interrupted
 
     try:
         run(config, special.get('resume'), 'dry_run' in special)

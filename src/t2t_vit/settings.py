@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import is_dataclass
@@ -169,6 +170,16 @@ def nest(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     return tree
 
 
+def use_new_name(setting: Setting, renamed: dict[str, str]) -> Setting:
+    """Replace the old name of a setting, with a warning on stderr."""
+    place, key, value = setting
+    if key not in renamed:
+        return setting
+    text = f'{place[:200]}: {key} is now {renamed[key]}; the old name will be removed'
+    print(f't2t-vit: warning: {text}', file=sys.stderr)
+    return place, renamed[key], value
+
+
 def resolve(kind: type[T], settings: Sequence[Setting], problems: Sequence[str] = ()) -> T:
     """A `kind` with these settings, later ones over earlier ones, and its defaults for the rest.
 
@@ -199,6 +210,7 @@ def resolve(kind: type[T], settings: Sequence[Setting], problems: Sequence[str] 
         return ''
 
     problems = list(problems)
+    settings = [use_new_name(setting, getattr(kind, 'RENAMED', {})) for setting in settings]
     settings = [(place, key, 'null' if value is None else value) for place, key, value in settings]  # type-checked so
     try:
         if any(name.startswith(f'{key}.') for _, key, _ in settings for name in known):

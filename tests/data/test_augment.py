@@ -27,8 +27,8 @@ from t2t_vit.data.augment import (
     resample,
 )
 
-PLAIN = dict(auto_augment=None, mixup=0.0, cutmix=0.0)
-STILL = Augment(**PLAIN, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, erase=0.0)
+PLAIN = dict(aa=None, mixup=0.0, cutmix=0.0)
+STILL = Augment(**PLAIN, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, reprob=0.0)
 
 
 def images_and_chances(count: int = 4, rows: int = 9, cols: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,7 +72,7 @@ def test_crop_keeps_to_the_image_and_to_its_share():
 @pytest.mark.parametrize('mode', ['pixel', 'rand', 'const'])
 def test_erased_share(mode):
     images, chances = torch.full((2000, 1, 32, 32), 7.0), images_and_chances(2000)[1]
-    erased = erase(images, Augment(erase=0.25, erase_mode=mode), chances) != 7
+    erased = erase(images, Augment(reprob=0.25, remode=mode), chances) != 7
     touched = erased.flatten(1).any(1)
     shares = erased[touched].float().flatten(1).mean(1)
     assert abs(touched.float().mean() - 0.25) < 0.03
@@ -86,7 +86,7 @@ def test_erasing_nothing_is_the_image():
 
 def test_boxes_say_what_is_seen():
     """On an image whose two channels hold their places."""
-    size, augment = 64, Augment(**PLAIN, scale=(0.1, 0.5), pad=6, erase=0.0)
+    size, augment = 64, Augment(**PLAIN, scale=(0.1, 0.5), pad=6, reprob=0.0)
     place = (torch.arange(size) + 0.5) / size
     images = torch.stack([place[:, None].expand(size, size), place.expand(size, size)]).expand(200, 2, size, size)
     u = torch.rand(200, 12, generator=torch.Generator().manual_seed(0))
@@ -230,13 +230,13 @@ def test_jitter_is_that_of_torchvision():
 
 def test_policies_for_single_images_only():
     assert [
-        in_memory(Augment(auto_augment=policy))
+        in_memory(Augment(aa=policy))
         for policy in (None, 'rand-m9-mstd0.5-inc1', 'rand-m9-tweights', 'rand-m9-t3a', 'v0', 'augmix-m3')
     ] == [True, True, True, False, False, False]
 
 
 @pytest.mark.parametrize('channels', [1, 3])
-@pytest.mark.parametrize('changes', [{}, dict(auto_augment=None, color_jitter=0.4, pad=4)], ids=['rand', 'jitter'])
+@pytest.mark.parametrize('changes', [{}, dict(aa=None, color_jitter=0.4, pad=4)], ids=['rand', 'jitter'])
 def test_an_image_does_not_depend_on_its_batch(channels, changes):
     images = tensor_of(PICTURES if channels == 3 else GREYS).byte()
     mean, std = torch.full((2, 1, channels, 1, 1), 99.0)

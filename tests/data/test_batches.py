@@ -30,8 +30,8 @@ from t2t_vit.data.preprocessing import TrainTransform
 
 SMALL = Preprocessing((32, 32), 3, (0.5,) * 3, (0.25,) * 3)
 GREY = Preprocessing((16, 16), 1, (0.3,), (0.4,), crop_pct=1.0)
-PLAIN = dict(auto_augment=None, mixup=0.0, cutmix=0.0)
-STILL = Augment(**PLAIN, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, erase=0.0)
+PLAIN = dict(aa=None, mixup=0.0, cutmix=0.0)
+STILL = Augment(**PLAIN, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, reprob=0.0)
 
 
 def same(found: list[Batch], expected: list[Batch]) -> bool:
@@ -60,7 +60,7 @@ def damaged(photos: Path, tmp_path: Path) -> tuple[Folder, list[str]]:
 
 
 def batches_of(photos: Path, workers: int = 0, **changes: object) -> DiskBatches:
-    augment = Augment(**{'auto_augment': 'rand-m9-mstd0.5-inc1', **changes})
+    augment = Augment(**{'aa': 'rand-m9-mstd0.5-inc1', **changes})
     return DiskBatches(open_source(str(photos), 'train'), SMALL, 7, augment, workers, seed=5)
 
 
@@ -162,9 +162,9 @@ def test_only_damaged_images(tmp_path, loader):
 @pytest.mark.parametrize(
     'augment, memory, message',
     [
-        (Augment(auto_augment='augmix-m3'), True, 'auto_augment augmix-m3 has operations for single images only'),
-        (Augment(auto_augment='rand-m9-t3a'), True, 'auto_augment rand-m9-t3a has operations for single images only'),
-        (Augment(auto_augment='v0', rotate=5.0), None, 'rotate works on sets held in memory only'),
+        (Augment(aa='augmix-m3'), True, 'aa augmix-m3 has operations for single images only'),
+        (Augment(aa='rand-m9-t3a'), True, 'aa rand-m9-t3a has operations for single images only'),
+        (Augment(aa='v0', rotate=5.0), None, 'rotate works on sets held in memory only'),
         (Augment(**PLAIN, rotate=5.0), False, 'rotate works on sets held in memory only'),
     ],
 )
@@ -179,7 +179,7 @@ def test_augmentation_that_a_loader_does_not_have(photos, augment, memory, messa
         (64, None, MemoryBatches),
         (64, Augment(**PLAIN), MemoryBatches),
         (64, Augment(), MemoryBatches),
-        (64, Augment(auto_augment='v0'), DiskBatches),
+        (64, Augment(aa='v0'), DiskBatches),
         (65, None, DiskBatches),
         (32, None, MemoryBatches),
         (32, Augment(), DiskBatches),
@@ -218,7 +218,7 @@ def test_one_image_is_transformed_as_timm_does_it(photos):
         ratio=augment.ratio,
         hflip=0.5,
         color_jitter=0,
-        auto_augment=augment.auto_augment,
+        auto_augment=augment.aa,
         interpolation='random',
         re_prob=0.25,
         re_mode='pixel',
@@ -247,7 +247,7 @@ class Places:
 @pytest.mark.parametrize('loader', [DiskBatches, MemoryBatches])
 @pytest.mark.parametrize(
     'augment, crop_mode',
-    [(Augment(**PLAIN, erase=0.0, pad=4), ''), (None, 'center'), (None, 'squash'), (None, 'border')],
+    [(Augment(**PLAIN, reprob=0.0, pad=4), ''), (None, 'center'), (None, 'squash'), (None, 'border')],
 )
 def test_boxes_are_what_is_seen(loader, augment, crop_mode):
     """Read off the pixels in the middle, to 2 % of the image."""
@@ -268,7 +268,7 @@ def test_boxes_are_what_is_seen(loader, augment, crop_mode):
 @pytest.mark.parametrize('loader', [DiskBatches, MemoryBatches])
 def test_processes_share_every_step(photos, loader):
     """One process with batches of eight, two with four, four with two: the same images, augmented the same."""
-    source, augment = open_source(str(photos), 'train'), Augment(erase=0.5, pad=2)
+    source, augment = open_source(str(photos), 'train'), Augment(reprob=0.5, pad=2)
     (whole,), *parts = (
         [
             list(loader(source, SMALL, 8 // world, augment, 0, 5, rank=rank, world=world).epoch(1, start=1))
@@ -359,7 +359,7 @@ class Fields:
 
 
 @pytest.mark.parametrize('memory', [False, True])
-@pytest.mark.parametrize('augment', [None, Augment(**PLAIN, erase=0.0)], ids=['val', 'train'])
+@pytest.mark.parametrize('augment', [None, Augment(**PLAIN, reprob=0.0)], ids=['val', 'train'])
 def test_images_of_five_bands_make_batches(memory, augment):
     preprocessing = Preprocessing((16, 16), 5, (0.0, 0.1, 0.2, 0.3, 0.4), (0.5,) * 5)
     batches = open_batches(Fields(), preprocessing, 4, augment, memory, workers=0)
@@ -370,9 +370,7 @@ def test_images_of_five_bands_make_batches(memory, augment):
 
 def test_colour_augmentation_of_bands_is_rejected():
     preprocessing = Preprocessing((16, 16), 5, (0.0,) * 5, (0.5,) * 5)
-    with pytest.raises(
-        DataError, match='auto_augment and augment.color_jitter need 1 or 3 channels, the images have 5'
-    ):
+    with pytest.raises(DataError, match='aa and augment.color_jitter need 1 or 3 channels, the images have 5'):
         open_batches(Fields(), preprocessing, 4, Augment(), None)
 
 

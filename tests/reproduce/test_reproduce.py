@@ -35,7 +35,7 @@ from t2t_vit.reproduce.runs import (
 from t2t_vit.reproduce.structures import PRINTED, ROWS, TOLERANCE, Structure, measure_structure
 from t2t_vit.reproduce.verdicts import CLOSE, FAILS, HOLDS, OPEN, Arm, Verdict, judge, overall, pooled, verdicts
 from t2t_vit.settings import UsageError
-from t2t_vit.train.loop import train
+from t2t_vit.train.run import train
 from t2t_vit.trained import load_model
 
 ROOT = Path(__file__).parents[2]

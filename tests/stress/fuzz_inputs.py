@@ -33,9 +33,9 @@ class Configs:
             'data.std',
             'data.workers',
             'augment.scale',
-            'augment.auto_augment',
+            'augment.aa',
             'augment.ratio',
-            'augment.erase',
+            'augment.reprob',
             'optimizer.name',
             'optimizer.lr',
             'optimizer.frozen',
@@ -61,7 +61,7 @@ class Configs:
             'model_args.token_dim',
             'model_args.mlp_ratio',
             'ema_decay',
-            'accumulate',
+            'grad_accum_steps',
             'keep',
         ]
         self.texts = [
@@ -138,7 +138,7 @@ model_args: {depth: 3, embed_dim: 64, num_heads: 2, mlp_ratio: 2, splits: [[7, 4
              token_layer: performer, block: plain, drop_path_rate: 0.1, token_dim: 16}
 data: {root: digits, img_size: [64, 96], mean: [0.5, 0.5, 0.5], std: [0.2, 0.2, 0.2], crop_pct: 0.9, workers: 0,
        channels: 3}
-augment: {scale: [0.5, 1.0], ratio: [0.8, 1.2], hflip: 0.5, auto_augment: rand-m9-mstd0.5, erase: 0.1,
+augment: {scale: [0.5, 1.0], ratio: [0.8, 1.2], hflip: 0.5, aa: rand-m9-mstd0.5, reprob: 0.1,
           mixup: 0.1, pad: 2, rotate: 3}
 optimizer: {name: adamw, lr: 0.001, frozen: [norm.*], warmup_epochs: 2, layer_decay: 0.8, clip_grad: 1.0}
 objective: {kind: labels, teacher_size: [32, 32]}

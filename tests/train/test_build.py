@@ -10,21 +10,29 @@ from conftest import digits_config
 from t2t_vit.models.recompute import Recompute
 from t2t_vit.settings import UsageError
 from t2t_vit.train.build import build_optimizer, check_groups, parameter_groups
-from t2t_vit.train.loop import Run, train
 from t2t_vit.train.plan import plan
+from t2t_vit.train.run import train
+from t2t_vit.train.trainer import load
 
 
 def make(folder, **changes):
-    return Run(digits_config(output=str(folder), **changes), folder, None, Accelerator(cpu=True))
+    return load(digits_config(output=str(folder), **changes), folder, None, Accelerator(cpu=True))
 
 
 def test_frozen_parameters_stay_and_the_others_learn(tmp_path):
     run = make(tmp_path, **{'optimizer.frozen': ['norm.*', 'cls_token']})
-    before = {name: value.clone() for name, value in run.net.named_parameters()}
-    run.step(next(run.train_set.epoch()))
-    run.step(next(run.train_set.epoch()))
-    same = {name for name, value in run.net.named_parameters() if torch.equal(value, before[name])}
+    before = {name: value.clone() for name, value in run.parts.net.named_parameters()}
+    run.step(next(run.data.train.epoch()))
+    run.step(next(run.data.train.epoch()))
+    same = {name for name, value in run.parts.net.named_parameters() if torch.equal(value, before[name])}
     assert same == {'norm.weight', 'norm.bias', 'cls_token'}
+
+
+@pytest.mark.parametrize('args', [{'num_heads': 7}, {'block': 'x'}, {'num_heads': 0}])
+def test_build_rejects_impossible_model_args(tmp_path, args):
+    ((key, value),) = args.items()
+    with pytest.raises(UsageError, match=f't2t_vit_4_16 cannot be built with .*{key} {value}'):
+        make(tmp_path, **{f'model_args.{key}': value})
 
 
 def test_a_pattern_of_nothing_is_refused(tmp_path):
@@ -33,17 +41,17 @@ def test_a_pattern_of_nothing_is_refused(tmp_path):
 
 
 def test_the_body_learns_at_its_own_rate(tmp_path):
-    run = make(tmp_path, **{'optimizer.body_lr': 0.01})
-    rates = {id(p): group['lr_scale'] for group in run.groups for p in group['params']}
-    assert {name: rates[id(p)] for name, p in run.net.named_parameters()} == {
-        name: 1.0 if name.startswith('head.') else 0.01 for name, _ in run.net.named_parameters()
+    run = make(tmp_path, **{'optimizer.body_lr_scale': 0.01})
+    rates = {id(p): group['lr_scale'] for group in run.parts.groups for p in group['params']}
+    assert {name: rates[id(p)] for name, p in run.parts.net.named_parameters()} == {
+        name: 1.0 if name.startswith('head.') else 0.01 for name, _ in run.parts.net.named_parameters()
     }
 
 
 def test_what_has_no_decay(tmp_path):
     run = make(tmp_path)
-    decay = {id(p): group['weight_decay'] for group in run.groups for p in group['params']}
-    for name, p in run.net.named_parameters():
+    decay = {id(p): group['weight_decay'] for group in run.parts.groups for p in group['params']}
+    for name, p in run.parts.net.named_parameters():
         assert (decay[id(p)] == 0) == (p.ndim <= 1 or name == 'cls_token'), name
 
 
@@ -52,18 +60,18 @@ def test_transfer_as_the_release_does_it(tmp_path):
     run = make(
         tmp_path,
         **{
-            'optimizer.body_lr': 0.1,
+            'optimizer.body_lr_scale': 0.1,
             'optimizer.decay_all': True,
-            'optimizer.min_lr_alike': True,
+            'optimizer.same_min_lr': True,
             'optimizer.min_lr': 1e-4,
             'optimizer.warmup_epochs': 0,
         },
     )
-    groups = run.optimizer.param_groups
+    groups = run.parts.optimizer.param_groups
     assert {group['weight_decay'] for group in groups} == {0.05}
     rates = []
     for step in (0, 5, 10):  # of ten
-        run.schedule.step_update(step)
+        run.parts.schedule.step_update(step)
         rates.append(sorted({group['lr'] for group in groups}))
     assert rates == [pytest.approx([2e-4, 2e-3]), pytest.approx([1.5e-4, 1.05e-3]), pytest.approx([1e-4])]
 
@@ -78,24 +86,24 @@ def test_the_memory_of_teacher_and_images(tmp_path, digits_run, capsys):
 
 def test_a_parameter_in_no_group_or_in_two(tmp_path):
     run = make(tmp_path)
-    groups = parameter_groups(run.config, run.task)
+    groups = parameter_groups(run.config, run.parts.task)
     for wrong in (groups[:1], [*groups, groups[0]]):
         with pytest.raises(RuntimeError, match='every trainable parameter belongs to one group'):
-            check_groups(run.task, wrong)
+            check_groups(run.parts.task, wrong)
 
 
 def test_the_rate_follows_the_batch(tmp_path):
-    run = make(tmp_path, **{'optimizer.lr_batch': 512})  # of a batch of 256
-    optimizer = build_optimizer(run.config, parameter_groups(run.config, run.task))
+    run = make(tmp_path, **{'optimizer.lr_base_size': 512})  # of a batch of 256
+    optimizer = build_optimizer(run.config, parameter_groups(run.config, run.parts.task))
     assert optimizer.param_groups[0]['lr'] == pytest.approx(1e-3)
     assert any('lr 0.001 = 0.002 x 256 / 512' in line for line in plan(run))
 
 
 def test_the_plan_leaves_the_model_as_it_is(tmp_path):
     run = make(tmp_path, model='resnet10t', model_args={}, **{'data.img_size': 32})  # which has running statistics
-    before = {name: value.clone() for name, value in run.task.state_dict().items()}
+    before = {name: value.clone() for name, value in run.parts.task.state_dict().items()}
     plan(run)
-    assert all(torch.equal(value, before[name]) for name, value in run.task.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in run.parts.task.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -111,7 +119,7 @@ def test_the_plan_leaves_the_model_as_it_is(tmp_path):
 def test_how_far_the_average_reaches(tmp_path, decay, steps, last, advice):
     """After t steps t / (t + 9), up to the decay: over a ninth of the steps made, and its own in the paper's run."""
     run = make(tmp_path, ema_decay=decay)
-    assert run.ema.get_decay(steps) == pytest.approx(min(decay, (steps - 1) / (steps + 8)))
+    assert run.parts.ema.get_decay(steps) == pytest.approx(min(decay, (steps - 1) / (steps + 8)))
     run.total_steps = steps
     lines = [line for line in plan(run) if line.startswith(('average', 'warning'))]
     assert f'at the end over the last {last} steps' in lines[0]

@@ -9,7 +9,7 @@ from conftest import CLASSES
 
 from t2t_vit.settings import UsageError, read_settings, recipes, resolve
 from t2t_vit.train.config import Config
-from t2t_vit.train.loop import train
+from t2t_vit.train.run import train
 
 # so small that a step of each takes a second; what a recipe is about stays as it is
 SMOKE = {
@@ -21,7 +21,7 @@ SMOKE = {
     'data.workers': 0,
     'data.download': False,
     'optimizer.min_lr': 0.0,
-    'optimizer.lr_batch': None,
+    'optimizer.lr_base_size': None,
 }
 DENSE_GROUPS = {'t2t_vit_dense': [1, 1], 'vit_s_16_dense': [1, 1]}
 
@@ -108,7 +108,7 @@ def test_the_papers_rates():
     for key, (lr, decay) in rates.items():
         found = config(f'imagenet-{key}')
         assert (found.model, found.lr, found.optimizer.weight_decay) == (f't2t_vit_{key.replace("-", "_")}', lr, decay)
-        assert (found.total_epochs, found.batch_size, found.ema_decay) == (310, 512, 0.99996)
+        assert (found.epochs, found.batch_size, found.ema_decay) == (310, 512, 0.99996)
     assert config('imagenet-14', batch_size=1024).lr == 1e-3
 
 

@@ -16,13 +16,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALLER, digits_config
-from test_loop import SHORT, records, same_run
+from test_run import SHORT, records, same_run
 
 from t2t_vit.cli import main
 from t2t_vit.models.checkpoints import CheckpointError
-from t2t_vit.train.loop import RESTART, Diverged, train
+from t2t_vit.train.run import train
+from t2t_vit.train.signals import RESTART
 from t2t_vit.train.state import Position, load_state, save_state, saved_states
 from t2t_vit.train.tasks import Classify
+from t2t_vit.train.trainer import Diverged
 
 OPTIONS = [
     'train',
@@ -42,7 +44,7 @@ OPTIONS = [
 ]
 
 LOUD = ['--augment.mixup', '0.8', '--augment.cutmix', '1.0']  # each process draws for itself
-DISK = [*LOUD, '--data.memory', 'false', '--data.workers', '2', '--augment.rotate', '0', '--augment.erase', '0.25']
+DISK = [*LOUD, '--data.memory', 'false', '--data.workers', '2', '--augment.rotate', '0', '--augment.reprob', '0.25']
 QUIET = [
     '--epochs',
     '1',
@@ -54,7 +56,7 @@ QUIET = [
     '0',
 ]
 FORKS = multiprocessing.get_context('forkserver')  # a process that has imported torch, and forks: seconds a start
-FORKS.set_forkserver_preload(['pytest', 't2t_vit.train.loop'])
+FORKS.set_forkserver_preload(['pytest', 't2t_vit.train.run'])
 
 
 class Forked:
@@ -226,7 +228,7 @@ def test_preemption(unbroken, tmp_path):
     wait_for_step(tmp_path / 'run', 3, run)
     run.send_signal(signal.SIGUSR1)
     output, _ = run.communicate(timeout=60)
-    assert run.returncode == RESTART and 'go on with --resume' in output and 'Traceback' not in output
+    assert run.returncode == RESTART and 'continue with --resume' in output and 'Traceback' not in output
     finish(start(tmp_path / 'run'))
     assert same_run(tmp_path / 'run', unbroken)
 
@@ -300,7 +302,7 @@ def spoil(monkeypatch, steps):
 
 def test_a_step_without_a_finite_gradient_is_left_out(tmp_path, monkeypatch, capsys):
     spoil(monkeypatch, {2, 3, 5})
-    record = train(digits_config(output=str(tmp_path), max_skips=3, **SHORT))
+    record = train(digits_config(output=str(tmp_path), max_skipped_steps=3, **SHORT))
     assert record['skipped'] == 3 and record['train_loss'] < 3
     assert '3 steps left out' in capsys.readouterr().out
     model = load_state(tmp_path / 'checkpoints')[0]['model']
@@ -310,7 +312,7 @@ def test_a_step_without_a_finite_gradient_is_left_out(tmp_path, monkeypatch, cap
 def test_too_many_of_them_stop_the_run(tmp_path, monkeypatch):
     spoil(monkeypatch, range(7, 99))
     with pytest.raises(Diverged, match='not finite in 3 steps in a row, the last of them step 4 of epoch 2 .*nan'):
-        train(digits_config(output=str(tmp_path), max_skips=3))
+        train(digits_config(output=str(tmp_path), max_skipped_steps=3))
     assert load_state(tmp_path / 'checkpoints')[0]['position']['epoch'] == 1
 
 

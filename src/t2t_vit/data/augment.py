@@ -27,14 +27,15 @@ class Augment:
         pad: Black pixels put around the image at the model's size, from which a window of that size is cut.
         hflip: Chance of a mirror image; 0 for digits and letters.
         rotate: Largest random rotation, degrees either way (small sets held in memory only).
-        color_jitter: Strength of brightness, contrast and saturation jitter (not with auto_augment).
-        auto_augment: timm's policy, as rand-m9-mstd0.5-inc1.
+        color_jitter: Strength of brightness, contrast and saturation jitter (not with aa).
+        aa: timm's auto-augment policy, as rand-m9-mstd0.5-inc1.
         interpolation: bilinear, bicubic or random; always bilinear for sets held in memory.
-        erase: Chance that a random rectangle is erased.
-        erase_mode: pixel (noise), rand (one colour) or const (black).
+        reprob: Probability that random rectangles are erased.
+        recount: Largest number of rectangles; above 1 only from disk.
+        remode: pixel (noise), rand (one colour) or const (black).
         mixup: Alpha of mixup, 0 for none.
         cutmix: Alpha of cutmix, 0 for none.
-        switch: Chance of cutmix where both are on.
+        mixup_switch_prob: Probability of cutmix if mixup is on too.
         smoothing: Label smoothing.
     """
 
@@ -44,13 +45,14 @@ class Augment:
     hflip: float = 0.5
     rotate: float = 0.0
     color_jitter: float = 0.0
-    auto_augment: str | None = 'rand-m9-mstd0.5-inc1'
+    aa: str | None = 'rand-m9-mstd0.5-inc1'
     interpolation: str = 'random'
-    erase: float = 0.25
-    erase_mode: str = 'pixel'
+    reprob: float = 0.25
+    recount: int = 1
+    remode: str = 'pixel'
     mixup: float = 0.8
     cutmix: float = 1.0
-    switch: float = 0.5
+    mixup_switch_prob: float = 0.5
     smoothing: float = 0.1
 
 
@@ -386,7 +388,7 @@ def erase(images: torch.Tensor, augment: Augment, chances: torch.Tensor) -> torc
 
     The last six of each image's chances, (B, ≥ 6), say which and where.
     """
-    if augment.erase == 0:
+    if augment.reprob == 0:
         return images
     u = chances[:, -6:].unbind(1)
     rows, cols = images.shape[-2:]
@@ -394,11 +396,11 @@ def erase(images: torch.Tensor, augment: Augment, chances: torch.Tensor) -> torc
     y, x = torch.arange(rows, device=images.device) / rows, torch.arange(cols, device=images.device) / cols
     top, left = (u[3] * (1 - height))[:, None], (u[4] * (1 - width))[:, None]
     in_rows, in_cols = (y >= top) & (y < top + height[:, None]), (x >= left) & (x < left + width[:, None])
-    inside = in_rows[:, :, None] & in_cols[:, None] & (u[0] < augment.erase)[:, None, None]
-    if augment.erase_mode == 'const':
+    inside = in_rows[:, :, None] & in_cols[:, None] & (u[0] < augment.reprob)[:, None, None]
+    if augment.remode == 'const':
         noise = torch.zeros_like(images)
     else:
-        shape = (images.shape[1], 1, 1) if augment.erase_mode == 'rand' else images.shape[1:]
+        shape = (images.shape[1], 1, 1) if augment.remode == 'rand' else images.shape[1:]
         windows = noise_bank(images[0].numel(), images.device).unfold(0, math.prod(shape), 1)  # a view
         noise = windows[(u[5] * 4096).long()].view(-1, *shape)
     return torch.where(inside[:, None], noise, images)
@@ -406,8 +408,8 @@ def erase(images: torch.Tensor, augment: Augment, chances: torch.Tensor) -> torc
 
 def in_memory(augment: Augment) -> bool:
     """Whether batches can be augmented so."""
-    policy = augment.auto_augment
-    return not policy or (policy.startswith('rand') and not RandAugment(policy).missing)
+    policy = augment.aa
+    return augment.recount == 1 and (not policy or (policy.startswith('rand') and not RandAugment(policy).missing))
 
 
 class BatchAugment:
@@ -420,7 +422,7 @@ class BatchAugment:
         """`mean` and `std` of the shades, (1, C, 1, 1)."""
         self.augment, self.mean, self.std = augment, mean, std
         self.fill = mean[0].round()
-        self.policy = RandAugment(augment.auto_augment) if augment.auto_augment else None
+        self.policy = RandAugment(augment.aa) if augment.aa else None
         self.widths = [12, 2, self.policy.columns if self.policy else 4]  # crop and erasing, padding, colours
 
     def chances(self, count: int, generators: list[torch.Generator]) -> torch.Tensor:

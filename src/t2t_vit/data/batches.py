@@ -251,7 +251,7 @@ class MemoryBatches:
     ) -> None:
         if augment and not in_memory(augment):
             raise DataError(
-                f'augment.auto_augment {augment.auto_augment} has operations for single images only: '
+                f'augment.aa {augment.aa} has operations for single images only: '
                 'set data.memory to false, or take a policy as rand-m9-mstd0.5-inc1'
             )
         self.batch_size, self.seed, self.device = batch_size, seed, device
@@ -349,9 +349,9 @@ def open_batches(
         rank: This process's number among those that share every step.
         world: How many these are.
     """
-    if augment and not preprocessing.displayable and (augment.auto_augment or augment.color_jitter):
+    if augment and not preprocessing.displayable and (augment.aa or augment.color_jitter):
         raise DataError(
-            f'augment.auto_augment and augment.color_jitter need 1 or 3 channels, the images have '
+            f'augment.aa and augment.color_jitter need 1 or 3 channels, the images have '
             f'{preprocessing.channels}: set them to null and 0'
         )
     if memory is None:

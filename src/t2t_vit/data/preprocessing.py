@@ -128,10 +128,11 @@ class TrainTransform:
             ratio=augment.ratio,
             hflip=augment.hflip,
             color_jitter=augment.color_jitter,
-            auto_augment=augment.auto_augment,
+            auto_augment=augment.aa,
             interpolation=augment.interpolation,
-            re_prob=augment.erase,
-            re_mode=augment.erase_mode,
+            re_prob=augment.reprob,
+            re_mode=augment.remode,
+            re_count=augment.recount,
             separate=True,
         )
         self.crop, self.size = primary.transforms[0], preprocessing.size

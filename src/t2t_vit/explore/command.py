@@ -18,7 +18,7 @@ from ..look.opened import OpenModel, Photo, open_images, open_model
 from ..look.visualize import unique
 from ..settings import UsageError, read_settings, recipes, require, resolve
 from ..train.config import Config
-from ..train.loop import train
+from ..train.run import train
 from ..trained import CONFIG, WEIGHTS, pick_device
 from .seen import Explorer, Limits, untrained
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..settings import UsageError
-from ..train.loop import RESTART
+from ..train.signals import RESTART
 from .arms import ARMS
 from .report import save_report
 from .runs import add_arms, failures, follow, make_plan, results, write_once

@@ -35,7 +35,8 @@ from ..data import Part, open_source
 from ..models.listing import count_parameters
 from ..settings import Setting, UsageError, flatten, nest, read_settings, recipes, resolve
 from ..train.config import Config
-from ..train.loop import RESTART, Interrupted, stop_signals, train
+from ..train.run import train
+from ..train.signals import RESTART, Interrupted, stop_signals
 from ..train.state import git_revision
 from ..trained import pick_device
 from .arms import REFERENCE, SPLITS, Place, Small, base_of, build_small, check_arms, published_share, shrink

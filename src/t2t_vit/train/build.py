@@ -45,11 +45,19 @@ def preprocess(config: Config, channels: int) -> Preprocessing:
 def build_model(
     config: Config, preprocessing: Preprocessing, classes: list[str], license: str | None = None
 ) -> nn.Module:
-    """The model of the run, with its preprocessing, class names and licence in its pretrained_cfg."""
+    """Build the model of the run, with preprocessing, class names and licence in its pretrained_cfg.
+
+    Raises:
+        UsageError: if the model does not accept its arguments.
+    """
     args: dict[str, Any] = {**config.model_args, 'in_chans': preprocessing.channels}
     if config.family or timm.models.get_pretrained_cfg(config.model).fixed_input_size:
         args['img_size'] = preprocessing.size
-    model = timm.create_model(config.model, num_classes=len(classes), **args)
+    try:
+        model = timm.create_model(config.model, num_classes=len(classes), **args)
+    except Exception as error:  # whatever a model raises for arguments that do not fit it
+        given = ', '.join(f'{key} {value}' for key, value in args.items())
+        raise UsageError(f'{config.model} cannot be built with {given}: {error}') from error
     if config.weights:
         path = Path(config.weights)
         load_weights(model, str(path / WEIGHTS if path.is_dir() else path))
@@ -87,19 +95,19 @@ def parameter_groups(config: Config, task: Task) -> list[dict[str, Any]]:
         groups = param_groups_layer_decay(task, tuning.weight_decay, bare, layer_decay=tuning.layer_decay)
     else:
         groups = param_groups_weight_decay(task, tuning.weight_decay, no_weight_decay_list=bare)
-    if tuning.body_lr is not None:
+    if tuning.body_lr_scale is not None:
         head = {id(parameter) for parameter in task.net.get_classifier().parameters()}
         body = {id(parameter) for parameter in task.net.parameters()} - head
         groups = [
             {**group, 'params': chosen, 'lr_scale': scale}
             for group in groups
-            for scale, inside in ((1.0, False), (tuning.body_lr, True))
+            for scale, inside in ((1.0, False), (tuning.body_lr_scale, True))
             if (chosen := [p for p in group['params'] if (id(p) in body) == inside])
         ]
     for group in groups:
         if tuning.decay_all:
             group['weight_decay'] = tuning.weight_decay
-        if tuning.min_lr_alike:  # timm's schedules scale all they do, the end too, by lr_scale
+        if tuning.same_min_lr:  # timm's schedules scale all they do, the end too, by lr_scale
             group['lr'] = config.lr * group.pop('lr_scale', 1.0)
     check_groups(task, groups)
     return groups
@@ -129,7 +137,7 @@ def build_schedule(config: Config, optimizer: torch.optim.Optimizer, steps: int)
     schedule, _ = create_scheduler_v2(
         optimizer,
         'cosine',
-        config.epochs,
+        config.epochs - tuning.cooldown_epochs,
         cooldown_epochs=tuning.cooldown_epochs,
         warmup_epochs=tuning.warmup_epochs,
         warmup_lr=tuning.warmup_lr,

@@ -1,13 +1,10 @@
-"""What a training run is made of; every field can be set by a recipe, a YAML file, or --dotted.names."""
+"""The configuration of a training run; recipes, YAML files and --dotted.options set its fields."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import timm
-import torch
 import yaml
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
@@ -20,6 +17,17 @@ from ..models.t2t_vit import VARIANTS, T2TViT
 from ..settings import flatten, nearest
 
 REQUIRED = 'required'
+RENAMED = {  # names of version 0.1, still accepted
+    'augment.auto_augment': 'augment.aa',
+    'augment.erase': 'augment.reprob',
+    'augment.erase_mode': 'augment.remode',
+    'augment.switch': 'augment.mixup_switch_prob',
+    'optimizer.lr_batch': 'optimizer.lr_base_size',
+    'optimizer.min_lr_alike': 'optimizer.same_min_lr',
+    'optimizer.body_lr': 'optimizer.body_lr_scale',
+    'accumulate': 'grad_accum_steps',
+    'max_skips': 'max_skipped_steps',
+}
 TRACKERS = sorted(kind.value for kind in LoggerType if kind.value != 'all')
 
 
@@ -31,18 +39,18 @@ class Data:
         root: `digits`, torch/NAME, hfds/NAME, or a folder: with train/ and val/ of class folders, with train*.parquet
             and val*.parquet, or with train*.tar and val*.tar.
         cache: Where torch/ and hfds/ sets are kept; by default ~/.cache/t2t-vit, and the Hub's own for hfds/.
-        download: Fetch a torch/ set that is not there.
-        img_size: Pixels, one number or [height, width]; the model's own by default.
+        download: Download a torch/ set that is missing.
+        img_size: Pixels, one number or [height, width]; by default the model's.
         channels: 1 for grey, 3 for RGB, any other number for the bands of multi-band TIFF and .npy files as they are
             stored; by default 1 for the digits and 3 otherwise.
-        background: The colour that shows through transparent pixels, a name or #rrggbb.
-        mean: Mean of each channel, in [0, 1]; the model's own by default.
-        std: Standard deviation of each channel; the model's own by default.
-        crop_pct: Share of the resized image that the validation crop keeps; the model's own by default.
-        memory: Hold the decoded set on the device; by default where it is of small images.
-        workers: Processes that open images.
-        train_images: Train on so many of them only, the first of every class, the same share of each; all by default.
-        val_images: Score on so many only, likewise.
+        background: Colour that shows through transparent pixels, a name or #rrggbb.
+        mean: Mean of each channel, in [0, 1]; by default the model's.
+        std: Standard deviation of each channel; by default the model's.
+        crop_pct: Fraction of the resized image that the validation crop keeps; by default the model's.
+        memory: Keep the decoded set on the device; by default only sets of small images.
+        workers: Number of processes that open images.
+        train_images: Use only so many training images, the first of every class, the same fraction of each.
+        val_images: Use only so many validation images, chosen in the same way.
     """
 
     root: str = 'digits'
@@ -62,21 +70,21 @@ class Data:
 
 @dataclass
 class Objective:
-    """What a step minimises.
+    """The loss of a training step.
 
     Args:
-        kind: `labels` (their cross-entropy), `distill` (a teacher's scores too) or `token_labels` (a label for every
-            token too).
-        teacher: A name of timm's with published weights, a run folder, hf-hub:USER/NAME, local-dir:FOLDER, or
-            FILE.py:FUNCTION, a function of img_size that gives a model.
-        teacher_size: Pixels of the images that the teacher gets, resized from the student's, one number or
-            [height, width]; by default it gets them as they are.
-        temperature: That both models' scores are divided by (distill).
-        hard: Learn the teacher's choice, not its scores (distill).
-        weight: The teacher's share of the loss, 1 for nothing else (distill); what the tokens' labels count beside
-            the image's, which counts 1 (token_labels).
-        labels: Folder of token labels, CLASS/IMAGE.pt for every training image; a teacher makes them otherwise.
-        mixtoken: Alpha of MixToken, 0 for none (token_labels, instead of mixup and cutmix).
+        kind: `labels` (cross-entropy), `distill` (cross-entropy and a teacher's scores) or `token_labels`
+            (cross-entropy and a label for every token).
+        teacher: A timm model with published weights, a run folder, hf-hub:USER/NAME, local-dir:FOLDER, or
+            FILE.py:FUNCTION, a function of img_size that returns a model.
+        teacher_size: Size of the teacher's images in pixels, one number or [height, width]; the student's images are
+            resized to it. By default the student's size.
+        temperature: Temperature by which both models' logits are divided (distill).
+        hard: Learn the teacher's predicted class instead of its scores (distill).
+        weight: Weight of the teacher's loss, from 0 to 1 (distill); weight of the tokens' loss, added to the image's
+            (token_labels).
+        labels: Folder of token labels, CLASS/IMAGE.pt for every training image; by default a teacher makes them.
+        mixtoken: Alpha of MixToken, 0 to turn it off (token_labels, instead of mixup and cutmix).
     """
 
     kind: Literal['labels', 'distill', 'token_labels'] = 'labels'
@@ -89,7 +97,7 @@ class Objective:
     mixtoken: float = 1.0
 
     def problems(self, augment: Augment) -> list[str]:
-        """What is wrong with the values, alone and beside the augmentation's."""
+        """Return a sentence for every invalid value or combination."""
         dense, size = self.kind == 'token_labels', self.teacher_size
         rules = [
             (self.kind != 'distill' or bool(self.teacher), 'objective.kind distill needs an objective.teacher'),
@@ -131,69 +139,70 @@ class Objective:
 
 @dataclass
 class Optimizer:
-    """What moves the weights; the schedule is a linear warm-up, a cosine, and a rest at the minimum.
+    """Optimizer and schedule: a linear warm-up, a cosine, and a cooldown at the minimum.
 
     Args:
-        name: Any optimizer of timm's.
+        name: Any timm optimizer.
         lr: Peak learning rate.
-        lr_batch: The batch size that lr is for: the rate used is lr * batch_size / lr_batch; by default just lr.
-        weight_decay: On matrices; norms, biases and the class token have none, but where decay_all says so.
-        decay_all: Weight decay on every parameter.
-        momentum: Where the optimizer has one.
-        layer_decay: Factor on the learning rate from each layer to the one before; none by default.
-        body_lr: Factor on the learning rate of all but the head, for transfer; none by default.
-        frozen: Patterns of parameters that stay as they are, as blocks.0.* or norm.*.
-        clip_grad: Largest norm of the gradient; none by default.
+        lr_base_size: Batch size that lr is meant for: the learning rate is lr * batch_size / lr_base_size. By default
+            just lr.
+        weight_decay: Weight decay of matrices; norms, biases and the class token have none, unless decay_all is set.
+        decay_all: Apply weight decay to every parameter.
+        momentum: Momentum, for optimizers that have one.
+        layer_decay: Factor on the learning rate from each layer to the one before.
+        body_lr_scale: Factor on the learning rate of everything but the head, for transfer.
+        frozen: Patterns of parameters that are not trained, such as blocks.0.* or norm.*.
+        clip_grad: Largest norm of the gradient.
         warmup_epochs: Epochs from warmup_lr up to lr.
-        warmup_lr: Where the warm-up begins.
-        min_lr: Where the cosine ends.
-        min_lr_alike: End at min_lr itself also where layer_decay or body_lr make the rate smaller; by default they make
-            the end smaller too.
-        cooldown_epochs: Epochs at min_lr, after the others.
+        warmup_lr: Learning rate at the start of the warm-up.
+        min_lr: Learning rate at the end of the cosine.
+        same_min_lr: End at min_lr in every layer, also where layer_decay or body_lr_scale reduce the learning rate; by
+            default they reduce its end too.
+        cooldown_epochs: Epochs at min_lr, the last ones.
     """
 
     name: str = 'adamw'
     lr: float = 1e-3
-    lr_batch: int | None = None
+    lr_base_size: int | None = None
     weight_decay: float = 0.05
     decay_all: bool = False
     momentum: float = 0.9
     layer_decay: float | None = None
-    body_lr: float | None = None
+    body_lr_scale: float | None = None
     frozen: list[str] = field(default_factory=list)
     clip_grad: float | None = None
     warmup_epochs: int = 10
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
-    min_lr_alike: bool = False
+    same_min_lr: bool = False
     cooldown_epochs: int = 10
 
 
 @dataclass
 class Config:
-    """One run from scratch, or from weights.
+    """One training run, from scratch or from weights.
 
     Args:
-        model: Any model of `t2t-vit models`.
-        model_args: More arguments of T2TViT, as drop_path_rate.
-        weights: A file to start from, in any published layout, or a run folder; from scratch by default. `required`
-            is for recipes that make no sense from scratch: it asks for one.
+        model: Any model of `t2t-vit models`, or another one of timm.
+        model_args: More arguments of T2TViT, such as drop_path_rate.
+        weights: Weights to start from: a file in any published layout, or a run folder; by default from scratch.
+            `required` is for recipes that make no sense from scratch.
         data: Where images come from.
-        augment: What is done to them.
-        objective: What a step minimises.
-        optimizer: What moves the weights.
-        epochs: Passes over the training images, cooldown not counted.
-        batch_size: Images a step of the optimizer, over all processes.
-        accumulate: Parts that each process makes its share of a batch in, for less memory.
-        ema_decay: Of the moving average of the weights, warmed up; 0 for none.
+        augment: How training images are augmented.
+        objective: The loss.
+        optimizer: Optimizer and schedule.
+        epochs: Passes over the training images, warm-up and cooldown included.
+        batch_size: Images per step of the optimizer, over all processes.
+        grad_accum_steps: Micro-batches per step in each process, to save memory.
+        ema_decay: Decay of the EMA weights, warmed up; 0 for none.
         precision: no (float32), bf16 or fp16.
-        device: cpu, or auto for the best there is.
-        threads: Of the CPU; torch's own choice by default. A small model on a busy machine is faster with one.
-        seed: Of everything random.
-        output: The run's folder; by default a new one in runs/.
-        save_minutes: How often the state is saved, besides after every epoch; 0 for every step.
-        keep: How many of the last states are kept.
-        max_skips: Steps in a row without a finite gradient before the run stops.
+        device: cpu, or auto for the best one available.
+        threads: CPU threads; by default torch's choice. A small model on a busy machine is faster with one.
+        seed: Seed of everything random.
+        output: Run folder; by default a new one in runs/.
+        save_minutes: Minutes between two saved states, besides those after every epoch; 0 for every step.
+        keep: Number of states to keep.
+        max_skipped_steps: Steps in a row without a finite gradient before the run stops.
         trackers: tensorboard, wandb, mlflow or another of accelerate's, besides metrics.jsonl and curves.png.
     """
 
@@ -204,9 +213,9 @@ class Config:
     augment: Augment = field(default_factory=Augment)
     objective: Objective = field(default_factory=Objective)
     optimizer: Optimizer = field(default_factory=Optimizer)
-    epochs: int = 300
+    epochs: int = 310
     batch_size: int = 512
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     ema_decay: float = 0.99996
     precision: Literal['no', 'bf16', 'fp16'] = 'no'
     device: Literal['auto', 'cpu'] = 'auto'
@@ -215,8 +224,10 @@ class Config:
     output: str | None = None
     save_minutes: float = 10.0
     keep: int = 2
-    max_skips: int = 20
+    max_skipped_steps: int = 20
     trackers: list[str] | str = field(default_factory=list)
+
+    RENAMED: ClassVar[dict[str, str]] = RENAMED
 
     def __post_init__(self) -> None:
         if isinstance(self.trackers, str):  # one word of a command line
@@ -224,21 +235,16 @@ class Config:
 
     @property
     def lr(self) -> float:
-        """The peak learning rate of this batch size, by the paper's linear rule where `optimizer.lr_batch` is set."""
-        return self.optimizer.lr * self.batch_size / (self.optimizer.lr_batch or max(self.batch_size, 1))
-
-    @property
-    def total_epochs(self) -> int:
-        """With those of the cooldown."""
-        return self.epochs + self.optimizer.cooldown_epochs
+        """Peak learning rate of this batch size, by the linear rule if `optimizer.lr_base_size` is set."""
+        return self.optimizer.lr * self.batch_size / (self.optimizer.lr_base_size or max(self.batch_size, 1))
 
     @property
     def family(self) -> bool:
-        """Whether the model is one of ours."""
+        """True if the model is one of this package."""
         return self.model.partition('.')[0] in VARIANTS
 
     def problems(self) -> list[str]:
-        """What is wrong with the values, each in a sentence; empty where nothing is."""
+        """Return a sentence for every invalid value or combination."""
         a, o, d = self.augment, self.optimizer, self.data
         share = 'is at least 0 and at most 1'
         rules = [
@@ -254,10 +260,10 @@ class Config:
                 self.batch_size % 2 == 0 or not (a.mixup or a.cutmix),
                 f'mixup and cutmix need an even batch_size, got {self.batch_size}',
             ),
-            (self.accumulate >= 1, f'accumulate is at least 1, got {self.accumulate}'),
+            (self.grad_accum_steps >= 1, f'grad_accum_steps is at least 1, got {self.grad_accum_steps}'),
             (self.save_minutes >= 0, f'save_minutes is at least 0, got {self.save_minutes}'),
             (self.keep >= 1, f'keep is at least 1, got {self.keep}'),
-            (self.max_skips >= 1, f'max_skips is at least 1, got {self.max_skips}'),
+            (self.max_skipped_steps >= 1, f'max_skipped_steps is at least 1, got {self.max_skipped_steps}'),
             (0 <= self.ema_decay < 1, f'ema_decay is at least 0 and below 1, got {self.ema_decay}'),
             (self.threads is None or self.threads >= 1, f'threads is at least 1, got {self.threads}'),
             (d.workers >= 0, f'data.workers is at least 0, got {d.workers}'),
@@ -275,20 +281,26 @@ class Config:
             (d.std is None or min(d.std) > 0, f'data.std is above 0, got {d.std}'),
             (o.name in list_optimizers(), f'unknown optimizer.name {o.name!r}{nearest(o.name, list_optimizers())}'),
             (o.lr > 0, f'optimizer.lr is above 0, got {o.lr}'),
-            (o.lr_batch is None or o.lr_batch >= 1, f'optimizer.lr_batch is at least 1, got {o.lr_batch}'),
-            (o.min_lr <= self.lr, f'optimizer.min_lr {o.min_lr:g} is above the learning rate {self.lr:g}'),
-            (o.body_lr is None or o.body_lr > 0, f'optimizer.body_lr is above 0, got {o.body_lr}'),
             (
-                not o.min_lr_alike or o.min_lr <= self.lr * (o.body_lr or 1),
-                f'optimizer.min_lr {o.min_lr:g} is above the learning rate of the body, {self.lr * (o.body_lr or 1):g}',
+                o.lr_base_size is None or o.lr_base_size >= 1,
+                f'optimizer.lr_base_size is at least 1, got {o.lr_base_size}',
             ),
-            (o.body_lr is None or o.layer_decay is None, 'optimizer.body_lr and layer_decay exclude each other'),
+            (o.min_lr >= 0, f'optimizer.min_lr is at least 0, got {o.min_lr}'),
+            (
+                o.body_lr_scale is None or o.body_lr_scale > 0,
+                f'optimizer.body_lr_scale is above 0, got {o.body_lr_scale}',
+            ),
+            (
+                not o.same_min_lr or o.min_lr <= self.lr * (o.body_lr_scale or 1),
+                f'optimizer.min_lr {o.min_lr:g} is above the learning rate of the body, '
+                f'{self.lr * (o.body_lr_scale or 1):g}',
+            ),
+            (
+                o.body_lr_scale is None or o.layer_decay is None,
+                'optimizer.body_lr_scale and layer_decay exclude each other',
+            ),
             (o.weight_decay >= 0, f'optimizer.weight_decay is at least 0, got {o.weight_decay}'),
             (o.warmup_epochs >= 0, f'optimizer.warmup_epochs is at least 0, got {o.warmup_epochs}'),
-            (
-                o.warmup_epochs < self.epochs,
-                f'optimizer.warmup_epochs {o.warmup_epochs} leaves nothing of {self.epochs} epochs',
-            ),
             (o.cooldown_epochs >= 0, f'optimizer.cooldown_epochs is at least 0, got {o.cooldown_epochs}'),
             (
                 o.layer_decay is None or 0 < o.layer_decay <= 1,
@@ -299,74 +311,62 @@ class Config:
             (0 < a.ratio[0] <= a.ratio[1], f'augment.ratio rises from above 0, got {a.ratio}'),
             (a.pad >= 0, f'augment.pad is at least 0, got {a.pad}'),
             (0 <= a.hflip <= 1, f'augment.hflip {share}, got {a.hflip}'),
-            (0 <= a.erase <= 1, f'augment.erase {share}, got {a.erase}'),
-            (0 <= a.switch <= 1, f'augment.switch {share}, got {a.switch}'),
+            (0 <= a.reprob <= 1, f'augment.reprob {share}, got {a.reprob}'),
+            (a.recount >= 1, f'augment.recount is at least 1, got {a.recount}'),
+            (0 <= a.mixup_switch_prob <= 1, f'augment.mixup_switch_prob {share}, got {a.mixup_switch_prob}'),
             (a.rotate >= 0, f'augment.rotate is at least 0, got {a.rotate}'),
             (a.color_jitter >= 0, f'augment.color_jitter is at least 0, got {a.color_jitter}'),
             (0 <= a.smoothing < 1, f'augment.smoothing is at least 0 and below 1, got {a.smoothing}'),
             (a.mixup >= 0 and a.cutmix >= 0, f'augment.mixup and cutmix are at least 0, got {a.mixup}, {a.cutmix}'),
-            (
-                a.erase_mode in ('pixel', 'rand', 'const'),
-                f'augment.erase_mode is pixel, rand or const, got {a.erase_mode}',
-            ),
+            (a.remode in ('pixel', 'rand', 'const'), f'augment.remode is pixel, rand or const, got {a.remode}'),
             (
                 a.interpolation in ('bilinear', 'bicubic', 'random'),
                 f'augment.interpolation is bilinear, bicubic or random, got {a.interpolation}',
             ),
             (
                 self.weights != REQUIRED,
-                'this recipe goes on from trained weights: say which with --weights FILE, '
-                'or --weights null to begin from scratch all the same',
+                'this recipe starts from trained weights: give them with --weights FILE, '
+                'or --weights null to start from scratch anyway',
             ),
             (self.weights in (None, REQUIRED) or Path(str(self.weights)).exists(), f'no weights at {self.weights}'),
             (self.weights is None or self.family, f'weights are for models of `t2t-vit models`, not {self.model!r}'),
         ]
-        return [sentence for holds, sentence in rules if not holds] + self.objective.problems(a) + self.refusals()
+        problems = [sentence for holds, sentence in rules if not holds]
+        return problems + self.objective.problems(a) + self.library_problems()
 
-    def refusals(self) -> list[str]:
-        """What timm and the model say against the values that are for them."""
+    def library_problems(self) -> list[str]:
+        """Return what timm, accelerate and the model do not accept of the values meant for them."""
         known = [name for name in signature(T2TViT).parameters if name not in ('img_size', 'in_chans', 'num_classes')]
         unknown = [name for name in self.model_args if name not in known] if self.family else []
         problems = [f'unknown option model_args.{name}{nearest(name, known)}' for name in unknown]
-        problems += [
-            f'unknown tracker {name!r}{nearest(name, TRACKERS)}; those of accelerate: {", ".join(TRACKERS)}'
-            for name in self.trackers
-            if name not in TRACKERS
-        ]
         installed = [kind.value for kind in get_available_trackers()]
-        problems += [
-            f'trackers: {name} is not installed' for name in self.trackers if name in TRACKERS and name not in installed
-        ]
-        policy = self.augment.auto_augment
-        problems += refusal('augment.auto_augment', lambda: create_transform(32, is_training=True, auto_augment=policy))
-        if is_model(self.model) and not unknown:
-            with torch.device('meta' if self.family else 'cpu'):  # not every model of timm's can be built on meta
-                problems += refusal('model and model_args', lambda: timm.create_model(self.model, **self.model_args))
+        for name in self.trackers:
+            if name not in TRACKERS:
+                problems.append(
+                    f'unknown tracker {name!r}{nearest(name, TRACKERS)}; accelerate has {", ".join(TRACKERS)}'
+                )
+            elif name not in installed:
+                problems.append(f'trackers: {name} is not installed')
+        try:
+            create_transform(32, is_training=True, auto_augment=self.augment.aa)
+        except Exception as error:  # timm's parsers raise many kinds
+            problems.append(f'augment.aa: {error}')
         return problems
 
     def flat(self) -> dict[str, Any]:
-        """Dotted names and plain values."""
+        """Return all settings by dotted name, as plain values."""
         return {
             key: value if isinstance(value, (int, float, str, bool)) else str(value)
             for key, value in flatten(_plain(asdict(self)))
         }
 
     def to_yaml(self) -> str:
-        """As a file that the run can be repeated from."""
+        """Return the configuration as a YAML file that repeats the run."""
         return yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
 
 
-def refusal(key: str, make: Callable[[], Any]) -> list[str]:
-    """What is raised where something is made of a key's value, as a sentence; empty where it can be made."""
-    try:
-        make()
-    except Exception as error:  # whatever it is, it is over the value
-        return [f'{key}: {error}']
-    return []
-
-
 def _plain(value: Any) -> Any:
-    """Tuples as lists, for YAML."""
+    """Turn tuples into lists, for YAML."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value

@@ -31,6 +31,16 @@ class Position:
     in_a_row: int = 0  # of these, the last ones
     records: list[dict[str, Any]] = field(default_factory=list)
 
+    def next_epoch(self, record: dict[str, Any], top1: float) -> 'Position':
+        """Return the start of the next epoch, after one with this record and best score."""
+        return Position(
+            epoch=self.epoch + 1,
+            best=max(self.best, top1),
+            skipped=self.skipped,
+            in_a_row=self.in_a_row,
+            records=[*self.records, record],
+        )
+
 
 def saved_states(folder: Path) -> list[Path]:
     """The states in a folder, the newest first."""

@@ -59,7 +59,7 @@ class Classify(Task):
             Mixup(
                 augment.mixup,
                 augment.cutmix,
-                switch_prob=augment.switch,
+                switch_prob=augment.mixup_switch_prob,
                 label_smoothing=augment.smoothing,
                 num_classes=self.net.num_classes,
             )

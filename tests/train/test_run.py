@@ -26,10 +26,15 @@ from t2t_vit.console import duration
 from t2t_vit.data import Batch, DataError, Digits, DiskBatches, MemoryBatches
 from t2t_vit.evaluate import score
 from t2t_vit.settings import UsageError
-from t2t_vit.train import loop
+from t2t_vit.train import resume, trainer
+from t2t_vit.train import run as running
 from t2t_vit.train.log import Log
-from t2t_vit.train.loop import Interrupted, Run, check_same_start, find_start, train
+from t2t_vit.train.resume import check_same_start, find_start
+from t2t_vit.train.run import train
+from t2t_vit.train.short_runs import scale_to_data
+from t2t_vit.train.signals import RESTART, Interrupted
 from t2t_vit.train.state import load_state, read_state, saved_states
+from t2t_vit.train.trainer import Trainer, load
 
 SHORT = {'epochs': 1, 'optimizer.warmup_epochs': 0}
 GREY_PHOTOS = {'data.channels': 1, 'augment.rotate': 0}
@@ -64,15 +69,15 @@ def same_run(folder: Path, expected: Path) -> bool:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Ctrl-C in the middle of a step."""
-    step, made = Run.step, []
+    step, made = Trainer.step, []
 
-    def stopping(run: Run, batch: Batch) -> float:
+    def stopping(run: Trainer, batch: Batch) -> float:
         made.append(1)
         if len(made) == steps:
             os.kill(os.getpid(), signal.SIGINT)
         return step(run, batch)
 
-    monkeypatch.setattr(Run, 'step', stopping)
+    monkeypatch.setattr(Trainer, 'step', stopping)
 
 
 # what a run leaves
@@ -95,8 +100,8 @@ def test_a_run_folder_has_all_pieces(digits_run):
 @pytest.mark.parametrize('seconds, drawings', [(0, [1, 2, 3]), (3600, [1, 3])], ids=['every epoch', 'first and last'])
 def test_curves_are_drawn_now_and_then(tmp_path, monkeypatch, seconds, drawings):
     made: list[int] = []
-    monkeypatch.setattr(loop, 'DRAW_SECONDS', seconds)
-    monkeypatch.setattr(loop, 'plot_curves', lambda records, path: made.append(len(records)))
+    monkeypatch.setattr(running, 'DRAW_SECONDS', seconds)
+    monkeypatch.setattr(running, 'plot_curves', lambda records, path: made.append(len(records)))
     train(digits_config(output=str(tmp_path), epochs=3, **{'optimizer.warmup_epochs': 0}))
     assert made == drawings
 
@@ -149,7 +154,7 @@ def test_another_seed_is_another_run(digits_run, tmp_path):
 @pytest.mark.parametrize('steps', [2, 5, 8], ids=['second step', 'last of an epoch', 'middle of the second'])
 def test_stopped_and_resumed(digits_run, tmp_path, monkeypatch, steps):
     config = digits_config(output=str(tmp_path))
-    with monkeypatch.context() as context, pytest.raises(Interrupted, match='go on with --resume') as stop:
+    with monkeypatch.context() as context, pytest.raises(Interrupted, match='continue with --resume') as stop:
         stop_after(context, steps)
         train(config)
     assert str(tmp_path / 'checkpoints' / f'step-{steps:08}.pt') in str(stop.value) and stop.value.code == 130
@@ -170,10 +175,10 @@ def test_stopped_while_it_validates(digits_run, tmp_path, monkeypatch, call):
 
     config = digits_config(output=str(tmp_path))
     with monkeypatch.context() as context:
-        context.setattr(loop, 'score', stopping)
+        context.setattr(trainer, 'score', stopping)
         with pytest.raises(Interrupted, match='step-00000005') as stop:
             train(config)
-    assert stop.value.code == loop.RESTART and len(calls) == call
+    assert stop.value.code == RESTART and len(calls) == call
     train(config, resume='auto')
     assert same_run(tmp_path, digits_run)
 
@@ -186,8 +191,8 @@ def test_stopped_and_resumed_with_all_randomness_on(photos, tmp_path, monkeypatc
         'batch_size': 8,
         'augment.mixup': 0.8,
         'augment.cutmix': 1.0,
-        'augment.erase': 0.5,
-        'augment.auto_augment': 'rand-m9-mstd0.5-inc1',
+        'augment.reprob': 0.5,
+        'augment.aa': 'rand-m9-mstd0.5-inc1',
         'model_args.drop_path_rate': 0.2,
         'model_args.drop_rate': 0.2,
     }
@@ -205,9 +210,9 @@ def test_resumed_for_longer(digits_run, tmp_path):
     config = digits_config(output=str(tmp_path), epochs=3)
     rates = []
     for state in (None, read_state(digits_run / 'checkpoints' / 'step-00000010.pt')):
-        run = Run(config, tmp_path, state, Accelerator(cpu=True))
-        run.schedule.step_update(11)
-        rates.append([group['lr'] for group in run.optimizer.param_groups])
+        run = load(config, tmp_path, state, Accelerator(cpu=True))
+        run.parts.schedule.step_update(11)
+        rates.append([group['lr'] for group in run.parts.optimizer.param_groups])
     assert rates[0] == rates[1] and rates[0][0] < 1e-3
 
 
@@ -217,7 +222,7 @@ def test_a_torn_state_is_passed_over(digits_run, tmp_path, capsys):
     last = saved_states(tmp_path / 'checkpoints')[0]
     last.write_bytes(last.read_bytes()[:1000])
     train(config, resume=str(tmp_path))
-    assert f'passed over: {last} cannot be read' in capsys.readouterr().out
+    assert f'skipped   {last} cannot be read' in capsys.readouterr().out
     assert same_run(tmp_path, digits_run)
 
 
@@ -260,7 +265,7 @@ def test_the_whole_group_of_processes_is_interrupted(photos, tmp_path):
     os.killpg(run.pid, signal.SIGINT)
     output, _ = run.communicate(timeout=60)
     assert run.returncode == 130, output
-    assert f'go on with --resume {tmp_path / "run"}' in output and 'Traceback' not in output
+    assert f'continue with --resume {tmp_path / "run"}' in output and 'Traceback' not in output
     assert load_state(tmp_path / 'run' / 'checkpoints')[0]['position']['epoch'] >= 1
 
 
@@ -283,7 +288,7 @@ def test_training_in_another_thread(tmp_path):
         {'precision': 'bf16'},
         {'ema_decay': 0},
         {'optimizer.layer_decay': 0.7, 'optimizer.clip_grad': 1.0},
-        {'optimizer.name': 'sgd', 'optimizer.cooldown_epochs': 1, 'optimizer.lr': 0.1},
+        {'optimizer.name': 'sgd', 'epochs': 2, 'optimizer.cooldown_epochs': 1, 'optimizer.lr': 0.1},
         {'model': 'vit_tiny_patch16_224', 'model_args': {'depth': 1}, 'data.img_size': 16},
         {'model': 'test_convnext', 'model_args': {}, 'data.img_size': 32},
     ],
@@ -306,8 +311,8 @@ def test_data_of_ones_own(request, tmp_path, source, memory):
         **PHOTOS,
         **{'data.root': str(request.getfixturevalue(source)), 'data.memory': memory},
     )
-    run = Run(config, tmp_path, None, Accelerator(cpu=True))
-    assert type(run.train_set) is type(run.val_set) is (MemoryBatches if memory else DiskBatches)
+    run = load(config, tmp_path, None, Accelerator(cpu=True))
+    assert type(run.data.train) is type(run.data.val) is (MemoryBatches if memory else DiskBatches)
     train(config)
     assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).pretrained_cfg['label_names'] == [
         'flower',
@@ -318,17 +323,17 @@ def test_data_of_ones_own(request, tmp_path, source, memory):
 
 def test_weights_from_a_run(digits_run, tmp_path):
     trained = digits_config(weights=str(digits_run), output=str(tmp_path), **SHORT)
-    run = Run(trained, tmp_path, None, Accelerator(cpu=True))
+    run = load(trained, tmp_path, None, Accelerator(cpu=True))
     for name, tensor in load_file(digits_run / 'model.safetensors').items():
-        assert torch.equal(run.net.state_dict()[name], tensor)
+        assert torch.equal(run.parts.net.state_dict()[name], tensor)
     assert train(trained)['epoch'] == 0
 
 
 def test_weights_for_other_classes(digits_run, photos, tmp_path):
     weights = digits_run / 'model.safetensors'
     config = digits_config(batch_size=8, weights=str(weights), **GREY_PHOTOS, **{'data.root': str(photos)})
-    run = Run(config, tmp_path, None, Accelerator(cpu=True))
-    expected, found = load_file(weights), run.net.state_dict()
+    run = load(config, tmp_path, None, Accelerator(cpu=True))
+    expected, found = load_file(weights), run.parts.net.state_dict()
     assert found['head.weight'].shape == (3, 128)
     assert torch.equal(found['blocks.0.attn.qkv.weight'], expected['blocks.0.attn.qkv.weight'])
 
@@ -338,7 +343,7 @@ def test_weights_for_other_classes(digits_run, photos, tmp_path):
 
 def test_a_folder_with_a_run_is_refused(digits_run):
     before = {p: p.read_bytes() for p in digits_run.rglob('*') if p.is_file()}
-    with pytest.raises(UsageError, match=f'holds a run: go on with it by --resume {digits_run}'):
+    with pytest.raises(UsageError, match=f'holds a run: continue it with --resume {digits_run}'):
         train(digits_config(output=str(digits_run)))
     assert {p: p.read_bytes() for p in digits_run.rglob('*') if p.is_file()} == before
 
@@ -354,7 +359,7 @@ def test_a_model_without_a_state_is_not_trained_over(digits_run, tmp_path):
     for name in ('model.safetensors', 'metrics.jsonl'):
         (tmp_path / name).write_bytes((digits_run / name).read_bytes())
     config = digits_config(output=str(tmp_path), **SHORT)
-    with pytest.raises(UsageError, match=f'{tmp_path} holds a model, and no state of its run .* --weights {tmp_path}'):
+    with pytest.raises(UsageError, match=f'{tmp_path} holds a model but no state of its run .* --weights {tmp_path}'):
         train(config, resume='auto')
     (tmp_path / 'metrics.jsonl').write_text('')
     assert find_start(config, tmp_path, 'auto') == (None, [])
@@ -369,14 +374,14 @@ def test_processes_that_begin_differently(monkeypatch):
     """As where hosts do not share the folder of the run."""
     config, ours = digits_config(), {'position': {'epoch': 0, 'step': 3}}
     for other, message in (
-        ((config.to_yaml(), (0, 0)), 'begins in epoch 1, step 4, process 1 in epoch 1, step 1; output must be'),
-        ((digits_config(epochs=3).to_yaml(), (0, 3)), 'epochs is 2, and 3 in process 1'),
+        ((config.to_yaml(), (0, 0)), 'starts in epoch 1, step 4, rank 1 in epoch 1, step 1; output must be'),
+        ((digits_config(epochs=3).to_yaml(), (0, 3)), 'epochs is 2 in rank 0 and 3 in rank 1'),
     ):
-        monkeypatch.setattr(loop, 'gather_object', lambda found, other=other: [*found, other])
+        monkeypatch.setattr(resume, 'gather_object', lambda found, other=other: [*found, other])
         with pytest.raises(UsageError, match=message):
             check_same_start(config, ours)
     monkeypatch.setattr(
-        loop,
+        resume,
         'gather_object',
         lambda found: [*found, (digits_config(**{'data.root': '/elsewhere', 'threads': 3}).to_yaml(), (0, 3))],
     )
@@ -388,7 +393,7 @@ def test_another_number_of_processes_is_said(digits_run, tmp_path, capsys):
     last = saved_states(tmp_path / 'run' / 'checkpoints')[0]
     torch.save({**read_state(last), 'processes': 2}, last)
     train(digits_config(), resume=str(tmp_path / 'run'), dry_run=True)
-    assert 'note      1 processes go on with a state of 2' in capsys.readouterr().out
+    assert 'note      1 processes continue a state of 2' in capsys.readouterr().out
 
 
 def test_a_single_class_is_refused(photos, tmp_path):
@@ -425,9 +430,23 @@ def test_other_classes_stop_it_before_it_starts(photos, tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
-def test_fewer_images_than_a_batch(tmp_path):
-    with pytest.raises(DataError, match='1437 training images make no batch of 2000'):
-        train(digits_config(output=str(tmp_path / 'run'), batch_size=2000))
+def test_short_run_scales_its_settings_down(tmp_path, capsys):
+    changes = {'epochs': 1, 'optimizer.warmup_epochs': 10, 'optimizer.cooldown_epochs': 10, 'optimizer.min_lr': 0.1}
+    train(digits_config(output=str(tmp_path / 'run'), batch_size=2000, **changes))
+    lines = [' '.join(line.split()) for line in capsys.readouterr().out.splitlines() if line.startswith('note')]
+    assert lines == [
+        'note batch_size 2000 reduced to 1437: there are 1,437 training images',
+        'note warm-up reduced from 10 to 0 epochs and cooldown from 10 to 0: the run has 1',
+        'note optimizer.min_lr reduced from 0.1 to 2e-05: lr is lower',
+    ]
+    config = yaml.safe_load((tmp_path / 'run' / 'config.yaml').read_text())
+    assert (config['batch_size'], config['optimizer']['warmup_epochs']) == (1437, 0)
+
+
+def test_too_few_images_for_all_processes():
+    config = digits_config(batch_size=8, grad_accum_steps=4)
+    assert scale_to_data(config, 3) == (config, [])  # which open_data refuses
+    assert scale_to_data(config, 6)[0].batch_size == 4
 
 
 def test_statistics_for_other_channels():
@@ -455,7 +474,7 @@ def test_damaged_images_are_counted_and_named(photos, tmp_path, capsys):
     assert (tmp_path / 'run' / 'damaged.txt').read_text().splitlines() == names
     state = load_state(tmp_path / 'run' / 'checkpoints')[0]
     assert state['damaged'] == names  # a resumed run knows those of before
-    run = Run(
+    run = load(
         digits_config(batch_size=8, **SHORT, **PHOTOS, **{'data.root': str(photos)}),
         tmp_path,
         state,
@@ -465,7 +484,7 @@ def test_damaged_images_are_counted_and_named(photos, tmp_path, capsys):
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loop, 'Log', lambda folder, accelerator: Log(folder, accelerator, interval=0))
+    monkeypatch.setattr(running, 'Log', lambda folder, accelerator: Log(folder, accelerator, interval=0))
     train(digits_config(output=str(tmp_path), **SHORT))
     lines = capsys.readouterr().out.splitlines()
     assert lines[:5] == [
@@ -500,6 +519,6 @@ def test_duration(seconds, text):
 
 def test_digits_in_colour(tmp_path):
     config = digits_config(**{'data.channels': 3, 'data.mean': None, 'data.std': None})
-    run = Run(config, tmp_path, None, Accelerator(cpu=True))
-    images, labels, *_ = next(run.val_set.epoch())
+    run = load(config, tmp_path, None, Accelerator(cpu=True))
+    images, labels, *_ = next(run.data.val.epoch())
     assert images.shape == (256, 3, 16, 16) and labels.tolist()[:5] == list(Digits('val').labels[:5])

@@ -1,0 +1,43 @@
+"""The processes of one training: one, or several that torchrun or Slurm started."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+
+from ..trained import pick_device
+from .config import Config
+
+
+def join_processes(config: Config) -> None:
+    """Connect this process with the others of its training; must come before anything that they do together."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # global: an earlier run may have set another precision
+    PartialState(cpu=pick_device(config.device).type == 'cpu', **restarted_store())
+
+
+def build_accelerator(config: Config, folder: Path) -> Accelerator:
+    """Build accelerate's view of device, precision, processes and trackers."""
+    return Accelerator(
+        mixed_precision=config.precision,
+        cpu=pick_device(config.device).type == 'cpu',
+        log_with=config.trackers or None,
+        project_dir=str(folder),
+    )
+
+
+def restarted_store() -> dict[str, Any]:
+    """Return arguments of `init_process_group` for processes that torchrun restarted; empty on a first start.
+
+    torchrun's store keeps the addresses of processes that are gone, and restarted ones may read these and wait for
+    them (pytorch issue 135712). A prefix for each restart avoids it. It needs one machine: several may count restarts
+    differently, and there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun begin a new store.
+    """
+    environment = os.environ
+    restarts = int(environment.get('TORCHELASTIC_RESTART_COUNT', 0))
+    if not restarts or environment.get('LOCAL_WORLD_SIZE') != environment.get('WORLD_SIZE'):
+        return {}
+    store, rank, size = next(torch.distributed.rendezvous('env://'))
+    return dict(store=torch.distributed.PrefixStore(f'start-{restarts}', store), rank=rank, world_size=size)
