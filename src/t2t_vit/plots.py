@@ -1,15 +1,16 @@
-"""Pictures of runs and benchmarks, as PNG files. Colours are Okabe and Ito's, for every eye."""
+"""Plots of runs, scores and benchmarks, as PNG files, in the colours of Okabe and Ito, which every eye tells apart."""
 
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation
+from matplotlib.text import Annotation, Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 from PIL import Image
@@ -17,64 +18,110 @@ from PIL import Image
 BLUE, ORANGE, GREEN, RED = '#0072B2', '#E69F00', '#009E73', '#D55E00'
 CYCLE = (BLUE, ORANGE, GREEN, RED, '#CC79A7', '#56B4E9', '#000000', '#999999')
 MARKERS = 'osD^vPX*'
+DPI = 150
 
 
-def style(place: int) -> tuple[str, str]:
-    """Colour and marker of the line at a place, another pair for each of 64 lines."""
-    return CYCLE[place % len(CYCLE)], MARKERS[(place + place // len(CYCLE)) % len(MARKERS)]
+def style(index: int) -> tuple[str, str]:
+    """Return the colour and marker of line `index`; the first 64 pairs differ."""
+    return CYCLE[index % len(CYCLE)], MARKERS[(index + index // len(CYCLE)) % len(MARKERS)]
+
+
+def save_figure(figure: Figure, file: Path, dpi: float = DPI) -> Path:
+    """Write a figure as a PNG file and return the file; all text is literal, so `$` starts no formula."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing')  # drawn as a box
+        figure.savefig(file, dpi=dpi)
+    return file
+
+
+def one_line(name: str, width: int = 40) -> str:
+    """Return a name in one printable line of at most `width` characters."""
+    words = ' '.join(''.join(c if c.isprintable() else ' ' for c in name).split())
+    return words if len(words) <= width else f'{words[: width - 1]}…'
+
+
+def use_log_scale(axes: Axes, which: Literal['x', 'y']) -> None:
+    """Make an axis logarithmic, after its data are drawn, with ticks in plain numbers."""
+    axes.set(**{f'{which}scale': 'log'})
+    axis = axes.xaxis if which == 'x' else axes.yaxis
+    low, high = axes.get_xlim() if which == 'x' else axes.get_ylim()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 8 * low else MaxNLocator(5))
+    axis.set_major_formatter('{x:g}')
+    axis.set_minor_locator(NullLocator())
+
+
+class Best(NamedTuple):
+    """The best validation score of a run, which is that of the weights it saved."""
+
+    epoch: int  # counted from 1
+    suffix: str  # of the keys in metrics.jsonl: '' for the weights, '_ema' for their moving average
+    top1: float
+
+
+def best_epoch(records: Sequence[dict[str, Any]]) -> Best:
+    """Find the best score in the records of metrics.jsonl; of equal ones the last, as training saves it."""
+    found = [
+        Best(record['epoch'] + 1, suffix, record[f'val_top1{suffix}'])
+        for record in records
+        for suffix in ('_ema', '')
+        if f'val_top1{suffix}' in record
+    ]
+    return max(reversed(found), key=lambda best: best.top1)
 
 
 def plot_curves(records: Sequence[dict[str, Any]], file: Path) -> None:
-    """Loss and accuracy over epochs, as metrics.jsonl records them."""
+    """Plot loss and accuracy over epochs from the records of metrics.jsonl, with the best epoch marked."""
     epochs = [record['epoch'] + 1 for record in records]
-    figure = Figure(figsize=(9, 3.2), layout='constrained')
+    figure = Figure(figsize=(9, 3.6), layout='constrained')
     left, right = figure.subplots(1, 2)
     left.plot(epochs, [r['train_loss'] for r in records], color=ORANGE, label='training (augmented)')
-    left.plot(epochs, [r['val_loss'] for r in records], color=BLUE, label='validation')
-    left.set(xlabel='epoch', ylabel='loss (cross-entropy)', yscale='log')
-    right.plot(epochs, [100 * r['val_top1'] for r in records], color=BLUE, label='validation, weights')
-    if 'val_top1_ema' in records[0]:
-        left.plot(epochs, [r['val_loss_ema'] for r in records], color=GREEN, label='validation, average of weights')
-        right.plot(epochs, [100 * r['val_top1_ema'] for r in records], color=GREEN, label='validation, average')
-    best = max(max(r['val_top1'], r.get('val_top1_ema', 0)) for r in records)
-    right.set(xlabel='epoch', ylabel='top-1 (%)', title=f'best {100 * best:.2f} %')
+    for suffix, color, label in (('', BLUE, 'validation'), ('_ema', GREEN, 'validation, EMA weights')):
+        scored = [r for r in records if f'val_top1{suffix}' in r]
+        if scored:
+            at = [r['epoch'] + 1 for r in scored]
+            left.plot(at, [r[f'val_loss{suffix}'] for r in scored], color=color, label=label)
+            right.plot(at, [100 * r[f'val_top1{suffix}'] for r in scored], color=color)
+    best = best_epoch(records)
+    right.plot(best.epoch, 100 * best.top1, marker='o', color=GREEN if best.suffix else BLUE)
+    kind = ' (EMA weights)' if best.suffix else ''
+    left.set(xlabel='epoch', ylabel='loss (cross-entropy)', title='Loss')
+    title = f'Best top-1 {100 * best.top1:.2f} % in epoch {best.epoch}{kind}'
+    right.set(xlabel='epoch', ylabel='top-1 (%)', title=title)
+    use_log_scale(left, 'y')
     for axes in (left, right):
+        axes.axvline(best.epoch, color='#999999', linestyle=':', zorder=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    figure.savefig(file, dpi=150)
+    figure.legend(loc='outside lower center', ncols=3, frameon=False)
+    save_figure(figure, file)
 
 
-def plot_confusion(counts: torch.Tensor, classes: Sequence[str], file: Path) -> None:
-    """`counts[true][predicted]` as shares of each true class; names and numbers where there is room for them."""
-    shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
-    n = len(classes)
+def plot_confusion(counts: torch.Tensor, classes: Sequence[str], file: Path, title: str = '') -> None:
+    """Plot `counts[true][predicted]` with the top-1; names and counts are left out of large tables."""
+    fractions = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
+    n, total, right = len(classes), int(counts.sum()), int(counts.trace())
     figure = Figure(figsize=(min(4 + 0.32 * n, 16),) * 2, layout='constrained')
     axes = figure.subplots()
-    image = axes.imshow(shares, cmap='cividis', vmin=0, vmax=1)
-    axes.set(xlabel='predicted', ylabel='true')
+    image = axes.imshow(fractions, cmap='cividis', vmin=0, vmax=1)
+    score = f'top-1 {100 * right / max(total, 1):.2f} %: {right} of {total} images'
+    axes.set_title('\n'.join([*textwrap.wrap(one_line(title, 120), 60), score]), fontsize=10)
+    axes.set(xlabel='predicted', ylabel='true (number of images)')
     if n <= 40:
-        axes.set_xticks(range(n), classes, rotation=90 if max(map(len, classes)) > 2 else 0)
-        axes.set_yticks(range(n), classes)
-    if n <= 20:
-        for i in range(n):
-            for j in range(n):
-                if counts[i, j]:
-                    axes.text(
-                        j,
-                        i,
-                        str(int(counts[i, j])),
-                        ha='center',
-                        va='center',
-                        fontsize=8,
-                        color='black' if shares[i, j] > 0.5 else 'white',
-                    )
-    figure.colorbar(image, shrink=0.7, label='share of the true class')
-    figure.savefig(file, dpi=150)
+        names = [one_line(name, 24) for name in classes]
+        axes.set_xticks(range(n), names, rotation=90 if max(map(len, names)) > 2 else 0)
+        axes.set_yticks(range(n), [f'{name} ({int(count)})' for name, count in zip(names, counts.sum(1))])
+        for i, j in counts.nonzero().tolist():
+            color = 'black' if fractions[i, j] > 0.5 else 'white'
+            axes.text(j, i, str(int(counts[i, j])), ha='center', va='center', fontsize=8 if n <= 20 else 6, color=color)
+    figure.colorbar(image, shrink=0.7, label='fraction of the true class')
+    save_figure(figure, file)
 
 
 def plot_predictions(rows: list[tuple[Image.Image, str, float, str]], file: Path) -> None:
-    """Images with what the model says, how sure it is, and the truth ('' where unknown); wrong answers in red."""
+    """Plot images with the predicted class, its probability, and the true class ('' if unknown) where it differs."""
     cols = min(6, len(rows))
     lines = -(-len(rows) // cols)
     figure = Figure(figsize=(1.7 * cols, 2.1 * lines), layout='constrained')
@@ -85,57 +132,58 @@ def plot_predictions(rows: list[tuple[Image.Image, str, float, str]], file: Path
         ax.imshow(image, cmap='gray' if image.mode == 'L' else None)
         wrong = bool(truth) and name != truth
         ax.set_title(
-            f'{name}  {100 * probability:.0f} %' + (f'\nis {truth}' if wrong else ''),
+            f'{one_line(name, 20)}  {100 * probability:.0f} %' + (f'\ntrue: {one_line(truth, 20)}' if wrong else ''),
             fontsize=9,
             color=RED if wrong else 'black',
         )
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)
 
 
 def plot_sizes(curves: dict[str, list[tuple[int, float, float | None]]], conditions: str, file: Path) -> None:
-    """Time and memory over image size, both axes logarithmic: model -> (pixels a side, ms an image, MB) each."""
+    """Plot time and memory over image size: model -> (side in pixels, ms per image, MB or None) of each size."""
     figure = Figure(figsize=(9, 3.6), layout='constrained')
     left, right = figure.subplots(1, 2)
     for i, (name, points) in enumerate(curves.items()):
         color, marker = style(i)
         sizes = [size for size, _, _ in points]
         left.plot(sizes, [ms for _, ms, _ in points], color=color, marker=marker, label=name)
-        held = [(size, mb) for size, _, mb in points if mb]
-        right.plot([size for size, _ in held], [mb for _, mb in held], color=color, marker=marker, label=name)
-    for axes, label in ((left, 'ms an image'), (right, 'peak memory of a step (MB)')):
-        axes.set(xlabel='pixels a side', ylabel=label, xscale='log', yscale='log')
+        measured = [(size, mb) for size, _, mb in points if mb]
+        right.plot([size for size, _ in measured], [mb for _, mb in measured], color=color, marker=marker)
+    for axes, label in ((left, 'ms per image'), (right, 'peak memory of a step (MB)')):
+        axes.set(xlabel='image side (pixels)', ylabel=label)
+        use_log_scale(axes, 'x')
+        use_log_scale(axes, 'y')
         axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
-    left.legend(frameon=False, fontsize=8)
+    figure.legend(loc='outside lower center', ncols=4, frameon=False, fontsize=8)
     figure.suptitle('\n'.join(textwrap.wrap(conditions, 110)), fontsize=9)
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)
 
 
 def plot_speed(points: dict[str, tuple[float, float]], family: Sequence[str], conditions: str, file: Path) -> None:
-    """Top-1 against speed: model -> (images/s, % top-1); those of `family` stand out, joined by a line."""
+    """Plot top-1 against speed: model -> (images/s, top-1 in %); the models of `family` are joined by a line."""
     figure = Figure(figsize=(7, 4.2), layout='constrained')
     axes = figure.subplots()
-    ours = sorted((points[name], name) for name in points if name in family)
-    axes.plot([x for (x, _), _ in ours], [y for (_, y), _ in ours], color=BLUE, alpha=0.3)
+    line = sorted(points[name] for name in points if name in family)
+    axes.plot([x for x, _ in line], [y for _, y in line], color=BLUE, alpha=0.3)
     for name, (x, y) in points.items():
-        mine = name in family
-        axes.plot(x, y, marker='o' if mine else 's', color=BLUE if mine else ORANGE, linestyle='none')
+        member = name in family
+        axes.plot(x, y, marker='o' if member else 's', color=BLUE if member else ORANGE, linestyle='none')
     axes.set(xlabel='images/s', ylabel='published top-1 on ImageNet (%)', xscale='log')
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))  # the usual nine of a decade touch
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))  # labels of nine ticks a decade would touch
     axes.xaxis.set_major_formatter('{x:g}')
     axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(0.15)
     axes.grid(alpha=0.3, which='both')
     axes.set_title('\n'.join(textwrap.wrap(conditions, 80)), fontsize=9)
     label_points(figure, axes, points)
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)
 
 
 def label_points(figure: Figure, axes: Axes, points: dict[str, tuple[float, float]]) -> list[Annotation]:
-    """Write names beside points, each at the first of a few places where it covers no other name and no point."""
+    """Write names beside points, each at the first of a few positions where it covers no other name and no point."""
     renderer = FigureCanvasAgg(figure).get_renderer()
-    figure.draw_without_rendering()  # the layout is known from here on
+    figure.draw_without_rendering()  # computes the layout
     spots = axes.transData.transform(list(points.values()))
     taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in spots]
     near = [
@@ -151,8 +199,8 @@ def label_points(figure: Figure, axes: Axes, points: dict[str, tuple[float, floa
         )
     ]
     made = []
-    for i, (name, place) in enumerate(points.items()):
-        label = axes.annotate(name, place, xytext=(0, 0), textcoords='offset points', fontsize=8)
+    for i, (name, point) in enumerate(points.items()):
+        label = axes.annotate(name, point, xytext=(0, 0), textcoords='offset points', fontsize=8, parse_math=False)
         others, best = taken[:i] + taken[i + 1 :], None
         for x, y, side in near:
             label.set(position=(x, y), horizontalalignment=side)
@@ -169,33 +217,33 @@ def label_points(figure: Figure, axes: Axes, points: dict[str, tuple[float, floa
 
 
 def plot_arms(arms: Sequence[tuple[str, int, Sequence[float], float, bool]], conditions: str, file: Path) -> None:
-    """Top-1 and parameters, a line each: name, parameters, % of each seed, half of the mean's interval, whether own."""
+    """Plot top-1 and size of arms: name, parameters, top-1 of each seed (%), half the interval of the mean, custom."""
     kinds = {'T2T-ViT': BLUE, 'ViT': ORANGE, 'CNN': GREEN, 'your design': RED}
     figure = Figure(figsize=(9, 1.6 + 0.24 * len(arms)), layout='constrained')
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-    for i, (name, parameters, top1, half, own) in enumerate(arms):
+    for i, (name, parameters, top1, half, custom) in enumerate(arms):
         family = 'T2T-ViT' if name.startswith('t2t') else 'ViT' if name.startswith('vit') else 'CNN'
-        kind = 'your design' if own else family
+        kind = 'your design' if custom else family
         left.errorbar(sum(top1) / len(top1), i, xerr=half, fmt='o', color=kinds[kind], markersize=4, capsize=3)
         left.plot(top1, [i] * len(top1), marker='|', color='black', linestyle='none', markersize=11, zorder=3)
         right.barh(i, parameters / 1e6, color=kinds[kind], label=kind, height=0.6)
     left.set_yticks(range(len(arms)), [name for name, *_ in arms], fontsize=8)
     left.set_ylim(len(arms) - 0.4, -0.6)
-    left.set(xlabel='top-1 (%): mean, 95 % interval, a dash for each seed')
+    left.set(xlabel='top-1 (%): mean with 95 % interval, seeds as dashes')
     right.set(xlabel='million parameters')
     for axes in (left, right):
         axes.grid(alpha=0.3, axis='x')
     handles, labels = right.get_legend_handles_labels()
-    found = dict(zip(labels, handles))
-    figure.legend(found.values(), found.keys(), frameon=False, fontsize=8, ncols=4, loc='outside lower center')
+    shown = dict(zip(labels, handles))  # one entry a colour
+    figure.legend(shown.values(), shown.keys(), frameon=False, fontsize=8, ncols=4, loc='outside lower center')
     figure.suptitle('\n'.join(textwrap.wrap(conditions, 115)), fontsize=8)
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)
 
 
 def plot_differences(
     pairs: Sequence[tuple[str, float, float, float, str]], margin: float, conditions: str, file: Path
 ) -> None:
-    """Differences of top-1 with intervals, a line each: label, points, half width, the paper's points, verdict."""
+    """Plot differences in top-1: label, difference in points, half its interval, the paper's difference, verdict."""
     colors = {'holds': BLUE, 'better': BLUE, 'does not hold': RED, 'worse': RED}
     figure = Figure(figsize=(9, 1.6 + 0.25 * len(pairs)), layout='constrained')
     axes = figure.subplots()
@@ -215,4 +263,4 @@ def plot_differences(
     axes.grid(alpha=0.3, axis='x')
     figure.legend(frameon=False, fontsize=8, ncols=2, loc='outside lower center')
     figure.suptitle('\n'.join(textwrap.wrap(conditions, 115)), fontsize=8)
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)

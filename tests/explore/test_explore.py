@@ -1,11 +1,11 @@
-"""The page that looks inside models: what it reads, what it shows, what it refuses. In a browser: browser.py."""
+"""The page that looks inside models: what it reads, draws, answers and refuses. tests/stress/browser.py drives it."""
 
-import html
 import importlib.util
 import io
 import json
 import os
 import re
+import socket
 import struct
 import subprocess
 import sys
@@ -24,19 +24,19 @@ from sklearn.datasets import load_sample_images
 
 from t2t_vit.cli import main
 from t2t_vit.data import DataError, Preprocessing
-from t2t_vit.explore import command
-from t2t_vit.explore.command import examples, last_run, offer
-from t2t_vit.explore.seen import KEPT, SIDE, Explorer, Limits, Seen, TimeUp, read_photo, sentence, untrained
-from t2t_vit.explore.views import PLACE, VIEWS, Choice, show
-from t2t_vit.look.opened import OpenModel, Photo
+from t2t_vit.explore.command import DEMO, examples, last_run, offer
+from t2t_vit.explore.explorer import MAX_PASSES, SIDE, Explorer, Limits, Seen, TimeUp, explain, read_photo, untrained
+from t2t_vit.explore.views import CROSS_TOKEN, VIEWS, Choice, card, gallery, show
+from t2t_vit.look.opened import OpenModel, Photo, open_model
 from t2t_vit.settings import UsageError
 
 LIMITS = Limits(megabytes=1, megapixels=2, seconds=60)
 FLOWER = Image.fromarray(load_sample_images().images[1])
+needs_gradio = pytest.mark.skipif(not importlib.util.find_spec('gradio'), reason='Gradio is not installed')
 
 
 def png(width: int, height: int) -> bytes:
-    """A PNG's beginning that claims to be so large."""
+    """The start of a PNG with these sizes in its header."""
     header = b'IHDR' + struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
     return (
         b'\x89PNG\r\n\x1a\n'
@@ -68,31 +68,31 @@ def bad_files() -> dict[str, bytes]:
 @pytest.mark.parametrize(
     'name, says',
     [
-        ('text.png', 'is not an image'),
-        ('empty.jpg', 'is not an image'),
-        ('torn.jpg', 'is damaged'),
-        ('torn.png', 'is damaged'),
-        ('bomb.png', 'more than 2 million pixels'),
-        ('long.png', 'too narrow'),
-        ('heavy.bmp', 'at most 1 MB'),
+        ('text.png', 'not an image'),
+        ('empty.jpg', 'cannot be read'),
+        ('torn.jpg', 'damaged'),
+        ('torn.png', 'damaged'),
+        ('bomb.png', '2,000,000 pixels'),
+        ('long.png', 'cannot be read'),
+        ('heavy.bmp', 'the limit is 1 MB'),
     ],
 )
-def test_what_cannot_be_read_is_said_in_a_sentence(name, says, tmp_path):
+def test_unreadable_uploads_are_explained_in_a_sentence(name, says, tmp_path):
     (tmp_path / name).write_bytes(bad_files()[name])
     with pytest.raises(DataError, match=says) as caught:
         read_photo(tmp_path / name, LIMITS)
-    assert '\n' not in str(caught.value) and str(tmp_path) not in str(caught.value)
+    assert name in str(caught.value) and '\n' not in str(caught.value) and str(tmp_path) not in str(caught.value)
 
 
 def test_photos_are_upright_opaque_and_small(tmp_path):
     turned = Image.new('RGB', (1400, 700), 'red')
     exif = turned.getexif()
-    exif[0x0112] = 6  # lying on its side
+    exif[0x0112] = 6  # rotated by 90°
     turned.save(tmp_path / 'phone.jpg', exif=exif)
     assert read_photo(tmp_path / 'phone.jpg', LIMITS).image.size == (SIDE // 2, SIDE)
     Image.new('RGBA', (8, 8), (0, 0, 0, 0)).save(tmp_path / 'clear.png')
     assert read_photo(tmp_path / 'clear.png', LIMITS).image.getpixel((0, 0)) == (255, 255, 255)
-    Image.new('I;16', (8, 8), 256 * 100).save(tmp_path / 'deep.png')
+    Image.new('I;16', (8, 8), 257 * 100).save(tmp_path / 'deep.png')
     assert read_photo(tmp_path / 'deep.png', LIMITS).image.getpixel((0, 0)) == (100, 100, 100)
 
 
@@ -110,11 +110,8 @@ def small(name: str, size: int = 32, **how: Any) -> OpenModel:
 
 @pytest.fixture(scope='module')
 def explorer() -> Explorer:
-    return Explorer(
-        {'ours': lambda: small('t2t_vit_7_32', depth=2), 'flat': lambda: small('test_resnet', 64)},
-        torch.device('cpu'),
-        LIMITS,
-    )
+    openers = {'ours': lambda: small('t2t_vit_7_32', depth=2), 'flat': lambda: small('test_resnet', 64)}
+    return Explorer(openers, torch.device('cpu'), LIMITS)
 
 
 @pytest.fixture(scope='module')
@@ -126,12 +123,13 @@ def seen(explorer: Explorer) -> list[Seen]:
 def test_every_view_shows_two_models_side_by_side(view, seen):
     shown = show(view, seen, Choice())
     assert shown.count('<section') == 2 and 'models n2' in shown
-    assert '<b>four' not in shown  # class names are no markup
+    assert shown.count('class="card"') == 2
+    assert '<b>four' not in shown  # class names are escaped
     for drawing in re.findall(r'<svg[^>]*>', shown):
         assert 'role="img" aria-label="' in drawing
 
 
-def test_the_controls_change_what_is_shown(seen):
+def test_controls_change_the_view(seen):
     def shows(view: str, **how: Any) -> str:
         return show(view, seen[:1], Choice(**how))
 
@@ -139,13 +137,15 @@ def test_the_controls_change_what_is_shown(seen):
     assert 'Token at row 8, column 1:' in shows('Windows', across=0.0, down=1.0)
     assert 'animate' not in shows('Windows') and shows('Windows', moving=True).count('attributeName="viewBox"') == 3
     assert 'Layer 1 of 4, attention1, kernel, 32×32' in shows('Attention', depth=0.0)
-    assert 'Layer 4 of 4, blocks.1.attn, softmax, 8×8: where the class token looks, mean of 4' in shows('Attention')
-    assert 'looks, head 3 of 4' in shows('Attention', head=3)
-    assert 'where the token at row 1, column 8 looks' in shows('Attention', reader=PLACE, across=1.0, down=0.0)
+    assert 'Layer 4 of 4, blocks.1.attn, softmax, 8×8: attention of the class token, mean of 4' in shows('Attention')
+    assert 'the class token, head 3 of 4' in shows('Attention', head=3)
+    assert 'attention of the token at row 1, column 8' in shows('Attention', reader=CROSS_TOKEN, across=1.0, down=0.0)
     assert shows('Evidence', residual=0.1) != shows('Evidence', residual=0.9)
-    assert '“three”' in shows('Evidence', target=2)
+    probability = 100 * float(seen[0].trace.logits[0].softmax(-1)[2])
+    assert f'“three” ({probability:.1f} %)' in shows('Evidence', target=2)
     assert 'channels 65 to 128 of 256' in shows('Feature maps', page=2)
     assert 'attention1, 32×32: channels 1 to 64 of 64' in shows('Feature maps', stage=0.0, page=9)
+    assert all('class="scale"' in shows(view) for view in ('Attention', 'Evidence'))  # the colour bar
 
 
 def test_dead_channels_are_marked(seen):
@@ -158,222 +158,391 @@ def test_dead_channels_are_marked(seen):
     assert 'channel 6: dead<' in marked and 'Of all, 1 dead (dashed red)' in marked
 
 
-def test_passes_are_remembered_and_bounded(explorer):
-    photos = [Photo('grey', Image.new('RGB', (9, 9), (i, i, i))) for i in range(KEPT + 2)]
+def test_passes_are_kept_up_to_a_limit(explorer):
+    photos = [Photo('grey', Image.new('RGB', (9, 9), (i, i, i))) for i in range(MAX_PASSES + 2)]
     assert explorer.see('ours', photos[0]) is explorer.see('ours', photos[0])
     for photo in photos:
         explorer.see('ours', photo)
-    assert len(explorer.passes) == KEPT
-    with pytest.raises(UsageError, match="no model 'other'.*ours, flat"):
+    assert len(explorer.passes) == MAX_PASSES
+    with pytest.raises(UsageError, match="no model 'other'.*ours or flat"):
         explorer.see('other', photos[0])
 
 
-def test_a_request_ends_when_its_time_is_up():
+def test_request_ends_when_its_time_is_up():
     explorer = Explorer({'ours': lambda: small('t2t_vit_7_32', depth=1)}, torch.device('cpu'), Limits(seconds=-1))
     explorer.open('ours')
     with explorer.request(), pytest.raises(TimeUp, match='longer than'):
         explorer.see('ours', Photo('flower', FLOWER))
     assert not explorer.passes and not explorer.lock.locked()
-    explorer.check()  # outside of a request there is no limit
+    explorer.check_time()  # no limit outside a request
 
 
-def test_errors_are_sentences():
-    assert 'not enough memory' in sentence(torch.OutOfMemoryError('CUDA out of memory'), LIMITS)
-    assert 'not enough memory' in sentence(RuntimeError("DefaultCPUAllocator: can't allocate memory"), LIMITS)
-    assert sentence(RuntimeError('a bug'), LIMITS) == ''
+def test_errors_are_explained():
+    assert 'not enough memory' in explain(torch.OutOfMemoryError('CUDA out of memory'))
+    assert 'not enough memory' in explain(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    assert explain(RuntimeError('a defect')) == ''
 
 
-def test_untrained_is_the_same_model_with_other_weights():
+def test_untrained_model_has_the_same_random_weights_each_time():
     one = small('t2t_vit_7_32', depth=1)
     with torch.no_grad():
         one.model.head.bias += 1
-    twins = untrained(one), untrained(one)
-    weights = [{key: value for key, value in twin.model.state_dict().items()} for twin in twins]
+    weights = [untrained(one).model.state_dict() for _ in range(2)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert not weights[0]['head.bias'].any() and one.model.head.bias.any()
 
 
-def test_the_last_run_is_the_default(digits_run, tmp_path, monkeypatch, capsys):
-    assert last_run(tmp_path) is None
-    assert last_run(digits_run.parent) == digits_run
-    assert list(offer([str(digits_run), str(digits_run)])) == ['digits #1', 'digits #2', 'digits #1, untrained']
-    trained: list[Any] = []
-    monkeypatch.setattr(command, 'train', lambda config, resume: trained.append((config, resume)))
-    assert command.train_digits(tmp_path / 'digits-explore') == tmp_path / 'digits-explore'
-    assert (trained[0][0].data.root, trained[0][0].output) == ('digits', str(tmp_path / 'digits-explore'))
-    assert 'training on the embedded digits' in capsys.readouterr().out
+def test_last_run_is_the_default_and_a_demo_without_runs(digits_run, tmp_path):
+    assert last_run(tmp_path) is None and last_run(digits_run.parent) == digits_run
+    run = open_model(str(digits_run))
+    assert list(offer(run, [str(digits_run)])) == ['digits #1', 'digits #2', 'digits #1, untrained']
+    demo = open_model(str(DEMO))
+    assert '98.33 % on digits' in card(demo) and '0.12 million parameters, 16×16 pixels grey' in card(demo)
+    explorer = Explorer(offer(demo, []), torch.device('cpu'), LIMITS)
+    digits = examples(demo, DEMO, compared=False)
+    assert [photo.name for photo in digits] == [f'digit {i}' for i in range(10)]
+    right = sum(explorer.see('demo', photo).ranking(1)[0][1] == photo.name[-1] for photo in digits)
+    assert right >= 9  # it is trained
 
 
-def test_a_wrong_option_is_said(capsys):
-    assert main(['explore', '--port', '0', '--max_seconds', '0']) == 2
-    said = capsys.readouterr().err
-    assert 'port is from 1 to 65535' in said and 'max_seconds is more than 0' in said
+def test_examples_fit_the_model(digits_run, photos, tmp_path):
+    (tmp_path / 'config.yaml').write_text(f'data:\n  root: {photos}\n')
+    other = open_model('t2t_vit_7')
+    found = examples(other, tmp_path, compared=False)
+    assert [photo.name for photo in found] == [f'validation image, {name}' for name in ('flower', 'roof', 'sky')]
+    assert [photo.name for photo in examples(other, Path('t2t_vit_7'), False)] == [
+        'samples/china.jpg',
+        'samples/flower.jpg',
+    ]
+    assert len(examples(open_model(str(digits_run)), digits_run, compared=True)) == 12
+    assert gallery(found).count('<img') == 3 and '<script' not in gallery([Photo('"><script>', FLOWER)])
 
 
-CONTROLS = [3, 0.5, 0.5, False, 3, 0, 'the class token', 0.5, -1, 1, 1]
+def test_wrong_options_are_explained(capsys):
+    assert main(['explore', '--port', '0', '--max_seconds', '0', '--max_waiting', '1']) == 2
+    error = capsys.readouterr().err
+    for text in ('port must be from 1 to 65535', 'max_seconds must be greater than 0', 'at least max_megabytes'):
+        assert text in error
 
 
 class Server:
-    """The page, asked as a browser asks it."""
+    """The page, asked by HTTP and by gradio_client."""
 
     def __init__(self, address: str, temp: Path) -> None:
-        self.address, self.temp = address, temp
+        from gradio_client import Client
 
-    def get(self, path: str, body: bytes = b'', **headers: str) -> str:
-        """The text of an answer, or its status where it is an error."""
+        self.address, self.temp, self.log = address, temp, temp / 'log'
+        self.client = Client(address, verbose=False)
+
+    def get(self, path: str, body: bytes | None = None, method: str | None = None, **headers: str) -> str:
+        """The text of an answer, or its status if it is an error."""
+        headers = {name.replace('_', '-'): value for name, value in headers.items()}
         try:
-            with urlopen(Request(self.address + path, body or None, headers), timeout=60) as answer:
+            with urlopen(Request(self.address + path, body, headers, method=method), timeout=60) as answer:
                 return answer.read().decode(errors='replace')
         except OSError as error:
             return str(getattr(error, 'code', error))
 
-    def upload(self, name: str, content: bytes) -> str:
-        """The path it was written to."""
+    def upload(self, name: str, content: bytes, **headers: str) -> str:
+        """The token of an uploaded file, or the status of a refusal."""
         head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
         body = head.encode() + content + b'\r\n--x--\r\n'
-        answer = self.get('gradio_api/upload', body, **{'Content-Type': 'multipart/form-data; boundary=x'})
-        return answer if answer.isdigit() else json.loads(answer)[0]
+        answer = self.get('gradio_api/upload', body, Content_Type='multipart/form-data; boundary=x', **headers)
+        found = re.fullmatch(r'\["(.+)"\]', answer)
+        return found[1] if found else answer
 
-    def call(self, name: str, values: list[Any]) -> str:
-        """What an event of the page's answers."""
-        event = json.loads(
-            self.get(
-                f'gradio_api/call/{name}', json.dumps({'data': values}).encode(), **{'Content-Type': 'application/json'}
-            )
-        )['event_id']
-        return self.get(f'gradio_api/call/{name}/{event}')
+    def ask(self, name: str, image: Any = None, **fields: Any) -> Any:
+        """The answer of an endpoint, or its error; `image` is a token."""
+        from gradio_client.exceptions import AppError
 
-    def look(self, path: str, model: str = 'digits') -> str:
-        """What the page says of an uploaded file."""
-        file = {'path': path, 'meta': {'_type': 'gradio.FileData'}}
-        return self.call('look', [file, model, f'{model}, untrained', 'Answer', *CONTROLS])
+        given = {} if image is None else {'image': {'path': image}}
+        try:
+            return self.client.predict(**given, **fields, api_name=f'/{name}')
+        except AppError as error:
+            return str(error)
+
+    def call(self, name: str, *values: Any) -> str:
+        """The events of a call by HTTP alone."""
+        body = json.dumps({'data': values}).encode()
+        answer = self.get(f'gradio_api/call/{name}', body, Content_Type='application/json')
+        return self.get(f'gradio_api/call/{name}/{json.loads(answer)["event_id"]}')
+
+    def files(self) -> list[Path]:
+        """All files that the server keeps."""
+        return [file for file in self.temp.glob('t2t-vit-explore-*/**/*') if file.is_file()]
+
+
+def start_server(temp: Path, *options: str) -> tuple['subprocess.Popen[bytes]', str]:
+    """Start the page in a process; returns it and the address."""
+    argv = [sys.executable, '-u', '-m', 't2t_vit.cli', 'explore', *options]
+    log = temp / 'log'
+    with open(log, 'w') as out:
+        process = subprocess.Popen(argv, stdout=out, stderr=out, env={**os.environ, 'TMPDIR': str(temp)})
+    for _ in range(1200):
+        if (found := re.search(r'http://[\w.]+:\d+/', log.read_text())) or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    assert found, log.read_text()
+    return process, found[0]
 
 
 @pytest.fixture(scope='module')
 def server(digits_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """In a process of its own: Gradio's warnings are not ours."""
-    if not importlib.util.find_spec('gradio'):
-        pytest.skip('Gradio is not installed')
-    temp = tmp_path_factory.mktemp('temp')
-    words = [
-        sys.executable,
-        '-u',
-        '-m',
-        't2t_vit.cli',
-        'explore',
-        '--runs',
-        str(digits_run.parent),
-        '--max_megabytes',
-        '1',
-        '--max_megapixels',
-        '2',
-    ]
-    with (
-        open(temp / 'log', 'w+') as log,
-        subprocess.Popen(words, stdout=log, stderr=log, env={**os.environ, 'TMPDIR': str(temp)}) as process,
-    ):
-        for _ in range(1200):
-            if (found := re.search(r'http://127\.0\.0\.1:\d+/', (temp / 'log').read_text())) or process.poll():
-                break
-            time.sleep(0.1)
-        assert found, (temp / 'log').read_text()
-        yield Server(found[0], temp)
-        assert list(temp.glob('t2t-vit-explore-*'))
-        process.terminate()
-        process.wait(60)
-        assert process.returncode == 0 and not list(temp.glob('t2t-vit-explore-*'))
-        assert 't2t_vit/explore' not in (temp / 'log').read_text()  # as a traceback would; Gradio's refusals have some
-
-
-def test_an_upload_is_looked_at_and_not_kept(server):
-    path = server.upload('flower.jpg', encoded(FLOWER))
-    assert Path(path).exists()
-    answer = server.look(path)
-    assert 'event: complete' in answer and 'class=\\"bars\\"' in answer
-    assert not Path(path).exists()
-    assert not list(server.temp.rglob('*flower.jpg'))
-    assert answer.count('<section') == 2
-
-
-def test_two_people_upload_the_same(server):
-    """Each has a file of his own, so that no answer takes the other's away."""
-    paths = [server.upload('../twice.jpg', encoded(FLOWER)) for _ in range(2)]
-    assert all('class=\\"bars\\"' in server.look(path) for path in paths)
-    assert 'did not arrive' in server.look(paths[0]) and not list(server.temp.rglob('twice.jpg'))
-
-
-def test_what_is_no_value_is_said_in_a_sentence(server):
-    """An emptied box of a slider, after another model was chosen too; a view or a model that is not there."""
-    for place, value, says in (
-        (2, 'Sense', "There is no view 'Sense'"),
-        (0, ['digits'], 'There is no model'),
-        (3, None, 'A number is missing: Classes, Cross: left to right.'),
-    ):
-        values = ['digits', 'no other', 'Answer', *CONTROLS]
-        values[place] = value
-        if value is None:
-            values[4] = 'much'
-        path = server.upload('flower.jpg', encoded(FLOWER))
-        answer = server.call('look', [{'path': path, 'meta': {'_type': 'gradio.FileData'}}, *values])
-        assert says in html.unescape(answer) and 'role=\\"alert\\"' in answer
-
-
-def test_what_is_left_behind_is_deleted(tmp_path):
     pytest.importorskip('gradio')
-    from t2t_vit.explore.uploads import OLD, Uploads
+    temp = tmp_path_factory.mktemp('temp')
+    limits = ['--max_megabytes', '1', '--max_megapixels', '2', '--max_waiting', '2']
+    process, address = start_server(temp, '--runs', str(digits_run.parent), *limits)
+    try:
+        yield Server(address, temp)
+    finally:
+        process.terminate()
+    assert process.wait(60) == 0 and not list(temp.glob('t2t-vit-explore-*'))
+    log = (temp / 'log').read_text()
+    assert 'Traceback' not in log and str(temp) not in log, log
+    assert max(map(len, log.splitlines())) < 300
 
-    for age in (OLD - 60, OLD + 60):
+
+def test_api_answers_with_named_fields(server):
+    models = server.ask('models')
+    assert [model['name'] for model in models] == ['digits', 'digits, untrained']
+    assert models[0]['classes'] == 10 and models[0]['input_size'] == [1, 16, 16] and '% on digits' in models[0]['about']
+    flower = encoded(FLOWER)
+    answer = server.ask('classify', server.upload('flower.jpg', flower), top_k=3)
+    assert (answer['model'], answer['input']) == ('digits', {'height': 16, 'width': 16})
+    assert len(answer['predictions']) == 3 and set(answer['predictions'][0]) == {'index', 'label', 'probability'}
+    everything = server.ask('classify', server.upload('flower.jpg', flower), model='digits, untrained', top_k=99)
+    assert everything['weights'] == 'random weights'
+    assert sum(p['probability'] for p in everything['predictions']) == pytest.approx(1, abs=1e-5)
+    found = server.ask('attention', server.upload('flower.jpg', flower))
+    assert found['kind'] == 'softmax' and found['grid'] == [4, 4] and len(found['values'][0]) == 4
+    found = server.ask('attention', server.upload('flower.jpg', flower), layer=0, row=7, column=0)
+    assert found['kind'] == 'kernel' and found['grid'] == [8, 8]
+    found = server.ask('evidence', server.upload('flower.jpg', flower), target=3)
+    assert found['grad_cam']['label'] == '3' and len(found['rollout']['values']) == 4
+    found = server.ask('layers', server.upload('flower.jpg', flower))
+    assert [layer['grid'] for layer in found['layers']][:2] == [[8, 8], [4, 4]]
+
+
+def test_api_takes_files_from_gradio_client(server, tmp_path):
+    """As its documentation shows; the answer is that of the model."""
+    from gradio_client import handle_file
+
+    FLOWER.save(tmp_path / 'flower.png')
+    answer = server.client.predict(image=handle_file(tmp_path / 'flower.png'), api_name='/classify')
+    again = server.ask('classify', server.upload('flower.png', (tmp_path / 'flower.png').read_bytes()))
+    assert answer == again and len(answer['predictions']) == 5
+
+
+def test_uploads_are_deleted_when_read(server):
+    first, second = (server.upload('../twice.jpg', encoded(FLOWER)) for _ in range(2))
+    assert first != second and 'twice.jpg' in first and str(server.temp) not in first  # no path is told
+    assert [file.name for file in server.files()] == ['twice.jpg'] * 2
+    assert 'predictions' in server.ask('classify', first)
+    assert 'did not arrive' in server.ask('classify', first)
+    assert 'predictions' in server.ask('classify', second) and not server.files()
+
+
+def test_wrong_values_are_explained(server):
+    for fields, says in (
+        (dict(top_k='many'), 'A number is missing: top_k'),
+        (dict(model='resnet'), "There is no model 'resnet' on this page; choose digits or digits, untrained."),
+        (dict(model=['digits']), 'There is no model'),
+    ):
+        token = server.upload('flower.jpg', encoded(FLOWER))
+        assert says in server.ask('classify', token, **fields)
+        server.ask('classify', token)  # which deletes it
+    for fields, says in ((dict(layer=9), 'There is no layer 9'), (dict(row=99, column=0), 'no token at row 99')):
+        assert says in server.ask('attention', server.upload('flower.jpg', encoded(FLOWER)), **fields)
+
+
+def test_bad_uploads_are_explained_and_deleted(server):
+    for name, content in bad_files().items():
+        answer = server.upload(name, content)
+        assert answer == '413' if name == 'heavy.bmp' else name in server.ask('classify', answer)
+    assert not server.files()
+
+
+def test_waiting_uploads_have_a_limit(server):
+    large = encoded(FLOWER.resize((500, 500)), 'bmp')  # 750 kB of 2 MB
+    tokens = [server.upload('large.bmp', large) for _ in range(4)]
+    assert [token.isdigit() for token in tokens] == [False, False, True, True] and tokens[-1] == '503'
+    for token in tokens[:2]:
+        assert 'predictions' in server.ask('classify', token)
+    assert 'predictions' in server.ask('classify', server.upload('large.bmp', large))
+
+
+@needs_gradio
+def test_old_uploads_are_deleted(tmp_path):
+    from t2t_vit.explore.uploads import MAX_AGE, Uploads
+
+    for age in (MAX_AGE - 60, MAX_AGE + 60):
         (tmp_path / str(age)).mkdir()
         os.utime(tmp_path / str(age), (time.time() - age,) * 2)
-    Uploads(tmp_path).sweep()
-    assert [place.name for place in tmp_path.iterdir()] == [str(OLD - 60)]
+    Uploads(tmp_path, 1e6).sweep()
+    assert [folder.name for folder in tmp_path.iterdir()] == [str(MAX_AGE - 60)]
 
 
-def test_bad_uploads_are_answered_and_deleted(server):
-    for name, content in bad_files().items():
-        if name == 'heavy.bmp':
-            assert server.upload(name, content) == '413'
-        else:
-            path = server.upload(name, content)
-            assert 'role=\\"alert\\"' in server.look(path) and not Path(path).exists()
-
-
-def test_no_file_outside_its_own_is_served(server, tmp_path):
+def test_no_other_file_is_served(server, tmp_path):
     (tmp_path / 'secret.png').write_bytes(encoded(FLOWER, 'png'))
+    token = server.upload('flower.jpg', encoded(FLOWER))
+    key = token.split('/')[1]
     for path in (
         str(tmp_path / 'secret.png'),
         '/etc/passwd',
         str(Path('pyproject.toml').resolve()),
         'https://example.org/a.png',
+        f'upload/{key}/..',
+        f'upload/{key}/../../secret.png',
+        'upload/../../../etc/passwd',
     ):
         assert server.get(f'gradio_api/file={path}') in ('403', '404')
-        assert 'bars' not in server.look(path)
-    assert (tmp_path / 'secret.png').exists()
-    image = {'path': 'https://example.org/a.png', 'meta': {'_type': 'gradio.FileData'}}
-    assert 'Only uploaded files' in server.call('report', ['digits', 'no other', image, *CONTROLS[1:]])
-    own = [file for file in server.temp.rglob('*.webp') if 't2t-vit-explore' in str(file)]  # thumbnails of examples
-    assert own and all('bars' not in server.look(str(file)) and file.exists() for file in own[:2])
-    assert server.get('gradio_api/deep_link?session_hash=x') == '404'
-    assert server.get('gradio_api/proxy=https://example.org') == '404'
+        assert 'did not arrive' in server.ask('classify', path) or path.startswith('https:')
+        file = {'path': path, 'url': path, 'meta': {'_type': 'gradio.FileData'}}  # of which Gradio makes a copy
+        assert 'predictions' not in server.call('classify', file, '', 5)
+    assert [file.name for file in server.files()] == ['flower.jpg']
+    assert (tmp_path / 'secret.png').exists() and 'predictions' in server.ask('classify', token)
+    for path in (
+        'deep_link?session_hash=x',
+        'proxy=https://example.org',
+        'stream/x/y/playlist.m3u8',
+        'component_server',
+    ):
+        assert server.get(f'gradio_api/{path}') == '404'
 
 
-def test_the_page_takes_nothing_from_elsewhere(server):
+def test_foreign_pages_and_host_names_are_refused(server):
+    """DNS rebinding has another Host, a form of another page another Origin; neither gets credentials."""
+    host = server.address.removeprefix('http://').strip('/')
+    assert server.get('config', Host='evil.example') == '403'
+    assert server.get('config', Host=f'evil.example:{host.split(":")[1]}') == '403'
+    assert server.get('config', Host='10.0.0.1') == '403'  # it listens at 127.0.0.1
+    assert server.get('config', Host='') == '403'
+    assert '"components"' in server.get('config', Host='localhost:7860')
+    flower = encoded(FLOWER)
+    for origin in ('https://evil.example', 'null', 'http://127.0.0.1:9999', 'http://localhost'):
+        assert server.upload('flower.jpg', flower, Origin=origin) == '403'
+        assert server.get('config', Origin=origin) == '403'
+        assert server.get('config', method='OPTIONS', Origin=origin, Access_Control_Request_Method='POST') == '403'
+    assert server.upload('flower.jpg', flower, Sec_Fetch_Site='cross-site') == '403'
+    token = server.upload('flower.jpg', flower, Origin=f'http://{host}', Sec_Fetch_Site='same-origin')
+    assert 'predictions' in server.ask('classify', token)
+    assert 'What models see' in server.get('', Sec_Fetch_Site='cross-site')  # a link to the page
+
+
+@needs_gradio
+def test_hosts_of_a_page_for_others():
+    from t2t_vit.explore.server import Guard
+
+    guard = Guard(None, '0.0.0.0', ['photos.example.org'], 1)
+    for host in ('photos.example.org', 'Photos.example.org:80', '10.0.0.1:7860', '[fe80::1]:7860', 'localhost'):
+        assert guard.knows(host)
+    for host in ('evil.example', 'photos.example.org.evil.example', '', '[', '10.0.0.1.evil.example'):
+        assert not guard.knows(host)
+
+
+@needs_gradio
+def test_half_open_connections_end(monkeypatch):
+    """A head that never ends, a body that stops, a body that trickles."""
+    import asyncio
+
+    import uvicorn
+
+    from t2t_vit.explore import server as module
+
+    monkeypatch.setattr(module, 'HEAD_SECONDS', 0.3)
+    monkeypatch.setattr(module, 'SILENT_SECONDS', 0.3)
+    monkeypatch.setattr(module, 'BODY_SECONDS', 0.9)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get('more_body'):
+            pass
+        await send({'type': 'http.response.start', 'status': 200, 'headers': [(b'content-length', b'2')]})
+        await asyncio.sleep(0.6)  # a slow answer is no silence of the client
+        await send({'type': 'http.response.body', 'body': b'ok'})
+
+    async def talk(*parts: bytes, pause: float = 0.0) -> tuple[bytes, float]:
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        begun = time.monotonic()
+        try:
+            for part in parts:
+                writer.write(part)
+                await asyncio.sleep(pause)
+            answer = await asyncio.wait_for(reader.read(), 5)
+        except ConnectionError:
+            answer = b''
+        writer.close()
+        return answer, time.monotonic() - begun
+
+    head = b'POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 40\r\n\r\n'
+
+    async def check() -> None:
+        config = uvicorn.Config(app, http=module.TimedProtocol, lifespan='off', log_config=None, log_level='critical')
+        running = uvicorn.Server(config)
+        serving = asyncio.create_task(running.serve(sockets=[listener]))
+        while not running.started:
+            await asyncio.sleep(0.01)
+        silent, stopped, trickle, whole = await asyncio.gather(
+            talk(b'GET / HT'), talk(head + b'x'), talk(head, *[b'x'] * 20, pause=0.1), talk(head, b'x' * 40)
+        )
+        assert silent[0] == stopped[0] == trickle[0] == b''
+        assert silent[1] < 2 and stopped[1] < 2 and trickle[1] < 4
+        assert whole[0].endswith(b'ok')
+        running.should_exit = True
+        await serving
+
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+        asyncio.run(check())
+
+
+def test_bad_requests_leave_the_terminal_readable(server):
+    before = server.log.read_text()
+    join = 'gradio_api/queue/join'
+    for body in (b'', b'{', b'[]', b'{"data": [], "fn_index": 99, "session_hash": "x"}', b'{"fn_index": "y"}'):
+        assert server.get(join, body or b' ', Content_Type='application/json').isdigit()
+    assert server.get('gradio_api/call/classify', b'{"data": 5}', Content_Type='application/json').isdigit()
+    for path in ('%00', 'gradio_api/info?' + 9000 * 'x', 'static/../../etc/passwd'):
+        server.get(path)
+    with socket.create_connection(server.address[7:-1].split(':')) as connection:
+        connection.sendall(b'\x16\x03\x01 no HTTP\r\n\r\n')
+        connection.recv(1000)
+    time.sleep(0.5)
+    said = server.log.read_text().removeprefix(before)
+    assert 'Traceback' not in said and len(said.splitlines()) < 8 and 'site-packages' not in said
+
+
+def test_page_needs_no_other_machine(server):
     page = server.get('')
     with urlopen(server.address) as answer:
         assert "default-src 'self'" in answer.headers['Content-Security-Policy']
         assert answer.headers['X-Content-Type-Options'] == 'nosniff'
+        assert 'Access-Control-Allow-Credentials' not in answer.headers
     assert '"analytics_enabled":false' in page.replace(' ', '')
     assert 'fonts.googleapis.com/css' not in page
 
 
-def test_a_report_holds_every_picture(server):
-    answer = server.call('report', ['digits', 'no other', *CONTROLS])
-    path = re.search(r'"path": "([^"]*t2t-vit-report.html)"', answer)
-    assert path, answer
-    report = server.get(f'gradio_api/file={path[1]}')
-    assert report.count('data:image/png') >= 6 and 'digit 9' in report
+@needs_gradio
+def test_report_contains_every_picture(explorer, tmp_path):
+    from t2t_vit.explore.page import Page
+    from t2t_vit.explore.uploads import Uploads
+
+    uploads = Uploads(tmp_path, 1e9)
+    controls = [3, 0.5, 0.5, False, 3, 0, 'the class token', 0.5, -1, 1, 1]
+    link = Page(explorer, [], uploads).report(Photo('a $photo$ <b>', FLOWER), 'ours', 'flat', *controls)
+    token = re.search(r'file=(\S+)"', link)
+    file = uploads.find(token[1]) if token else None
+    assert file is not None
+    report = file.read_text(encoding='utf-8')
+    assert report.count('data:image/png') >= 9 and 'a $photo$ &lt;b&gt;' in report and '<b>' not in report
 
 
-def test_examples_are_photos_and_a_digit_of_each_kind():
-    assert [photo.name for photo in examples()[1:4]] == ['samples/flower.jpg', 'digit 0', 'digit 1']
-    assert len(examples()) == 12
+@needs_gradio
+def test_empty_controls_are_explained(explorer, tmp_path):
+    from t2t_vit.explore.page import Page
+    from t2t_vit.explore.uploads import Uploads
+
+    page = Page(explorer, [Photo('flower', FLOWER)], Uploads(tmp_path, 1e9))
+    draw, values = page.guarded(page.draw, 2), [None, 'much', 0.5, False, 3, 0, 'the class token', 0.5, -1, 1, 1]
+    error = draw(page.photos[0], 'ours', 'no other', 'Answer', *values)[-1]
+    assert 'role="alert"' in error and 'A number is missing: Classes, Cross: left to right.' in error
+    assert 'There is no view' in draw(page.photos[0], 'ours', 'no other', 'Sense', *values)[-1]
+    assert 'no such example' in page.guarded(page.example, 3)({'index': 9})[-1]

@@ -1,4 +1,4 @@
-"""Looking into models: what is shown is exactly what the layers computed."""
+"""Traces, attention weights, measures of feature maps and Grad-CAM equal what the layers compute."""
 
 import pytest
 import timm
@@ -40,7 +40,7 @@ MODELS = {
 
 
 def sharpen(model: nn.Module) -> nn.Module:
-    """Random weights as they are begun with look everywhere alike; larger ones do not."""
+    """Enlarge initial weights, with which attention is nearly uniform."""
     torch.manual_seed(1)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -67,7 +67,7 @@ def traces(opened) -> dict[str, Trace]:
 
 
 def inputs_of(model: nn.Module, names: list[str], images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What modules are given in a forward pass of all tokens."""
+    """Return the inputs of modules in a forward pass of all tokens."""
     found: dict[str, torch.Tensor] = {}
     modules = dict(model.named_modules())
     hooks = [
@@ -82,8 +82,8 @@ def inputs_of(model: nn.Module, names: list[str], images: torch.Tensor) -> dict[
 
 
 @pytest.mark.parametrize('key', ['plain', 'transformer', 'se', 'ghost', 'dense', 'vit', 'deit', 'gap', 'beit', 'swin'])
-def test_weights_times_values_is_what_the_layer_computes(opened, traces, key):
-    """Of token transformer, Performer and every kind of block: what goes into the projection behind attention."""
+def test_weights_times_values_equals_the_output_of_attention(opened, traces, key):
+    """For token transformer, Performer and every kind of block: the input of the projection after attention."""
     model, images = opened[key]
     names = {
         name: f'{name}.attn.proj' if f'{name}.attn.proj' in dict(model.named_modules()) else f'{name}.proj'
@@ -97,7 +97,7 @@ def test_weights_times_values_is_what_the_layer_computes(opened, traces, key):
         assert (result - given[names[name]].reshape(result.shape)).abs().max() <= 1e-5
         if attention.eps is None:
             assert torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-5)
-        else:  # eps stands in the denominator
+        else:  # eps is in the denominator
             sums = attention.query @ attention.key.sum(-2)[..., None]
             assert torch.allclose(weights.sum(-1, keepdim=True), sums / (sums + 1e-8), atol=1e-5)
         some = attention.weights([0, weights.shape[-2] - 1])
@@ -105,7 +105,7 @@ def test_weights_times_values_is_what_the_layer_computes(opened, traces, key):
 
 
 @pytest.mark.parametrize('key', MODELS)
-def test_a_trace_leaves_the_model_as_it_was(opened, traces, key):
+def test_trace_leaves_the_model_unchanged(opened, traces, key):
     model, images = opened[key]
     with torch.no_grad():
         assert torch.allclose(model(images), traces[key].logits, atol=1e-5)
@@ -116,7 +116,7 @@ def test_a_trace_leaves_the_model_as_it_was(opened, traces, key):
     assert not model.training
 
 
-def test_maps_are_those_of_the_named_intermediates(opened, traces):
+def test_maps_equal_named_intermediates(opened, traces):
     model, images = opened['plain']
     with torch.no_grad():
         stages = dict(model.named_intermediates(images))
@@ -143,21 +143,21 @@ def test_maps_of_other_models(opened, traces, key, grids):
     model, images = opened[key]
     maps = traces[key].maps
     assert list(maps) == stage_names(model) and [tuple(x.shape[-2:]) for x in maps.values()] == grids
-    if key != 'swin':  # timm gives maps too
+    if key != 'swin':  # timm returns maps too
         theirs = model.forward_intermediates(images, intermediates_only=True, norm=False)
         ours = list(maps.values())
         ours = ours[1:] if key != 'resnet' else ours[:1] + ours[2::2]
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs)) and len(ours) == len(theirs)
 
 
-def test_layers_by_name(opened):
+def test_trace_of_named_layers(opened):
     model, images = opened['vit']
     assert list(trace(model, images, ['blocks.1.mlp.fc1']).maps) == ['blocks.1.mlp.fc1']
     with pytest.raises(UsageError, match='no layer blokcs.1, did you mean blocks.1'):
         trace(model, images, ['blokcs.1', 'head'])
 
 
-def test_where_the_class_token_looks(traces):
+def test_class_and_query_maps(traces):
     for key, prefix, token in (('plain', 1, True), ('deit', 2, True), ('gap', 1, False), ('beit', 1, False)):
         attention = traces[key].backbone()[-1]
         assert (attention.grid, attention.prefix, attention.class_token) == ((5, 7), prefix, token)
@@ -168,7 +168,7 @@ def test_where_the_class_token_looks(traces):
     stage = traces['plain'].attentions['tokens_to_token.attention1']
     assert (stage.grid, stage.prefix, stage.eps) == ((20, 28), 0, 1e-8)
     assert not traces['resnet'].attentions
-    with pytest.raises(ValueError, match='no grid'):
+    with pytest.raises(ValueError, match='form no grid'):
         class_maps(next(iter(traces['swin'].attentions.values())))
 
 
@@ -187,8 +187,8 @@ def test_rollout(traces):
 def test_mean_distance(traces):
     attention = traces['plain'].backbone()[0]
     weights = attention.weights()[0, 1, 1:, 1:]
-    places = torch.cartesian_prod(torch.arange(5.0), torch.arange(7.0))
-    expected = (weights * torch.cdist(places, places)).sum(-1) / weights.sum(-1)
+    at = torch.cartesian_prod(torch.arange(5.0), torch.arange(7.0))
+    expected = (weights * torch.cdist(at, at)).sum(-1) / weights.sum(-1)
     assert mean_distance(attention)[0, 1] == pytest.approx(expected.mean().item(), rel=1e-4)
 
 
@@ -209,7 +209,7 @@ def test_dead_channels():
     assert dead_channels(maps).tolist() == [False, True, True, True, True, False]
 
 
-def test_edge_agreement_is_that_of_the_image():
+def test_edge_agreement():
     photo = open_images(['samples'])[0].image.resize((112, 112))
     image = to_tensor(photo)[None]
     small = nn.functional.interpolate(image, (56, 56), mode='bilinear', antialias=True)
@@ -217,11 +217,10 @@ def test_edge_agreement_is_that_of_the_image():
     maps = torch.cat([small, -7 * small.mean(1, keepdim=True), torch.randn(1, 1, 56, 56), torch.ones(1, 1, 56, 56)], 1)
     found = edge_agreement(maps, image)[0]
     assert found[3] == pytest.approx(1, abs=1e-5) and found[:3].min() > 0.8 and found[4].abs() < 0.2 and found[5] == 0
-    assert edge_agreement(small[..., ::4, ::4], image).max() < found[:3].min()  # a coarse grid holds fewer
+    assert edge_agreement(small[..., ::4, ::4], image).max() < found[:3].min()  # a coarse grid has fewer edges
 
 
-def test_padding_moves_a_map_and_costs_it_nothing():
-    """The same features of the same photo, once of whole patches, once of cells around its first pixels."""
+def test_edge_agreement_is_the_same_for_shifted_cells():
     image = to_tensor(open_images(['samples'])[0].image.resize((224, 224)))[None]
     even = nn.functional.avg_pool2d(image, 16)
     moved = nn.functional.avg_pool2d(nn.functional.pad(image, [8, 0, 8, 0], mode='replicate'), 16)
@@ -233,21 +232,21 @@ def test_padding_moves_a_map_and_costs_it_nothing():
 
 
 @pytest.mark.parametrize('name, first', [('resnet', 0.5), ('tf_mobilenetv3_small_minimal_100', 31.5), ('swin', 16.0)])
-def test_where_cells_lie(traces, name, first):
-    """By where zeros around were put: as many on all sides, after the last, none."""
+def test_positions_of_cells(traces, name, first):
+    """With padding on all sides, at right and bottom only, and none."""
     found = traces[name] if name in traces else trace(timm.create_model(name), torch.randn(1, 3, 224, 224))
     assert list(found.lattices) == list(found.maps)
     assert list(found.lattices.values())[-1] == (first, first, 32.0, 32.0)
 
 
-def test_queries_on_a_grid_of_their_own():
-    """Of fewer keys, of a class token alone, of a latent."""
+def test_queries_and_keys_on_different_grids():
+    """Fewer keys, a class token alone, a latent query."""
     images = torch.randn(1, 3, 64, 96)
     pvt = trace(timm.create_model('pvt_v2_b0', depths=(1, 1, 1, 1)), images).attentions['stages.0.blocks.0.attn']
     assert (pvt.grid, pvt.query_grid, pvt.query_lattice) == ((2, 3), (16, 24), (0.5, 0.5, 4.0, 4.0))
     assert query_maps(pvt, 16 * 24 - 1).shape == (1, 1, 2, 3)
     cait = timm.create_model('cait_xxs24_224', depth=1, img_size=(64, 96))
-    cait.num_prefix_tokens = 1  # timm 1.0.26 does not say so
+    cait.num_prefix_tokens = 1  # missing in timm 1.0.26
     cait = trace(cait, images).attentions
     assert [(a.grid, a.query_grid) for a in cait.values()] == [((4, 6), None)] * 2
     pooled = trace(
@@ -257,13 +256,15 @@ def test_queries_on_a_grid_of_their_own():
 
 
 def test_high_frequency():
-    places = torch.arange(32.0)
-    waves = [torch.cos(2 * torch.pi * places / period).expand(24, 32) for period in (16, 2.5)]
-    checks = (-1.0) ** (places[:24, None] + places)
+    positions = torch.arange(32.0)
+    waves = [torch.cos(2 * torch.pi * positions / period).expand(24, 32) for period in (16, 2.5)]
+    checks = (-1.0) ** (positions[:24, None] + positions)
     found = high_frequency(torch.stack([*waves, checks, torch.full((24, 32), 7.0)])[None])[0]
     assert found[0] < 0.01 and found[1] > 0.99 and found[2] > 0.99 and found[3].isnan()
     torch.manual_seed(0)
-    assert high_frequency(torch.randn(1, 8, 32, 32)).mean() == pytest.approx(0.75, abs=0.05)  # that share of the plane
+    assert high_frequency(torch.randn(1, 8, 32, 32)).mean() == pytest.approx(
+        0.75, abs=0.05
+    )  # that fraction of all frequencies
 
 
 def test_measure_of_a_model(opened, traces):
@@ -289,8 +290,8 @@ def test_principal_colours():
 
 
 @pytest.mark.parametrize('key', ['plain', 'vit', 'resnet'])
-def test_windows_are_what_a_split_sees(opened, traces, key):
-    """By the gradient of one token of splits alone, laid over each other without token layers."""
+def test_windows_equal_the_receptive_field(opened, traces, key):
+    """Compared with the gradient of one token of the splits alone, without token layers."""
     splits = splits_of(opened[key][0])
     found = windows(splits, SIZE)
     assert len(found) == {'plain': 3, 'vit': 1, 'resnet': 0}[key]
@@ -306,10 +307,10 @@ def test_windows_are_what_a_split_sees(opened, traces, key):
             expected = torch.zeros(SIZE, dtype=torch.bool)
             expected[max(top, 0) : bottom, max(left, 0) : right] = True
             assert torch.equal(slope, expected)
-        place = next(
+        lattice = next(
             traces[key].lattices[name] for name, maps in traces[key].maps.items() if tuple(maps.shape[-2:]) == seen.grid
         )
-        assert place == (seen.start + seen.size / 2,) * 2 + (seen.step,) * 2  # what was followed says the same
+        assert lattice == (seen.start + seen.size / 2,) * 2 + (seen.step,) * 2
         with pytest.raises(IndexError, match='no window'):
             seen.box(seen.grid[0], 0)
 
@@ -318,8 +319,8 @@ def test_windows_are_what_a_split_sees(opened, traces, key):
     'key, layer',
     [('plain', 'blocks.0'), ('vit', 'blocks.0'), ('gap', 'blocks.1'), ('resnet', 'layer4.1'), ('swin', 'layers.3')],
 )
-def test_grad_cam_is_its_equation(opened, traces, key, layer):
-    """Taken at the deepest map that counts."""
+def test_grad_cam_equals_its_equation(opened, traces, key, layer):
+    """At the deepest map that the score depends on."""
     model, images = opened[key]
     found = grad_cam(model, images, [3, 1])
     assert (found.layer, found.targets.tolist()) == (layer, [3, 1])
@@ -337,11 +338,11 @@ def test_grad_cam_is_its_equation(opened, traces, key, layer):
     assert found.maps.max() > 0 and found.lattice == traces[key].lattices[layer]
 
 
-def test_grad_cam_of_what_is_not_there(opened):
+def test_grad_cam_rejects_unknown_layers_and_classes(opened):
     model, images = opened['plain']
     with pytest.raises(UsageError, match='no layer blocks.9'):
         grad_cam(model, images, layer='blocks.9')
-    with pytest.raises(UsageError, match='head is not one'):
+    with pytest.raises(UsageError, match='layer head has none'):
         grad_cam(model, images, layer='head')
     with pytest.raises(UsageError, match='from 0 to 4'):
         grad_cam(model, images, [5, 0])
@@ -349,7 +350,7 @@ def test_grad_cam_of_what_is_not_there(opened):
     assert at.maps.shape == (2, 20, 28) and torch.equal(at.targets, model(images).argmax(-1))
 
 
-def test_open_models(digits_run, tmp_path):
+def test_open_model(digits_run, tmp_path):
     random = open_model('resnet18')
     assert (random.name, random.weights, random.preprocessing.size) == ('resnet18', 'random weights', (224, 224))
     assert random.classes[1] == 'goldfish' and not random.model.training

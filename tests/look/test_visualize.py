@@ -2,26 +2,41 @@
 
 import base64
 import csv
+import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from PIL import Image
 
 from t2t_vit import cli
 from t2t_vit.look import draw
 from t2t_vit.look.attention import Attention, Lattice, query_maps
 from t2t_vit.look.features import LayerMeasure, windows
-from t2t_vit.look.opened import folder_name
-from t2t_vit.look.report import Section, write_report
+from t2t_vit.look.opened import folder_name, read_card
+from t2t_vit.look.report import Picture, Section, write_report
 from t2t_vit.look.trace import Trace
-from t2t_vit.look.visualize import query_heat, unique
-from t2t_vit.plots import GREEN, RED, label_points, style
+from t2t_vit.look.visualize import file_name, free_folder, query_heat, stem, unique
+from t2t_vit.plots import (
+    GREEN,
+    RED,
+    best_epoch,
+    label_points,
+    one_line,
+    plot_confusion,
+    plot_curves,
+    plot_predictions,
+    style,
+)
 
 PNG = b'\x89PNG'
 
@@ -78,7 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, digits_run: Path) -> Path:
     return root / 'out'
 
 
-def test_pictures_of_everything(folder):
+def test_visualize_writes_every_picture(folder):
     own = {
         f'a-photo-{i}-{name}.png'
         for i in (1, 2)
@@ -96,17 +111,19 @@ def test_pictures_of_everything(folder):
             assert 300 < picture.width <= draw.WIDTH * draw.DPI and np.asarray(picture.convert('L')).std() > 5
 
 
-def test_the_report_holds_its_pictures(folder):
+def test_report_contains_its_pictures(folder):
     page = Page((folder / 'index.html').read_text(encoding='utf-8'))
     heads = [source.partition(',') for source in page.sources]
     assert {head for head, _, _ in heads} == {'data:image/png;base64'}
     held = {base64.b64decode(data) for _, _, data in heads}
     assert len(heads) == len(held) and held == {file.read_bytes() for file in folder.glob('*.png')}
     assert page.links and all(link in page.parts for link in page.links)  # within the page only
-    assert all(words in page.text for words in ('random weights', 'Grad-CAM', 'at most 0.01 of that of its layer'))
+    assert all(
+        words in page.text for words in ('random weights', 'Grad-CAM', 'at most 0.01 of that of the median channel')
+    )
 
 
-def test_the_table_of_layers(folder):
+def test_layers_csv(folder):
     rows = list(csv.DictReader((folder / 'layers.csv').read_text().splitlines()))
     ours = [row for row in rows if row['model'] == 'digits']
     assert [row['layer'] for row in ours] == [
@@ -120,14 +137,13 @@ def test_the_table_of_layers(folder):
     assert all(0 <= int(row['dead']) <= int(row['channels']) for row in rows)
 
 
-def test_names_never_meet():
+def test_names_are_unique():
     assert unique(['a', 'a', 'a-1', 'b'], '-') == ['a-2', 'a-3', 'a-1', 'b']
     assert [folder_name(text) for text in ('runs/x', 'cmp/runs/t2t_vit_14/seed-0')] == ['x', 't2t_vit_14/seed-0']
-    places = [style(i) for i in range(12)]
-    assert len(set(places)) == 12
+    assert len({style(i) for i in range(12)}) == 12
 
 
-def test_names_beside_points_cover_nothing():
+def test_labels_of_points_do_not_overlap():
     figure = Figure(figsize=(7, 4), layout='constrained')
     axes = figure.subplots()
     points = {f'a_long_name_{i}': (1 + 0.05 * (i % 3), 2 + 0.01 * i) for i in range(6)}
@@ -136,8 +152,7 @@ def test_names_beside_points_cover_nothing():
     assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
 
 
-def test_what_a_model_has_not_is_left_out(tmp_path):
-    """No gradient to take, and no token under the cross: a note, and the other pictures."""
+def test_pictures_that_a_model_lacks_are_left_out_with_a_note(tmp_path):
     (tmp_path / 'mine.py').write_text(
         'import timm\n\n\ndef pooled(img_size):\n    model = timm.create_model("vit_base_patch16_siglip_224", depth=1, '
         'embed_dim=24, num_heads=2, img_size=img_size, num_classes=3)\n    model.head.weight.data.zero_()\n'
@@ -158,17 +173,17 @@ def test_what_a_model_has_not_is_left_out(tmp_path):
         )
         == 0
     )
-    assert 'Left out: Grad-CAM needs' in (tmp_path / 'out' / 'index.html').read_text()
+    assert 'Left out: Grad-CAM needs a map' in (tmp_path / 'out' / 'index.html').read_text()
     assert (tmp_path / 'out' / 'china-pooled-query.png').exists()
 
 
-def test_a_damaged_record_is_named(tmp_path, capsys):
+def test_incomplete_metrics_are_rejected(tmp_path, capsys):
     (tmp_path / 'metrics.jsonl').write_text('{"epoch": 0, "train_loss": 1.0, "val_loss": 1.0}\n')
     assert cli.main(['visualize', '--runs', str(tmp_path), '--output', str(tmp_path / 'out')]) == 2
-    assert 'line 1, has no val_top1, images_per_second' in capsys.readouterr().err
+    assert 'line 1, lacks val_top1, images_per_second' in capsys.readouterr().err
 
 
-def test_runs_alone(digits_run, tmp_path):
+def test_runs_without_images(digits_run, tmp_path):
     assert cli.main(['visualize', '--runs', str(digits_run), '--output', str(tmp_path / 'new')]) == 0
     assert {file.name for file in (tmp_path / 'new').iterdir()} == {'runs.png', 'index.html'}
 
@@ -176,10 +191,14 @@ def test_runs_alone(digits_run, tmp_path):
 @pytest.mark.parametrize(
     'argv, message',
     [
+        ([], 'nothing to draw: give images'),
         (['nowhere.png'], 'not there: nowhere.png'),
         (['samples', '--models', 'resnet188'], "unknown model 'resnet188', did you mean resnet18"),
         (['samples', '--models', '.'], 'it has no model.safetensors and no config.json'),
-        (['samples', '--query', '[0.5,2]', '--img_size', '0'], 'query is two shares from 0 to 1, got [0.5, 2.0]'),
+        (
+            ['samples', '--query', '[0.5,2]', '--img_size', '0'],
+            'query must be two fractions from 0 to 1, got [0.5, 2.0]',
+        ),
         (['--runs', 'nowhere'], 'cannot read nowhere/metrics.jsonl'),
         (['samples', '--modles', 'resnet18'], 'unknown option --modles, did you mean models?'),
         (
@@ -189,14 +208,96 @@ def test_runs_alone(digits_run, tmp_path):
         (['samples', '--models', 'resnet10t', '--img_size', '32', '--target', '1000'], 'a class from 0 to 999'),
     ],
 )
-def test_what_cannot_be_shown(capsys, tmp_path, monkeypatch, argv, message):
+def test_bad_arguments_exit_with_2(capsys, tmp_path, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     assert cli.main(['visualize', *argv]) == 2
     error = capsys.readouterr().err
     assert message in error and 'Traceback' not in error
 
 
+def test_default_folder_never_overwrites_pictures(tmp_path):
+    assert free_folder(tmp_path / 'looks') == tmp_path / 'looks'
+    (tmp_path / 'looks').mkdir()
+    (tmp_path / 'looks-2').mkdir()
+    assert free_folder(tmp_path / 'looks') == tmp_path / 'looks-3'
+
+
 # drawing
+
+
+def metrics(*scores: tuple[float, float]) -> list[dict[str, float]]:
+    """Records of epochs with top-1 of the weights and of their moving average."""
+    return [
+        dict(
+            epoch=i,
+            train_loss=1.3 - 0.01 * i,
+            val_loss=1.25 - 0.01 * i,
+            val_loss_ema=1.24 - 0.01 * i,
+            val_top1=raw,
+            val_top1_ema=ema,
+            images_per_second=10.0,
+        )
+        for i, (raw, ema) in enumerate(scores)
+    ]
+
+
+def test_best_epoch_is_the_one_that_training_saves():
+    """The last epoch decides nothing: the maximum may be of the other kind, and of equal ones the last is saved."""
+    assert best_epoch(metrics((0.5, 0.7), (0.8, 0.6), (0.1, 0.7))) == (2, '', 0.8)
+    assert best_epoch(metrics((0.5, 0.7), (0.3, 0.7), (0.1, 0.2))) == (2, '_ema', 0.7)
+    assert best_epoch(metrics((0.7, 0.7))).suffix == ''
+    assert best_epoch([dict(epoch=4, val_top1=0.25)]) == (5, '', 0.25)
+
+
+def test_best_epoch_of_a_run_is_the_score_of_its_model_card(digits_run):
+    records = [json.loads(line) for line in (digits_run / 'metrics.jsonl').read_text().splitlines()]
+    card = ModelCard.load(digits_run / 'README.md')
+    assert card.data.eval_results[0].metric_value == pytest.approx(best_epoch(records).top1, abs=1e-4)
+    assert f'top-1 {100 * best_epoch(records).top1:.2f} % on digits' in read_card(digits_run)
+    assert read_card(digits_run.parent) == ''
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, plot: Callable[..., None], *args: Any) -> list[str]:
+    """All text of a figure as it is drawn, tick labels too."""
+    figures: list[Figure] = []
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, 'savefig', lambda self, *a, **how: (figures.append(self), savefig(self, *a, **how)))
+    plot(*args)
+    texts = figures[0].findobj(Text)
+    assert not any(text.get_parse_math() for text in texts)
+    return [text.get_text() for text in texts if text.get_text()]
+
+
+def test_curves_have_plain_ticks_and_the_best_epoch(tmp_path, monkeypatch):
+    texts = drawn(monkeypatch, plot_curves, metrics((0.5, 0.7), (0.8, 0.6)), tmp_path / 'curves.png')
+    assert 'Best top-1 80.00 % in epoch 2' in texts
+    assert not any('$' in text or '×' in text for text in texts)
+    assert {'1.24', '1.26', '1.28'} <= set(texts)
+    assert texts.count('validation') == 1  # one legend
+
+
+NAMES = ['$x_{2', 'a|b', '<b>bold</b>', 'two\nlines', '$\\frac{', 'tab\t', 'caf\udce9', 'a' * 99]
+
+
+def test_confusion_shows_score_counts_and_literal_names(tmp_path, monkeypatch):
+    counts = 3 * torch.eye(len(NAMES), dtype=torch.int64)
+    counts[0, 1] = 7
+    texts = drawn(monkeypatch, plot_confusion, counts, NAMES, tmp_path / 'confusion.png', 'a $run$ on photos (val)')
+    assert 'a $run$ on photos (val)\ntop-1 77.42 %: 24 of 31 images' in texts
+    assert '7' in texts and {'$x_{2', 'a|b', '<b>bold</b>', 'two lines', '$\\frac{', 'tab'} <= set(texts)
+    assert {'$x_{2 (10)', 'a|b (3)'} <= set(texts) and max(map(len, texts)) < 70
+
+
+def test_predictions_show_literal_names(tmp_path, monkeypatch):
+    rows = [(Image.new('L', (4, 4)), name, 0.5, NAMES[0]) for name in NAMES]
+    texts = drawn(monkeypatch, plot_predictions, rows, tmp_path / 'predictions.png')
+    assert '$x_{2  50 %' in texts and 'two lines  50 %\ntrue: $x_{2' in texts
+
+
+def test_names_in_one_line_and_in_files():
+    assert one_line(' two\n lines\x1b[31m ') == 'two lines [31m' and one_line('abcdef', 4) == 'abc…'
+    assert [file_name(name) for name in ('a|b', '<b>', '../..', 'caf\udce9')] == ['a-b', '-b-', '..-..', 'caf-']
+    assert len(stem('x/' + 200 * 'y' + '.webp')) == 60
 
 
 def measured(channels: int, rich: list[int], dead: list[int], name: str = 'layer') -> LayerMeasure:
@@ -205,10 +306,12 @@ def measured(channels: int, rich: list[int], dead: list[int], name: str = 'layer
     return LayerMeasure(name, (4, 6), edges, torch.full((channels,), 0.5), is_dead)
 
 
-def test_frames_are_round_the_channels_they_speak_of():
+def test_frames_mark_the_right_channels():
     trace = Trace(torch.zeros(1, 2), {'layer': torch.randn(1, 9, 4, 6)})
-    figure = draw.feature_maps({'model': draw.Looked(trace, [measured(9, [0, 4], [8])])}, side=3, rows=1)
-    ax = figure.axes[0]
+    figure = draw.feature_maps(
+        {'model': draw.Result(trace, [measured(9, [0, 4], [8])], torch.rand(1, 4, 6, 3))}, side=3, rows=1
+    )
+    ax = figure.axes[1]  # after the input
     frames = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
     found = {}
     for frame in frames:
@@ -224,23 +327,23 @@ def test_frames_are_round_the_channels_they_speak_of():
     assert '2 rich, 1 dead' in ax.get_title()
 
 
-def test_channels_are_shown_evenly_and_a_dead_one_is_never_missed():
+def test_sampled_channels_are_even_and_include_a_dead_one():
     assert draw.sample_channels(measured(100, [], []), 5) == [0, 25, 50, 74, 99]
     assert draw.sample_channels(measured(100, [], [7]), 5) == [0, 25, 50, 74, 7]
     assert draw.sample_channels(measured(100, [], [50]), 5) == [0, 25, 50, 74, 99]
     assert draw.sample_channels(measured(3, [], []), 5) == [0, 1, 2]
 
 
-def test_a_mosaic_shows_every_map_in_its_place():
+def test_mosaic_positions():
     maps = {(0, 0): torch.rand(4, 6), (0, 1): torch.rand(4, 6), (1, 2): torch.rand(4, 6)}
-    canvas, frames = draw.mosaic([(row, col, values) for (row, col), values in maps.items()])
+    canvas, frames = draw.mosaic([(row, col, values.numpy()) for (row, col), values in maps.items()])
     for (left, top, width, height), values in zip(frames, maps.values()):
         part = canvas[round(top + 0.5) : round(top + height + 0.5), round(left + 0.5) : round(left + width + 0.5)]
         part = part[~np.isnan(part).all(1)][:, ~np.isnan(part).all(0)]
         assert np.array_equal(part[:: part.shape[0] // 4, :: part.shape[1] // 6], values.numpy())
 
 
-def test_a_cross_stands_on_its_token():
+def test_cross_marks_the_nearest_token():
     keys, queries = Lattice(1.5, 1.5, 16.0, 16.0), Lattice(0.5, 0.5, 4.0, 4.0)
     attention = Attention(
         'a',
@@ -256,12 +359,23 @@ def test_a_cross_stands_on_its_token():
     assert torch.equal(heat.map, query_maps(attention, 4 * 20 + 16)[0].mean(0))
     ax = draw.heat_maps(torch.rand(52, 80, 3), [heat]).axes[1]
     assert all((line.get_xdata()[0], line.get_ydata()[0]) == (64.5, 16.5) for line in ax.lines) and ax.lines
-    assert ax.images[-1].get_extent() == [-6.5, 73.5, 57.5, -6.5] and ax.get_xlim() == (0, 80)
-    assert ax.images[-1].get_alpha() is None  # or its colours were not the bar's
+    assert ax.images[-1].get_extent() == [0, 80, 52, 0]
 
 
-def test_a_share_of_the_diagonal():
-    """A head that looks from everywhere at one corner, and one that looks at itself."""
+def test_overlay_draws_cells_at_their_positions_in_the_colours_of_the_bar():
+    photo = torch.full((6, 8, 3), 0.5)
+    values = torch.tensor([[0.0, 1.0], [2.0, 4.0]])
+    picture = draw.overlay(photo, values, Lattice(1.0, 2.0, 2.0, 2.0))  # rows 0–3, columns 1–4
+    colours = [draw.SCALE(round(255 * value))[:3] for value in (0, 0.25, 0.5, 1)]
+    assert np.allclose(picture[0, 1], colours[0]) and np.allclose(picture[1, 4], colours[1], atol=0.01)
+    assert np.allclose(picture[2, 2], colours[2], atol=0.01) and np.allclose(picture[3, 3], colours[3])
+    assert np.allclose(picture[4:], 0.5) and np.allclose(picture[:, 5:], 0.5) and np.allclose(picture[:, 0], 0.5)
+    even = draw.overlay(photo, values)
+    assert np.allclose(even[:3, :4], colours[0]) and np.allclose(even[3:, 4:], colours[3])
+
+
+def test_fraction_of_diagonal():
+    """One head attends to a corner, the other to the query itself."""
     keys = torch.full((12, 12), -1e9)
     keys[:, 0] = 0
     attention = Attention(
@@ -272,12 +386,12 @@ def test_a_share_of_the_diagonal():
         (3, 4),
         bias=torch.stack([keys, torch.where(torch.eye(12) > 0, 0.0, -1e9)])[None],
     )
-    places = torch.cartesian_prod(torch.arange(3.0), torch.arange(4.0))
-    expected = places.norm(dim=1).mean() / torch.tensor([2.0, 3.0]).norm()
-    assert draw.share_of_diagonal(attention).tolist() == pytest.approx([expected.item(), 0], abs=1e-6)
+    positions = torch.cartesian_prod(torch.arange(3.0), torch.arange(4.0))
+    expected = positions.norm(dim=1).mean() / torch.tensor([2.0, 3.0]).norm()
+    assert draw.fraction_of_diagonal(attention).tolist() == pytest.approx([expected.item(), 0], abs=1e-6)
 
 
-def test_windows_are_drawn_where_they_are():
+def test_windows_are_drawn_at_their_positions():
     splits = windows(((7, 4, 2), (3, 2, 1)), (32, 48))
     figure = draw.split_windows(torch.rand(32, 48, 3), splits)
     for ax, split in zip(figure.axes[1:], splits):
@@ -286,7 +400,7 @@ def test_windows_are_drawn_where_they_are():
         assert drawn == {split.box(i, j) for i in (row - 1, row) for j in (col - 1, col)}
 
 
-def test_runs_side_by_side():
+def test_runs_draws_the_saved_weights_of_each_run():
     records = {
         'a': [
             dict(epoch=i, train_loss=2 - i, val_loss=1 / (i + 1), val_top1=0.1 * i, images_per_second=50.0 + i)
@@ -308,25 +422,26 @@ def test_runs_side_by_side():
     assert [
         line.get_ydata().tolist() if hasattr(line.get_ydata(), 'tolist') else list(line.get_ydata())
         for line in top1.lines
-    ] == [[0, 10], [40]]
+    ] == [[0, 10], [10], [40], [40]]  # curve and mark of the best epoch
     assert [float(np.ravel(line.get_xdata())[0]) for line in speed.lines] == [50.5, 10]
+    assert [text.get_text() for text in speed.texts] == ['10.00 %\nepoch 2', '40.00 %\nepoch 1']
     assert list(val.lines[1].get_ydata()) == [0.5] and list(train.lines[0].get_ydata()) == [2, 1]
 
 
-def test_a_report_is_escaped(tmp_path):
+def test_report_escapes_text(tmp_path):
     (tmp_path / 'a.png').write_bytes(PNG)
     write_report(
         tmp_path / 'new' / 'a.html',
         '<b>',
         'a & b',
-        [Section('<i>', '<u>', [('<q>', tmp_path / 'a.png')], [('<s>', [('h',), ('<p>',)])])],
+        [Section('<i>', '<u>', [Picture('<q>', tmp_path / 'a.png')], {'<s>': [('h',), ('<p>',)]})],
     )
     page = Page((tmp_path / 'new' / 'a.html').read_text())
     assert all(word in page.text for word in ('<b>', 'a & b', '<i>', '<u>', '<q>', '<s>', '<p>'))
     assert page.sources == ['data:image/png;base64,' + base64.b64encode(PNG).decode()]
 
 
-def test_pictures_of_the_guide_are_there_and_small():
+def test_pictures_of_the_guide_exist_and_are_small():
     folder = Path(__file__).parents[2] / 'docs'
     guide = (folder / 'visualize.md').read_text()
     named = {folder / name for name in re.findall(r'\((pictures/[^)]+)\)', guide)}

@@ -1,3 +1,5 @@
-"""A page to look inside models: `seen` reads images and runs models within limits, `views` shows what they made of
-them as HTML, `uploads` holds what people send, `page` puts it on a Gradio page, `command` is `t2t-vit explore`.
+"""A page to look inside models.
+
+`explorer` reads images and runs models within limits, `views` draws the results as HTML, `api` returns them as data,
+`page` builds the Gradio page, `uploads` keeps what people send, `server` serves it all, `command` is `t2t-vit explore`.
 """

@@ -1,7 +1,7 @@
-"""What the page shows, as HTML: each view is a function of one model's pass over one image.
+"""Draw the views of the page as HTML: each is a function of one model's forward pass over one image.
 
-Pictures are inside of it (data: URIs), so that no file is made of what a person looks at. Each has a text for those
-who do not see it. Colours as in `look.draw`.
+Pictures are embedded (data: URIs), so that no file is written for them, and each has a text for screen readers.
+Colours as in `look.draw`.
 """
 
 import base64
@@ -9,44 +9,46 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import colormaps
-from PIL import Image
+from matplotlib.colors import to_hex
+from PIL import Image, ImageOps
 
 from ..look.attention import Attention, Lattice, class_maps, query_maps, rollout_map
-from ..look.draw import HEAT, mosaic, peak, short
+from ..look.draw import CROSS, SCALE, mosaic, overlay, peak, scaled_map, short
 from ..look.features import Windows, principal_colours, splits_of, token_grids, windows
 from ..look.gradients import grad_cam
+from ..look.opened import OpenModel, Photo
 from ..plots import GREEN, RED
-from .seen import Seen
+from .explorer import Seen
 
-CROSS = '#56B4E9'
 SIDE = 8  # feature maps are shown SIDE × SIDE
-STEPS = 150  # of a window on its way over the image
-CLASS_TOKEN, PLACE = 'the class token', 'the token at the cross'
+STEPS = 150  # positions of a moving window
+CLASS_TOKEN, CROSS_TOKEN = 'the class token', 'the token at the cross'
+THUMBNAIL = 96  # pixels
 
 
 @dataclass
 class Choice:
-    """What the controls are set to. Layers are chosen by depth, so that models of any depth stand side by side."""
+    """Values of the controls. Layers are chosen by depth, so that models of different depth can be compared."""
 
     top_k: int = 5
-    across: float = 0.5  # the cross, as shares of the width and the height
+    across: float = 0.5  # position of the cross, as fractions of width and height
     down: float = 0.5
     moving: bool = False
-    depth: float = 1.0  # of the attention layers, 0 to 1
+    depth: float = 1.0  # of the attention layer, 0 to 1
     head: int = 0  # 0 for the mean, else counted from 1
     reader: str = CLASS_TOKEN
     residual: float = 0.5
-    target: int | None = None  # class of Grad-CAM; the answer if None
+    target: int | None = None  # class of Grad-CAM; None for the predicted one
     stage: float = 1.0  # depth of the feature maps, 0 to 1
-    page: int = 1  # of the feature maps
+    page: int = 1  # of the channels
 
 
 def data_uri(pixels: np.ndarray) -> str:
-    """(H, W), (H, W, 3) or (H, W, 4), 0 to 1, as a PNG, or a JPEG where it is a photo."""
+    """Encode a picture, (H, W) or (H, W, 3), 0 to 1, as a data: URI, a large colour picture as JPEG, others as PNG."""
     image = Image.fromarray((np.clip(np.nan_to_num(pixels, nan=1.0), 0, 1) * 255).round().astype(np.uint8))
     kind = 'jpeg' if pixels.ndim == 3 and pixels.shape[-1] == 3 and pixels.shape[0] * pixels.shape[1] > 9000 else 'png'
     image.save(buffer := io.BytesIO(), kind, quality=88)
@@ -54,7 +56,7 @@ def data_uri(pixels: np.ndarray) -> str:
 
 
 def raster(pixels: np.ndarray, height: float, width: float, left: float = 0, top: float = 0) -> str:
-    """Pixels stretched over height × width of a drawing, with hard edges."""
+    """Draw pixels over height × width of an SVG, with hard edges."""
     return (
         f'<image href="{data_uri(pixels)}" x="{left:g}" y="{top:g}" width="{width:g}" height="{height:g}" '
         'preserveAspectRatio="none" style="image-rendering:pixelated"/>'
@@ -62,7 +64,7 @@ def raster(pixels: np.ndarray, height: float, width: float, left: float = 0, top
 
 
 def drawing(height: float, width: float, inside: str, label: str, caption: str = '', box: str = '') -> str:
-    """An SVG with a caption; `label` is what it says to those who do not see it."""
+    """Return an SVG with a caption, which is HTML; `label` is the text for screen readers."""
     box = box or f'0 0 {width:g} {height:g}'
     return (
         f'<figure><svg viewBox="{box}" role="img" aria-label="{escape(label)}">{inside}</svg>'
@@ -71,17 +73,17 @@ def drawing(height: float, width: float, inside: str, label: str, caption: str =
 
 
 def frame(left: float, top: float, width: float, height: float, color: str, dash: str = '', inside: str = '') -> str:
-    """A rectangle whose line is as thick on any screen, white behind its colour."""
-    place = f'x="{left:g}" y="{top:g}" width="{width:g}" height="{height:g}" fill="none"'
+    """Return a rectangle with a line of constant width, and a white one around it."""
+    box = f'x="{left:g}" y="{top:g}" width="{width:g}" height="{height:g}" fill="none"'
     return ''.join(
-        f'<rect {place} stroke="{stroke}" stroke-width="{thick}" vector-effect="non-scaling-stroke"'
+        f'<rect {box} stroke="{stroke}" stroke-width="{thick}" vector-effect="non-scaling-stroke"'
         f'{f" stroke-dasharray={dash!r}" if dash and stroke != "white" else ""}>{inside}</rect>'
         for stroke, thick in (('white', 4), (color, 2))
     )
 
 
 def cross(height: float, width: float, choice: Choice) -> str:
-    """The place that was chosen."""
+    """Return the cross at the chosen position."""
     x, y, arm = choice.across * width, choice.down * height, 0.05 * min(height, width)
     path = f'M{x - arm:g} {y:g}H{x + arm:g}M{x:g} {y - arm:g}V{y + arm:g}'
     return ''.join(
@@ -91,47 +93,43 @@ def cross(height: float, width: float, choice: Choice) -> str:
 
 
 def token_at(grid: tuple[int, int], choice: Choice) -> tuple[int, int]:
-    """Row and column of the token under the cross."""
-    return tuple(min(int(share * n), n - 1) for share, n in zip((choice.down, choice.across), grid))  # type: ignore
+    """Return row and column of the token under the cross."""
+    return min(int(choice.down * grid[0]), grid[0] - 1), min(int(choice.across * grid[1]), grid[1] - 1)
 
 
 def preview(seen: Seen, choice: Choice, name: str) -> str:
-    """The image as the model sees it, with the cross."""
+    """Draw the model's input with the cross."""
     height, width = seen.shown.shape[:2]
     return drawing(
         height,
         width,
         raster(seen.shown.numpy(), height, width) + cross(height, width, choice),
-        f'{name}, {width}×{height} pixels as the model sees it',
+        f'{name}, as the model sees it: {width}×{height} pixels. Click to move the cross.',
     )
 
 
 def answer(seen: Seen, choice: Choice) -> str:
-    """The most probable classes as bars."""
-    shares = seen.trace.logits[0].float().softmax(-1).cpu()
-    values, classes = shares.topk(min(choice.top_k, len(shares)))
-    names = seen.one.classes or [str(i) for i in range(len(shares))]
+    """Draw the probabilities of the most probable classes as bars."""
     rows = ''.join(
-        f'<li><span>{escape(names[i])}</span><b>{100 * p:.1f} %</b><i style="width:{100 * p:.2f}%"></i></li>'
-        for p, i in zip(values.tolist(), classes.tolist())
+        f'<li><span>{escape(name)}</span><b>{100 * p:.1f} %</b><i style="width:{100 * p:.2f}%"></i></li>'
+        for _, name, p in seen.ranking(choice.top_k)
     )
     return f'<ol class="bars">{rows}</ol>'
 
 
 def soft_splits(seen: Seen, choice: Choice) -> str:
-    """The window of each split under the cross, on the image and enlarged; or on its way over the image."""
+    """Draw the window of each split under the cross, on the image and enlarged, or moving over the image."""
     height, width = seen.shown.shape[:2]
     cuts = [cut for cut in windows(splits_of(seen.one.model), (height, width)) if min(cut.grid) > 0]
     if not cuts:
-        return '<p>This model is not made of windows: it has neither soft splits nor a patch embedding.</p>'
+        return '<p>This model has no windows: neither soft splits nor a patch embedding.</p>'
     return ''.join(_window(cut, seen, choice) for cut in cuts)
 
 
 def _window(cut: Windows, seen: Seen, choice: Choice) -> str:
     height, width = seen.shown.shape[:2]
     row, col = token_at(cut.grid, choice)
-    places = _way(cut) if choice.moving else [(row, col)]
-    boxes = [cut.box(*place) for place in places]
+    boxes = [cut.box(*index) for index in (_path(cut) if choice.moving else [(row, col)])]
 
     def moves(attribute: str, values: Sequence[str]) -> str:
         return (
@@ -168,14 +166,14 @@ def _window(cut: Windows, seen: Seen, choice: Choice) -> str:
         cut.size,
         cut.size,
         moves('viewBox', views) + photo,
-        f'{where}: its pixels; what lies outside the image is zero',
+        f'{where}: its pixels; those outside the image are zero',
         box=views[0],
     )
     return f'<div class="pair">{whole}{near}</div>'
 
 
-def _way(cut: Windows) -> list[tuple[int, int]]:
-    """Row by row over the grid; some are left out where there are many."""
+def _path(cut: Windows) -> list[tuple[int, int]]:
+    """Return rows and columns of at most about STEPS windows, row by row."""
     rows, cols = cut.grid
     along = range(0, cols, -(-cols // 28))
     lines = range(0, rows, max(1, -(-rows * len(along) // STEPS)))
@@ -183,7 +181,7 @@ def _way(cut: Windows) -> list[tuple[int, int]]:
 
 
 def tokens(seen: Seen, choice: Choice) -> str:
-    """The tokens of each grid, by their first three principal components."""
+    """Draw the tokens of each grid, coloured by their first three principal components."""
     height, width = seen.shown.shape[:2]
     return (
         '<div class="many">'
@@ -201,49 +199,50 @@ def tokens(seen: Seen, choice: Choice) -> str:
 
 
 def over_image(seen: Seen, values: torch.Tensor, lattice: Lattice | None, label: str, extra: str = '') -> str:
-    """A map, (h, w), over the image in grey where its cells lie: from 0 to its own largest value."""
+    """Draw a map, (h, w), over the image in grey, from 0 to its own maximum."""
     height, width = seen.shown.shape[:2]
-    grid = (values.shape[0], values.shape[1])
-    left, right, bottom, top = (lattice or Lattice.over(grid, (height, width))).extent(grid)
-    values = values.float().cpu()
-    shares = (values / values.max().clamp(min=1e-12)).clamp(0, 1).numpy()
-    heat = colormaps[HEAT](shares)
-    heat[..., 3] = 0.72
-    grey = np.clip(seen.shown.mean(-1).numpy() / 1.4, 0, 1)
-    text = f'{label}; most: {peak(values)} of the mean'
-    cells = raster(heat, bottom - top, right - left, left, top)
-    return drawing(height, width, raster(grey, height, width) + cells + extra, text)
+    picture = raster(overlay(seen.shown, values, lattice), height, width)
+    return drawing(height, width, picture + extra, f'{label}; max {peak(values)} the mean')
+
+
+def colour_bar() -> str:
+    """Return the colours of the maps, from 0 to the maximum of each."""
+    stops = ', '.join(to_hex(SCALE(i)) for i in range(0, 256, 15))
+    return (
+        f'<p class="scale" role="img" aria-label="Colours from 0, dark, to the maximum of each map, bright">'
+        f'<span>0</span><i style="background:linear-gradient(to right, {stops})"></i><span>max</span></p>'
+    )
 
 
 def layers_of(seen: Seen) -> list[Attention]:
-    """The attentions that can be shown over the image."""
+    """Return the attention layers that can be drawn over the image."""
     return [attention for attention in seen.trace.attentions.values() if attention.grid is not None]
 
 
 def at_depth(count: int, depth: float) -> int:
-    """Which of so many layers stands at a depth of 0 to 1."""
+    """Return the index of the layer at a depth of 0 to 1."""
     return round(depth * (count - 1))
 
 
 def attention(seen: Seen, choice: Choice) -> str:
-    """Where a token looks in one layer, by one head or the mean of them; and all heads beside."""
+    """Draw the attention of a token in one layer, of one head or the mean, and of all heads."""
     layers = layers_of(seen)
     if not layers:
         return '<p>This model has no attention over the whole image.</p>'
-    place = at_depth(len(layers), choice.depth)
-    layer = layers[place]
+    index = at_depth(len(layers), choice.depth)
+    layer = layers[index]
     assert layer.grid is not None
     height, width = seen.shown.shape[:2]
     mark = ''
-    if choice.reader == PLACE and layer.query_grid is not None:
+    if choice.reader == CROSS_TOKEN and layer.query_grid is not None:
         lattice = layer.query_lattice or Lattice.over(layer.query_grid, (height, width))
         row, col = lattice.nearest(choice.down * height, choice.across * width, layer.query_grid)
         maps = query_maps(layer, layer.query_prefix + row * layer.query_grid[1] + col)[0]
         mark = cross(height, width, choice)
-        who = f'where the token at row {row + 1}, column {col + 1} looks'
+        who = f'attention of the token at row {row + 1}, column {col + 1}'
     else:
         maps = class_maps(layer)[0]
-        who = 'where the class token looks' if layer.class_token else 'where all tokens look, on average'
+        who = 'attention of the class token' if layer.class_token else 'mean attention of all tokens'
     heads = len(maps)
     head = min(choice.head, heads)
     which = 'its one head' if heads == 1 else f'head {head} of {heads}' if head else f'mean of {heads} heads'
@@ -252,7 +251,7 @@ def attention(seen: Seen, choice: Choice) -> str:
         seen,
         maps[head - 1] if head else maps.mean(0),
         layer.lattice,
-        f'Layer {place + 1} of {len(layers)}, {short(layer.name)}, {kind}, '
+        f'Layer {index + 1} of {len(layers)}, {short(layer.name)}, {kind}, '
         f'{"×".join(map(str, layer.grid))}: {who}, {which}',
         mark,
     )
@@ -261,11 +260,11 @@ def attention(seen: Seen, choice: Choice) -> str:
         if 1 < heads <= 16
         else ''
     )
-    return main + (f'<div class="many small">{rest}</div>' if rest else '')
+    return main + colour_bar() + (f'<div class="many small">{rest}</div>' if rest else '')
 
 
 def evidence(seen: Seen, choice: Choice) -> str:
-    """What the scores are made from: the last layer's attention, the rollout through all layers, and Grad-CAM."""
+    """Draw the last layer's attention, the rollout through all layers, and Grad-CAM."""
     backbone = seen.trace.backbone()
     shown = []
     if backbone:
@@ -282,28 +281,29 @@ def evidence(seen: Seen, choice: Choice) -> str:
                 seen, class_maps(backbone[-1])[0].mean(0), lattice, f'Last layer alone, {reader}, mean of heads'
             ),
         ]
-    classes = seen.trace.logits.shape[-1]
-    target = None if choice.target is None else [min(choice.target, classes - 1)]
-    cam = grad_cam(seen.one.model, seen.images, target)
-    best = int(cam.targets[0])
-    name = seen.one.classes[best] if best < len(seen.one.classes) else str(best)
-    shown.append(
-        over_image(seen, cam.maps[0], cam.lattice, f'Grad-CAM at {short(cam.layer)}: what raises the score of “{name}”')
+    logits = seen.trace.logits[0].float()
+    cam = grad_cam(
+        seen.one.model, seen.images, None if choice.target is None else [min(choice.target, len(logits) - 1)]
     )
-    return f'<div class="many">{"".join(shown)}</div>'
+    target = int(cam.targets[0])
+    probability = 100 * float(logits.softmax(-1)[target])
+    name = f'“{seen.class_name(target)}” ({probability:.1f} %)'
+    text = f'Grad-CAM at {short(cam.layer)}: regions that raise the score of {name}'
+    shown.append(over_image(seen, cam.maps[0], cam.lattice, text))
+    return f'{colour_bar()}<div class="many">{"".join(shown)}</div>'
 
 
 def feature_maps(seen: Seen, choice: Choice) -> str:
-    """Channels of one layer, dead ones in dashed red, those rich in structure in green."""
+    """Draw channels of one layer; dead ones have a dashed red frame, those rich in structure a green one."""
     found = seen.measures[at_depth(len(seen.measures), choice.stage)]
-    maps = seen.trace.maps[found.name][0].float().cpu()
+    maps = seen.trace.maps[found.name][0]
     dead, rich = found.dead.cpu(), found.rich.cpu()
     pages = pages_of(len(maps))
     page = min(choice.page, pages)
     channels = range((page - 1) * SIDE**2, min(page * SIDE**2, len(maps)))
-    low, high = (getattr(maps.flatten(1), side)(1)[:, None, None] for side in ('amin', 'amax'))
-    scaled = torch.where(dead[:, None, None], 0.5, (maps - low) / (high - low).clamp(min=1e-12))
-    canvas, frames = mosaic([(i // SIDE, i % SIDE, scaled[channel]) for i, channel in enumerate(channels)])
+    canvas, frames = mosaic(
+        [(i // SIDE, i % SIDE, scaled_map(maps[channel], bool(dead[channel]))) for i, channel in enumerate(channels)]
+    )
     height, width = canvas.shape
     marks = ''.join(
         f'<g><title>channel {channel + 1}{": dead" if dead[channel] else ": rich in structure"}</title>'
@@ -319,34 +319,61 @@ def feature_maps(seen: Seen, choice: Choice) -> str:
 
 
 def pages_of(channels: int) -> int:
-    """How many pages of feature maps there are."""
+    """Return the number of pages that show so many channels."""
     return max(1, -(-channels // SIDE**2))
 
 
-VIEWS: dict[str, tuple[Callable[[Seen, Choice], str], str]] = {  # by the name that people choose them by, what they are
-    'Answer': (answer, 'What the model takes the image for.'),
-    'Windows': (soft_splits, 'What a token is cut from: soft splits overlap, and each split makes tokens of tokens.'),
-    'Tokens': (tokens, 'The tokens of each stage; alike in colour, alike in their three principal components.'),
-    'Attention': (attention, 'Where tokens look, layer by layer and head by head.'),
+VIEWS: dict[str, tuple[Callable[[Seen, Choice], str], str]] = {  # by name: the function and a description
+    'Answer': (answer, 'The classes that the model finds most probable.'),
+    'Windows': (
+        soft_splits,
+        'The pixels that each token is made from: windows of a soft split overlap, and each split joins tokens of the '
+        'one before.',
+    ),
+    'Tokens': (tokens, 'The tokens of each stage: similar colours mean similar principal components.'),
+    'Attention': (attention, 'What a token attends to, by layer and head.'),
     'Evidence': (
         evidence,
-        'What the answer is made from: rollout follows attention through all layers (a flow, not a '
-        'cause), Grad-CAM the gradient of one class.',
+        'What the answer is based on: rollout follows attention through all layers (how information may flow, not what '
+        'causes the score), Grad-CAM follows the gradient of one class.',
     ),
     'Feature maps': (
         feature_maps,
-        'Channels as pictures, each between its own extremes; a dead one says nothing of this image.',
+        'Channels as pictures, each stretched between its own minimum and maximum; a dead one does not depend on the '
+        'image.',
     ),
 }
 
 
+def card(one: OpenModel) -> str:
+    """Describe a model in a paragraph: architecture, size, weights, data and score."""
+    name = getattr(one.model, 'pretrained_cfg', {}).get('architecture') or type(one.model).__name__
+    (height, width), grey = one.preprocessing.size, ' grey' * (one.preprocessing.channels == 1)
+    count = sum(parameter.numel() for parameter in one.model.parameters())
+    weights = '' if one.about else f' Weights: {Path(one.weights).name}.'
+    text = f'{name}, {count / 1e6:.2f} million parameters, {height}×{width} pixels{grey}.{weights} {one.about}'
+    return f'<p class="card">{escape(text)}</p>'
+
+
 def show(view: str, seen: Sequence[Seen], choice: Choice) -> str:
-    """A view of one model, or of several side by side."""
-    function, what = VIEWS[view]
+    """Draw a view of one model, or of several side by side, each with its card."""
+    function, description = VIEWS[view]
     columns = ''.join(
-        f'<section aria-label="{escape(one.one.name)}"><h3>{escape(one.one.name)}'
-        f'{" <small>random weights</small>" * (one.one.weights == "random weights")}</h3>'
+        f'<section aria-label="{escape(one.one.name)}"><h3>{escape(one.one.name)}</h3>{card(one.one)}'
         f'{function(one, choice)}</section>'
         for one in seen
     )
-    return f'<p class="what" data-view="{view}">{escape(what)}</p><div class="models n{len(seen)}">{columns}</div>'
+    return (
+        f'<p class="what" data-view="{view}">{escape(description)}</p><div class="models n{len(seen)}">{columns}</div>'
+    )
+
+
+def gallery(photos: Sequence[Photo]) -> str:
+    """Return small pictures of the examples as buttons."""
+    buttons = []
+    for i, photo in enumerate(photos):
+        image = ImageOps.fit(photo.image.convert('RGB'), (min(THUMBNAIL, max(photo.image.size)),) * 2)
+        name = escape(photo.name)
+        uri = data_uri(np.asarray(image) / 255)
+        buttons.append(f'<button type="button" data-index="{i}" title="{name}"><img src="{uri}" alt="{name}"></button>')
+    return f'<div class="gallery" role="group" aria-label="Examples">{"".join(buttons)}</div>'

@@ -1,4 +1,4 @@
-"""What feature maps hold: local structure, dead channels, colours of tokens; and what a token is made of."""
+"""Measures of feature maps (local structure, dead channels), PCA colours of tokens, windows of soft splits."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,47 +12,46 @@ from ..models.tokens import TokensToToken
 from .attention import Lattice
 from .trace import Trace
 
-DEAD = 0.01  # of the spread of the layer's median channel
-FLAT = 1e-6  # of a channel's largest value: a spread that rounding leaves
-RICH = 0.3  # correlation with the image's edges; that of noise on a 7×7 grid has a deviation of 0.09
-SIDE = 56  # places, T2T-ViT's first grid of a 224² image
+DEAD = 0.01  # of the standard deviation of the layer's median channel
+FLAT = 1e-6  # of a channel's largest value: the standard deviation that rounding causes
+RICH = 0.3  # correlation with the image's edges; that of noise on a 7×7 grid has a standard deviation of 0.09
+SIDE = 56  # points along the shorter side: T2T-ViT's first grid for 224×224 pixels
 
 
 def dead_channels(maps: torch.Tensor, threshold: float = DEAD) -> torch.Tensor:
-    """Which channels are dead, that is zero or constant over every image: (B, C, h, w) -> (C,), bool.
+    """Find dead channels, those that are zero or constant over every image: (B, C, h, w) -> (C,), bool.
 
-    A channel is dead if, in each of the images, it is constant up to rounding, or its standard deviation over places is
-    at most `threshold` times that of the layer's median channel, of those that are not constant. A median, since one
-    channel with huge values, as large transformers have, is no reason to call the others dead.
+    A channel is dead if, in each image, it is constant up to rounding, or its standard deviation over positions is at
+    most `threshold` times that of the median channel, of those that are not constant. The median is used because one
+    channel with huge values, as large transformers have, would make all others seem dead.
     """
     values = maps.float().flatten(2)
-    spread = values.std(-1, correction=0)  # (B, C)
-    flat = _flat(values, spread)
-    usual = spread.masked_fill(flat, torch.nan).nanmedian(1, keepdim=True).values  # NaN where all are flat
-    return (flat | (spread <= threshold * usual)).all(0)
+    std = values.std(-1, correction=0)  # (B, C)
+    flat = _flat(values, std)
+    median = std.masked_fill(flat, torch.nan).nanmedian(1, keepdim=True).values  # NaN if all are flat
+    return (flat | (std <= threshold * median)).all(0)
 
 
-def _flat(values: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
-    """Which channels are constant up to rounding: (B, C, N) and their deviations, (B, C) -> (B, C)."""
-    return spread <= FLAT * values.abs().amax(-1)
+def _flat(values: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """Find channels that are constant up to rounding: (B, C, N) and their std, (B, C) -> (B, C), bool."""
+    return std <= FLAT * values.abs().amax(-1)
 
 
 def edge_strength(maps: torch.Tensor) -> torch.Tensor:
-    """Length of the Sobel gradient, (B, C, h, w) -> (B, C, h - 2, w - 2): the outermost places have no neighbours."""
+    """Compute the length of the Sobel gradient: (B, C, h, w) -> (B, C, h - 2, w - 2)."""
     rows = (maps[..., :-2, :] + 2 * maps[..., 1:-1, :] + maps[..., 2:, :]) / 8
     cols = (maps[..., :-2] + 2 * maps[..., 1:-1] + maps[..., 2:]) / 8
     return torch.hypot(rows[..., 2:] - rows[..., :-2], cols[..., 2:, :] - cols[..., :-2, :])
 
 
 def edge_agreement(maps: torch.Tensor, images: torch.Tensor, lattice: Lattice | None = None) -> torch.Tensor:
-    """How far a channel's edges are the image's: (B, C, h, w) and (B, 3, H, W) -> (B, C), from -1 to 1.
+    """Correlate the edges of each channel with those of the image: (B, C, h, w) and (B, 3, H, W) -> (B, C), -1 to 1.
 
-    It is the correlation, over places, of the length of the Sobel gradient in the channel with that in the image's
-    mean over colours. Both are brought to one grid first, SIDE places along the image's shorter side (or the image's
-    own pixels, if it has fewer): so layers of all grids are measured by the same edges, and a coarse one can have no
-    more of them than it holds. Every cell is taken to be where `lattice` says (by default the cells tile the image),
-    and only the places that the map's cells cover are compared: padding moves a map, and that is no fault of its edges.
-    Noise has many edges and an agreement of 0; a constant channel has 0 too.
+    An edge is the length of the Sobel gradient, of a channel and of the mean over the image's colours. Both are
+    resampled to one grid first, SIDE points along the image's shorter side (or its pixels, if it has fewer), so that
+    layers of all resolutions are compared with the same edges. `lattice` has the positions of the cells (by default
+    they tile the image), and only points that cells cover are compared, so that a map shifted by padding does not
+    score lower. Noise and constant channels have a correlation near 0.
     """
     height, width = images.shape[-2:]
     scale = min(SIDE / min(height, width), 1.0)
@@ -64,7 +63,7 @@ def edge_agreement(maps: torch.Tensor, images: torch.Tensor, lattice: Lattice | 
     covered = ours.covered[1:-1, 1:-1].flatten()
     image = _centred_edges(theirs.apply(images.mean(1, keepdim=True)), covered)
     found = []
-    for part in maps.split(128, dim=1):  # of a wide layer all at once would be large
+    for part in maps.split(128, dim=1):  # bounds memory for wide layers
         edges = _centred_edges(ours.apply(part), covered)
         norm = (edges.square().sum(-1) * image.square().sum(-1)).sqrt()
         found.append(torch.where(norm > 0, (edges * image).sum(-1) / norm.clamp(min=1e-30), 0.0))
@@ -77,37 +76,37 @@ def _centred_edges(maps: torch.Tensor, covered: torch.Tensor) -> torch.Tensor:
 
 
 class _Resampling(NamedTuple):
-    """From a map's cells to the places of another lattice, by triangles as wide as the coarser of the two's steps."""
+    """Linear interpolation from the cells of a map to another lattice, with antialiasing."""
 
-    rows: torch.Tensor  # (H', h), each line with the sum 1
+    rows: torch.Tensor  # (H', h), each row sums to 1
     cols: torch.Tensor  # (W', w)
-    covered: torch.Tensor  # (H', W'), bool: places within half a step of a cell's centre
+    covered: torch.Tensor  # (H', W'), bool: points within half a step of a cell's centre
 
     def apply(self, maps: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) -> (B, C, H', W')."""
+        """Resample maps: (B, C, h, w) -> (B, C, H', W')."""
         return self.rows @ maps.float() @ self.cols.mT
 
 
 def _resampling(
     lattice: Lattice, grid: tuple[int, int], common: Lattice, size: tuple[int, int], device: torch.device
 ) -> _Resampling:
-    def axis(start: float, step: float, cells: int, first: float, apart: float, places: int) -> list[torch.Tensor]:
-        at = (first + apart * torch.arange(places, device=device) - start) / step  # in cells
-        held = at.clamp(0, cells - 1)  # beyond the outermost cell its value goes on
-        away = held[:, None] - torch.arange(cells, device=device)
-        weights = (1 - away.abs() / max(apart / step, 1.0)).clamp(min=0)
-        return [weights / weights.sum(1, keepdim=True), (at - held).abs() <= 0.5]
+    def axis(start: float, step: float, cells: int, first: float, spacing: float, points: int) -> list[torch.Tensor]:
+        at = (first + spacing * torch.arange(points, device=device) - start) / step  # in cells
+        clamped = at.clamp(0, cells - 1)  # the outermost cell is extrapolated
+        distance = clamped[:, None] - torch.arange(cells, device=device)
+        weights = (1 - distance.abs() / max(spacing / step, 1.0)).clamp(min=0)
+        return [weights / weights.sum(1, keepdim=True), (at - clamped).abs() <= 0.5]
 
-    rows, above = axis(lattice.y, lattice.down, grid[0], common.y, common.down, size[0])
-    cols, beside = axis(lattice.x, lattice.right, grid[1], common.x, common.right, size[1])
-    return _Resampling(rows, cols, above[:, None] & beside)
+    rows, covered_rows = axis(lattice.y, lattice.down, grid[0], common.y, common.down, size[0])
+    cols, covered_cols = axis(lattice.x, lattice.right, grid[1], common.x, common.right, size[1])
+    return _Resampling(rows, cols, covered_rows[:, None] & covered_cols)
 
 
 def high_frequency(maps: torch.Tensor) -> torch.Tensor:
-    """Share of a channel's variance in its fine half of frequencies: (B, C, h, w) -> (B, C), 0 to 1, NaN if constant.
+    """Compute the fraction of a channel's variance at high frequencies: (B, C, h, w) -> (B, C), NaN if constant.
 
-    Fine is a period below four places of the layer's own grid, in either direction. The mean is taken off, and a Hann
-    window goes over the map, since its borders do not meet.
+    High frequencies have a period below four cells of the layer's grid in either direction. The mean is subtracted and
+    a Hann window applied, because the map is not periodic.
     """
     height, width = maps.shape[-2:]
     window = torch.outer(*(torch.hann_window(n + 2, periodic=False, device=maps.device)[1:-1] for n in (height, width)))
@@ -122,7 +121,7 @@ def high_frequency(maps: torch.Tensor) -> torch.Tensor:
 
 
 class LayerMeasure(NamedTuple):
-    """One stage in figures; the two of structure are means over images, a channel each."""
+    """Measures of one stage, per channel; `edges` and `fine` are means over images."""
 
     name: str
     grid: tuple[int, int]
@@ -132,12 +131,12 @@ class LayerMeasure(NamedTuple):
 
     @property
     def rich(self) -> torch.Tensor:
-        """Which channels are rich in structure, (C,): alive, with an edge agreement of RICH or more."""
+        """Return which channels are rich in structure, (C,): not dead, with an edge agreement of at least RICH."""
         return (self.edges >= RICH) & ~self.dead
 
 
 def measure(trace: Trace, images: torch.Tensor, dead: float = DEAD) -> list[LayerMeasure]:
-    """Local structure and dead channels of every stage; `images` as the model saw them, (B, C, H, W)."""
+    """Measure local structure and dead channels of every stage; `images` are the model's input, (B, C, H, W)."""
     return [
         LayerMeasure(
             name,
@@ -151,15 +150,15 @@ def measure(trace: Trace, images: torch.Tensor, dead: float = DEAD) -> list[Laye
 
 
 def principal_colours(maps: torch.Tensor) -> torch.Tensor:
-    """Tokens as colours: their first three principal components, (B, C, h, w) -> (B, h, w, 3), 0 to 1, on the CPU.
+    """Map tokens to colours by their first three principal components: (B, C, h, w) -> (B, h, w, 3), 0 to 1, on CPU.
 
-    The components are those of all images together, so that one colour means one thing; each is stretched between its
-    2nd and 98th percentile, and its sign is the one that has the largest weight positive.
+    The components are those of all images together, so that a colour means the same in each. A component is stretched
+    between its 2nd and 98th percentile; its sign makes its largest weight positive.
     """
     batch, channels, height, width = maps.shape
     tokens = maps.float().cpu().permute(0, 2, 3, 1).reshape(-1, channels)
     tokens = tokens - tokens.mean(0)
-    few = len(tokens) < channels  # then their products are the smaller matrix, with the same components
+    few = len(tokens) < channels  # then the Gram matrix is smaller and has the same components
     vectors = torch.linalg.eigh((tokens @ tokens.mT if few else tokens.mT @ tokens).double()).eigenvectors
     vectors = vectors.flip(-1)[:, :3].to(tokens)
     vectors = F.normalize(tokens.mT @ vectors, dim=0) if few else vectors
@@ -172,19 +171,19 @@ def principal_colours(maps: torch.Tensor) -> torch.Tensor:
 
 
 class Windows(NamedTuple):
-    """The image's pixels under the tokens of one split: window (row, col) covers rows top + row·step and so on."""
+    """Pixels of the image that each token of one split is made from; window (row, col) begins at start + row · step."""
 
     name: str
     grid: tuple[int, int]  # (h, w)
-    start: int  # first pixel of the first window, in both directions; below 0 where it begins in the padding
-    step: int  # pixels from a window to the next
+    start: int  # first pixel of the first window, in both directions; negative in the padding
+    step: int  # pixels between neighbouring windows
     size: int  # pixels a side
 
     def box(self, row: int, col: int) -> tuple[int, int, int, int]:
-        """Top, left, bottom, right of a window, the last two exclusive; it may reach out of the image.
+        """Return top, left, bottom, right of a window, the last two exclusive; it may extend outside the image.
 
         Raises:
-            IndexError: if the grid has no such window.
+            IndexError: if the window is outside the grid.
         """
         if not (0 <= row < self.grid[0] and 0 <= col < self.grid[1]):
             raise IndexError(f'no window ({row}, {col}): {self.name} has {self.grid[0]}×{self.grid[1]}')
@@ -193,10 +192,10 @@ class Windows(NamedTuple):
 
 
 def windows(splits: Sequence[Sequence[int]], size: tuple[int, int]) -> list[Windows]:
-    """What each soft split sees of an H×W image, split after split (Sec. 3.1).
+    """Compute the windows of each soft split in an H×W image (Sec. 3.1), in pixels of the image.
 
-    A token of a later split is made of k×k tokens of the one before; its pixels are all those under them. (The token
-    layers between two splits mix tokens from everywhere: this is what a window is cut from, not all that it may know.)
+    A token of a later split joins k×k tokens of the split before. The token layers in between also mix information
+    from the whole image, which windows do not show.
     """
     found: list[Windows] = []
     grid, start, step, extent = size, 0, 1, 1
@@ -218,7 +217,7 @@ def windows(splits: Sequence[Sequence[int]], size: tuple[int, int]) -> list[Wind
 
 
 def splits_of(model: nn.Module) -> list[Split]:
-    """A model's soft splits, or the one split of its patch embedding; none where a model has neither."""
+    """Return the soft splits of a model, or the one split of its patch embedding; an empty list if it has neither."""
     tokens = getattr(model, 'tokens_to_token', None)
     if isinstance(tokens, TokensToToken):
         return list(tokens.splits)
@@ -229,7 +228,7 @@ def splits_of(model: nn.Module) -> list[Split]:
 
 
 def token_grids(trace: Trace) -> dict[str, torch.Tensor]:
-    """The maps of a trace behind which the grid is another, and the last: 56² -> 28² -> 14² tokens, and the end."""
+    """Select the maps of a trace after which the grid changes, and the last: 56², 28², 14² tokens."""
     names = list(trace.maps)
     sizes = [tuple(trace.maps[name].shape[-2:]) for name in names]
     firsts = [i for i in range(len(names)) if i == 0 or sizes[i] != sizes[i - 1]]

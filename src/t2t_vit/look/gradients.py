@@ -1,4 +1,9 @@
-"""Where a class's score comes from, by its gradient (Grad-CAM)."""
+"""Grad-CAM: the regions that raise the score of a class, from its gradient.
+
+The grad-cam package needs the layer and a function from tokens to maps, accumulates gradients in the model's
+parameters, scales every map to 0 to 1 and stretches it over the whole image. Here the layer is found, the model is left
+as it was, the values keep their scale, and cells keep the positions that padding gives them.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,32 +17,31 @@ from .trace import Grids, all_tokens, stage_names
 
 
 class CamMaps(NamedTuple):
-    """Maps of the layer that Grad-CAM was taken at."""
+    """Grad-CAM of each image."""
 
-    maps: torch.Tensor  # (B, h, w), at least 0; of the score's own scale
+    maps: torch.Tensor  # (B, h, w), at least 0, in the scale of the score
     layer: str
-    targets: torch.Tensor  # (B,), the class that each map is for
-    lattice: Lattice  # where the maps' cells lie
+    targets: torch.Tensor  # (B,), class index of each map
+    lattice: Lattice  # positions of the cells
 
 
 def grad_cam(
     model: nn.Module, images: torch.Tensor, targets: Sequence[int] | None = None, layer: str | None = None
 ) -> CamMaps:
-    """Which regions raise a class's score: (B, C, H, W) -> maps (B, h, w).
+    """Compute Grad-CAM: images (B, C, H, W) -> maps (B, h, w).
 
-    Selvaraju et al., "Grad-CAM" (2017), Eq. 1 and 2: the channels of a layer's map, each weighted by the mean of the
-    score's gradient over the map, are summed, and what is negative is cut off. Of tokens, those of the grid count.
+    Selvaraju et al., "Grad-CAM" (2017), Eq. 1 and 2: the channels of a layer, each weighted by the mean gradient of the
+    score over the map, are summed and clipped at 0. Prefix tokens are left out.
 
     Args:
-        model: Any model of timm's.
-        images: As the model's preprocessing gives them.
-        targets: A class for each image; by default the one with the highest score.
-        layer: A module's name. By default the deepest stage whose map the score depends on: behind the last attention
-            only the class token counts, so it is the last block but one of a ViT, and the last stage of a CNN.
+        model: Any timm model.
+        images: After the model's preprocessing.
+        targets: A class index for each image; by default the predicted class.
+        layer: A module name. By default the deepest stage whose map the score depends on: in a ViT the last block but
+            one, since only the class token is read after the last attention; in a CNN the last stage.
 
     Raises:
-        UsageError: for a layer that is not there, or that gives no map on which the score depends; and for a class
-            that the model does not know.
+        UsageError: if the model lacks the layer or the class, or the score depends on no map of the layer.
     """
     modules = dict(model.named_modules())
     if layer is not None and layer not in modules:
@@ -47,18 +51,18 @@ def grad_cam(
     outputs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     lattices: dict[str, Lattice] = {}
 
-    def leave(name: str, output: Any) -> Any:
-        grids.see(output)
+    def keep_output(name: str, output: Any) -> Any:
+        grids.record(output)
         found = grids.as_map(output) if name in wanted else None
         if found is not None:
             lattices[name] = grids.lattice((found[0].shape[-2], found[0].shape[-1]))
-            kept = output.clone()  # what comes next may work in place
-            outputs[name] = (output, kept)
-            return kept
+            copy = output.clone()  # the next layer may work in place
+            outputs[name] = (output, copy)
+            return copy
         return None
 
     def hook_for(name: str) -> Any:
-        return lambda module, args, output: leave(name, output)
+        return lambda module, args, output: keep_output(name, output)
 
     hooks = [module.register_forward_hook(hook_for(name)) for name, module in model.named_modules()]
     training = model.training
@@ -78,13 +82,11 @@ def grad_cam(
         )
     score = logits.gather(1, chosen[:, None]).sum()
     names: list[str] = list(outputs)
-    slopes = torch.autograd.grad(score, [outputs[name][1] for name in names], allow_unused=True) if names else ()
-    for name, slope in reversed(list(zip(names, slopes))):
-        found = grids.as_map(outputs[name][0]), grids.as_map(slope)
-        if found[0] is not None and found[1] is not None and bool(found[1][0].any()):
-            weights = found[1][0].mean((2, 3), keepdim=True)
-            return CamMaps((weights * found[0][0]).sum(1).relu().detach(), name, chosen, lattices[name])
-    raise UsageError(
-        f'Grad-CAM needs a layer whose map the score depends on; {layer or "no stage"} is '
-        f'{"not one" if layer else "one"}'
-    )
+    grads = torch.autograd.grad(score, [outputs[name][1] for name in names], allow_unused=True) if names else ()
+    for name, grad in reversed(list(zip(names, grads))):
+        maps, slopes = grids.as_map(outputs[name][0]), grids.as_map(grad)
+        if maps is not None and slopes is not None and bool(slopes[0].any()):
+            weights = slopes[0].mean((2, 3), keepdim=True)
+            return CamMaps((weights * maps[0]).sum(1).relu().detach(), name, chosen, lattices[name])
+    found = f'layer {layer} has none' if layer else 'no stage has one'
+    raise UsageError(f'Grad-CAM needs a map that the score depends on, but {found}')

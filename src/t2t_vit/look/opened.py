@@ -1,4 +1,4 @@
-"""From what a user types to models and images, each image as its model sees it."""
+"""Open models and images from what a user types, and prepare the images for each model."""
 
 import re
 from collections.abc import Sequence
@@ -7,13 +7,14 @@ from pathlib import Path
 
 import timm
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from torch import nn
 
 from ..data import MAX_PIXELS, DataError, Preprocessing, convert_image, find_images, pixel_limit
 from ..models.listing import build
 from ..settings import UsageError, nearest
-from ..trained import class_names, load_model, spoken_names
+from ..trained import CARD, class_names, load_model, spoken_names
 
 Size = int | tuple[int, int]
 SEED = 0
@@ -21,35 +22,36 @@ SEED = 0
 
 @dataclass
 class OpenModel:
-    """A model in evaluation mode, what it expects, and what it is called."""
+    """A model in evaluation mode with its preprocessing and class names."""
 
     name: str  # short, for titles and file names
-    weights: str  # where they are from: 'random weights', 'pretrained', a file or a folder
+    weights: str  # 'random weights', 'pretrained', a file or a folder
     model: nn.Module
     preprocessing: Preprocessing
     classes: list[str]
+    about: str = ''  # data and score, from the model card of a run
 
 
 @dataclass
 class Photo:
-    """An image and what a person finds it by."""
+    """An image and its name."""
 
     name: str
     image: Image.Image
 
 
 def open_model(text: str, pretrained: bool = False, img_size: Size | None = None) -> OpenModel:
-    """A model by what a user calls it, for images of `img_size` (H, W), by default its own.
+    """Open a model.
 
     Args:
-        text: The folder of a run, hf-hub:USER/NAME, NAME=FILE with a file in any published layout, a name that timm
-            knows, or FILE.py:FUNCTION. The last two have random weights, always the same, unless `pretrained`.
-        pretrained: Fetch the weights that timm knows for a name.
-        img_size: Pixels, one number or height and width.
+        text: A run folder, hf-hub:USER/NAME, NAME=FILE with a file in any published layout, a timm name, or
+            FILE.py:FUNCTION. The last two have random weights, always the same, unless `pretrained`.
+        pretrained: Download timm's weights for a name.
+        img_size: Image size in pixels, one number or height and width; by default the model's own.
 
     Raises:
         UsageError: if there is no such model, or no weights for it.
-        CheckpointError: for a folder or file without a model.
+        CheckpointError: if the folder or file contains no model.
     """
     name, equals, file = text.partition('=')
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -58,7 +60,8 @@ def open_model(text: str, pretrained: bool = False, img_size: Size | None = None
         if size is not None and hasattr(model, 'set_input_size'):
             model.set_input_size(size)  # type: ignore[operator]
         short = name if equals else folder_name(text.removeprefix('hf-hub:'))
-        opened = OpenModel(short, file if equals else text, model, preprocessing, spoken_names(classes))
+        weights = file if equals else text
+        opened = OpenModel(short, weights, model, preprocessing, spoken_names(classes), read_card(Path(text)))
     else:
         opened = _by_name(text, pretrained, size)
     if size is not None:
@@ -67,55 +70,67 @@ def open_model(text: str, pretrained: bool = False, img_size: Size | None = None
 
 
 def folder_name(text: str) -> str:
-    """What a run's folder is called; a run of a comparison by its arm too, as t2t_vit_14/seed-0."""
+    """Return the name of a run folder, with its parent for a run of a comparison, as t2t_vit_14/seed-0."""
     path = Path(text).absolute()
     return f'{path.parent.name}/{path.name}' if re.fullmatch(r'seed-\d+', path.name) else path.name
 
 
+def read_card(folder: Path) -> str:
+    """Read data and top-1 of a run from its model card; '' if it has none."""
+    try:
+        card = ModelCard.load(folder / CARD)
+    except (OSError, ValueError):
+        return ''
+    data = re.search(r'^## Data\n+(.+)', card.text, re.MULTILINE)
+    results = card.data.eval_results or []
+    scores = [f'{result.metric_name} {100 * result.metric_value:.2f} % on {result.dataset_name}.' for result in results]
+    return ' '.join([*([data[1]] if data else []), *scores])
+
+
 def _by_name(text: str, pretrained: bool, size: tuple[int, int] | None) -> OpenModel:
-    own = '.py:' in text
-    if not own and not timm.models.is_model(text):
+    custom = '.py:' in text
+    if not custom and not timm.models.is_model(text):
         raise UsageError(
-            f'unknown model {text!r}{nearest(text, timm.list_models())}; expected a run folder, a name '
-            'that timm knows, NAME=FILE, hf-hub:USER/NAME or FILE.py:FUNCTION'
+            f'unknown model {text!r}{nearest(text, timm.list_models())}; expected a run folder, a timm name, '
+            'NAME=FILE, hf-hub:USER/NAME or FILE.py:FUNCTION'
         )
-    size = size or (224, 224) if own else size or timm.get_pretrained_cfg(text).input_size[1:]
+    size = size or (224, 224) if custom else size or timm.get_pretrained_cfg(text).input_size[1:]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         try:
-            model = build(text, size, **(dict(pretrained=True) if pretrained and not own else {}))
+            model = build(text, size, **(dict(pretrained=True) if pretrained and not custom else {}))
         except (RuntimeError, OSError) as error:
             if not pretrained:
                 raise
             raise UsageError(f'no pretrained weights for {text}: {str(error).splitlines()[0]}') from None
     cfg = {**Preprocessing(size, 3, (0.5,) * 3, (0.5,) * 3).as_cfg(), **getattr(model, 'pretrained_cfg', {})}
-    weights = 'its own weights' if own else 'pretrained' if pretrained else 'random weights'
+    weights = 'custom weights' if custom else 'pretrained' if pretrained else 'random weights'
     names = spoken_names(class_names(model))
     return OpenModel(text.rpartition(':')[2], weights, model.eval(), Preprocessing.of(cfg), names)
 
 
-def open_images(inputs: Sequence[str], most: int | None = None) -> list[Photo]:
-    """All that `find_images` finds, or the first `most` of it.
+def open_images(inputs: Sequence[str], limit: int | None = None) -> list[Photo]:
+    """Open all images that `find_images` finds, or the first `limit`.
 
     Raises:
-        DataError: naming everything that is not there or cannot be read.
+        DataError: naming all that do not exist or cannot be read.
     """
     found = find_images(inputs)
     photos, damaged = [], []
-    for index in range(len(found))[:most]:
+    for index in range(len(found))[:limit]:
         try:
             with pixel_limit(MAX_PIXELS):
                 photos.append(Photo(found.name(index), convert_image(found.open(index))))
-        except Exception:  # whatever a decoder may raise over damaged bytes
+        except Exception:  # decoders raise any type for damaged bytes
             damaged.append(found.name(index))
     if damaged:
-        raise DataError(f'cannot be read: {", ".join(damaged)}')
+        raise DataError(f'cannot read {", ".join(damaged)}')
     return photos
 
 
 def prepare(photos: Sequence[Photo], preprocessing: Preprocessing) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images as a model sees them, (B, C, H, W), and the same crops to be shown, (B, H, W, 3), 0 to 1."""
+    """Preprocess photos: the model's inputs, (B, C, H, W), and the same crops as pictures, (B, H, W, 3), 0 to 1."""
     images = [preprocessing.convert(photo.image) for photo in photos]
-    seen, plain = preprocessing.transform(), preprocessing.transform(normalize=False)
+    transform, plain = preprocessing.transform(), preprocessing.transform(normalize=False)
     shown = torch.stack([torch.as_tensor(plain(image)) for image in images]).permute(0, 2, 3, 1) / 255
-    return torch.stack([seen(image) for image in images]), shown.expand(-1, -1, -1, 3)
+    return torch.stack([transform(image) for image in images]), shown.expand(-1, -1, -1, 3)

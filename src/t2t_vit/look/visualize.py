@@ -1,40 +1,51 @@
-"""`t2t-vit visualize`: what models see in images, and how runs went, as PNG files and one HTML report."""
+"""`t2t-vit visualize`: draw what models see in images, and how runs went, as PNG files and one HTML report."""
 
 import csv
 import itertools
 import json
 import re
-import textwrap
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
+from PIL import Image
 
 from ..console import console
+from ..plots import one_line
 from ..settings import UsageError, require
 from ..trained import pick_device
 from . import draw
 from .attention import Attention, class_maps, query_maps, rollout_map
-from .draw import Heat, Looked
+from .draw import Heat, Result
 from .features import DEAD, RICH, SIDE, LayerMeasure, measure, principal_colours, splits_of, token_grids, windows
-from .gradients import grad_cam
+from .gradients import CamMaps, grad_cam
 from .opened import OpenModel, Photo, folder_name, open_images, open_model, prepare
-from .report import Section, write_report
+from .report import Picture, Section, write_report
 from .trace import trace
 
-MODELS = ('resnet50', 'vit_small_patch16_224', 't2t_vit_14')  # the paper's three, of one size
-MOST = 8  # images
-DRAWN = ('epoch', 'train_loss', 'val_loss', 'val_top1', 'images_per_second')  # of each line of metrics.jsonl
+MODELS = ('resnet50', 'vit_small_patch16_224', 't2t_vit_14')  # of Fig. 2, of one size
+MAX_IMAGES = 8
+DRAWN = ('epoch', 'train_loss', 'val_loss', 'val_top1', 'images_per_second')  # required in each line of metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the pictures of one model show."""
+
+    query: tuple[float, float] = (0.5, 0.5)  # position of the token, as fractions of height and width
+    target: int | None = None  # class of Grad-CAM; by default the predicted one
+    layer: str | None = None  # module of Grad-CAM; by default the deepest stage that the score depends on
+    dead: float = DEAD
 
 
 def visualize(
     images: Sequence[str] = (),
     models: Sequence[str] = (),
     runs: Sequence[str] = (),
-    output: str = 'looks',
+    output: str | None = None,
     pretrained: bool = False,
     img_size: int | tuple[int, int] | None = None,
     query: tuple[float, float] = (0.5, 0.5),
@@ -43,228 +54,235 @@ def visualize(
     dead: float = DEAD,
     device: str = 'auto',
 ) -> Path:
-    """Show what models see in images, and how runs went; gives the folder.
+    """Draw what models see in images, and the curves of runs; returns the folder of the pictures.
 
     Args:
-        images: What predict takes, as image files and folders, digits, or samples for scikit-learn's two photos.
-        models: What to look into; by default resnet50, vit_small_patch16_224 and t2t_vit_14.
-        runs: Folders of runs whose curves to compare.
-        output: Folder for the pictures, layers.csv and index.html, which holds them all.
-        pretrained: Fetch the weights that timm knows for models given by name, instead of random ones.
-        img_size: Pixels, one number or [height,width]; by default the model's own.
-        query: The token whose attention is shown, as shares of the height and the width.
-        target: The class that Grad-CAM is for; by default the one with the highest score.
-        layer: The module that Grad-CAM is taken at; by default the deepest stage that the score depends on.
-        dead: Channels are dead if their deviation is at most this share of their layer's.
+        images: Image files, folders and lists as predict takes them, digits, or samples (scikit-learn's two photos,
+            the default with --models).
+        models: Run folders, timm names, NAME=FILE, hf-hub:USER/NAME or FILE.py:FUNCTION; by default resnet50,
+            vit_small_patch16_224 and t2t_vit_14, the models of the paper's Fig. 2.
+        runs: Run folders whose curves to compare.
+        output: Folder for the pictures, layers.csv and index.html, which contains them all; by default looks, or the
+            first of looks-2, looks-3, … that does not exist.
+        pretrained: Download timm's weights for models given by name, which are random otherwise.
+        img_size: Image size in pixels, one number or [height,width]; by default the model's own.
+        query: Position of the token whose attention to draw, as fractions of height and width.
+        target: Class index for Grad-CAM; by default the predicted class.
+        layer: Module for Grad-CAM; by default the deepest stage that the score depends on.
+        dead: Call a channel dead if its standard deviation is at most this fraction of that of the median channel.
         device: cpu, cuda, mps or auto.
     """
-    begun = time.perf_counter()
+    started = time.perf_counter()
     sizes = [] if img_size is None else [img_size] if isinstance(img_size, int) else list(img_size)
     require(
         (
-            (all(0 <= share <= 1 for share in query), f'query is two shares from 0 to 1, got {list(query)}'),
-            (all(size >= 1 for size in sizes), f'img_size is at least 1, got {img_size}'),
-            (dead >= 0, f'dead is at least 0, got {dead}'),
+            (
+                bool(images or models or runs),
+                'nothing to draw: give images (files, folders, digits or samples), --models or --runs, for example '
+                't2t-vit visualize samples --models runs/photos',
+            ),
+            (all(0 <= part <= 1 for part in query), f'query must be two fractions from 0 to 1, got {list(query)}'),
+            (all(size >= 1 for size in sizes), f'img_size must be at least 1, got {img_size}'),
+            (dead >= 0, f'dead must be at least 0, got {dead}'),
         )
     )
-    where, folder = pick_device(device), Path(output)
-    if not images and (models or not runs):
-        images = ['samples']
+    where, folder = pick_device(device), Path(output) if output else free_folder(Path('looks'))
     records = {name: read_run(Path(run)) for name, run in zip(unique([folder_name(run) for run in runs]), runs)}
+    images = images or (['samples'] if models else [])
     opened = [open_model(text, pretrained, img_size) for text in (models or MODELS)] if images else []
-    photos = open_images(images, MOST + 1) if images else []
-    if len(photos) > MOST:
-        console().print(f'only the first {MOST} images are shown')
-        photos = photos[:MOST]
+    photos = open_images(images, MAX_IMAGES + 1) if images else []
+    if len(photos) > MAX_IMAGES:
+        console().print(f'only the first {MAX_IMAGES} images are drawn')
+        photos = photos[:MAX_IMAGES]
+    if random := [one.name for one in opened if one.weights == 'random weights']:
+        console().print(
+            f'{", ".join(random)}: random weights. Give a run folder or a file, or --pretrained true to download them.',
+            soft_wrap=True,
+        )
     files = unique([stem(photo.name) for photo in photos], '-')
     for one, name in zip(opened, unique([one.name for one in opened])):
         one.name = name
         one.model.to(where)
     sections: list[Section] = []
     if photos:
-        sections += look(opened, dict(zip(files, photos)), folder, where, query, target, layer, dead)
+        sections += draw_models(opened, dict(zip(files, photos)), folder, where, Options(query, target, layer, dead))
     if records:
-        file = draw.save(draw.runs(records), folder / 'runs.png')
-        sections.append(
-            Section(
-                'Training',
-                '',
-                [
-                    (
-                        'Losses and accuracy on validation images over epochs, and the best accuracy against the speed '
-                        'of training, on the machine that each run was made on.',
-                        file,
-                    )
-                ],
-            )
+        text = (
+            'Losses and validation top-1 over epochs, and the best top-1, which is that of the saved weights, against '
+            'the speed of training on the machine of each run.'
         )
-    named = ', '.join(f'{one.name}: {one.weights}' for one in opened)
-    write_report(
-        folder / 'index.html',
-        'What the models see' if photos else 'How the runs went',
-        f'{named}. {where.type}, torch {torch.__version__}.' if named else '',
-        sections,
-    )
-    count, seconds = sum(len(section.pictures) for section in sections), time.perf_counter() - begun
+        sections.append(Section('Training', '', [Picture(text, draw.save(draw.runs(records), folder / 'runs.png'))]))
+    title = 'What the models see' if photos else 'Training runs'
+    write_report(folder / 'index.html', title, conditions(opened, where), sections)
+    count, seconds = sum(len(section.pictures) for section in sections), time.perf_counter() - started
     console().print(
-        f'{count} pictures and index.html, which holds them, are in {folder} ({seconds:.1f} s)', soft_wrap=True
+        f'{count} pictures, and all of them in index.html, are in {folder} ({seconds:.1f} s)', soft_wrap=True
     )
     return folder
 
 
-def look(
-    opened: Sequence[OpenModel],
-    photos: dict[str, Photo],
-    folder: Path,
-    device: torch.device,
-    query: tuple[float, float],
-    target: int | None,
-    layer: str | None,
-    dead: float,
+def conditions(opened: Sequence[OpenModel], device: torch.device) -> str:
+    """Describe weights, device and version of torch in a line; '' without models."""
+    named = ', '.join(f'{one.name}: {one.weights}' for one in opened)
+    return f'{named}. {device.type}, torch {torch.__version__}.' if named else ''
+
+
+def free_folder(folder: Path) -> Path:
+    """Return the folder, or the first of FOLDER-2, FOLDER-3, … that does not exist, so that nothing is overwritten."""
+    names = itertools.chain([folder], (folder.with_name(f'{folder.name}-{i}') for i in itertools.count(2)))
+    return next(name for name in names if not name.exists())
+
+
+def draw_models(
+    opened: Sequence[OpenModel], photos: dict[str, Photo], folder: Path, device: torch.device, options: Options
 ) -> list[Section]:
-    """Every picture of these models and images, by what their files begin with, written to `folder`."""
-    looked: dict[str, Looked] = {}
+    """Write every picture of these models and photos to `folder`; photos are given by the start of their file names.
+
+    Raises:
+        UsageError: if a model has no maps, or not the layer or class of `options`.
+    """
+    results: dict[str, Result] = {}
     single: list[Section] = []
     for one in opened:
-        seen, shown = prepare([*photos.values()], one.preprocessing)
-        seen = seen.to(device)
-        found = trace(one.model, seen)
+        inputs, shown = prepare([*photos.values()], one.preprocessing)
+        inputs = inputs.to(device)
+        found = trace(one.model, inputs)
         if not found.maps:
-            raise UsageError(f'{one.name} gives no maps of an image')
+            raise UsageError(f'{one.name} has no feature maps to draw: none of its stages keeps a grid over the image')
         name = f'{one.name} ({one.weights})' if one.weights in ('random weights', 'pretrained') else one.name
-        looked[name] = Looked(found, measure(found, seen, dead))
-        single.append(of_model(one, looked[name], seen, shown, photos, folder, query, target, layer))
-    write_layers({name: measures for name, (_, measures) in looked.items()}, folder / 'layers.csv')
+        results[name] = Result(found, measure(found, inputs, options.dead), shown)
+        single.append(ModelPictures(one, results[name], inputs, folder, options).section(photos))
+    tables = {name: table_of(result.measures) for name, result in results.items()}
+    write_layers(tables, folder / 'layers.csv')
     pictures = [
-        (
+        Picture(
             f'Feature maps of {photo.name}, shallow, middle and deep.',
-            draw.save(draw.feature_maps(looked, i), folder / f'{file}-features.png'),
+            draw.save(draw.feature_maps(results, i), folder / f'{file}-features.png'),
         )
         for i, (file, photo) in enumerate(photos.items())
     ]
     pictures += [
-        (
-            'Over depth: medians over channels that live, with quartiles.',
-            draw.save(draw.structure_curves(looked), folder / 'structure.png'),
+        Picture(
+            'Over depth: medians and quartiles over the channels that are not dead.',
+            draw.save(draw.structure_curves(results), folder / 'structure.png'),
         ),
-        ('Channels of each layer.', draw.save(draw.dead_counts(looked), folder / 'channels.png')),
+        Picture('Channels of each layer.', draw.save(draw.dead_counts(results), folder / 'channels.png')),
     ]
-    distant = {name: layers for name, (found, _) in looked.items() if (layers := found.backbone())}
-    if distant:
-        pictures.append(
-            (
-                'How far the heads of each layer look, as shares of the longest distance in the grid.',
-                draw.save(draw.attention_distance(distant), folder / 'distance.png'),
-            )
-        )
+    distances = {name: layers for name, result in results.items() if (layers := result.trace.backbone())}
+    if distances:
+        text = 'Mean attention distance of each head, as a fraction of the longest distance in the grid.'
+        pictures.append(Picture(text, draw.save(draw.attention_distance(distances), folder / 'distance.png')))
     text = (
         'As Fig. 2 of the paper: a green frame marks a channel that is rich in structure, a dashed red one a dead '
-        f"channel. Dead: its deviation over each image is at most {dead:g} of that of its layer's median channel, so "
-        'that it is zero or constant. Rich in structure: the length of its Sobel gradient correlates with that of the '
-        f'image by {RICH:g} or more, both on a grid of {SIDE} places along the shorter side, each cell where its '
-        "layer's padding puts it. High frequencies: the share of a channel's variance with periods below four "
-        'places of its own grid. Position tables are part of the maps. '
+        f'channel. Dead: its standard deviation over each image is at most {options.dead:g} of that of the median '
+        'channel of its layer, so that it is zero or constant. Rich in structure: the length of its Sobel gradient '
+        f'correlates with that of the image by {RICH:g} or more, both on a grid of {SIDE} points along the shorter '
+        'side, each cell at its position in the image, which padding shifts. High frequencies: the fraction of a '
+        "channel's variance with periods below four cells of its own grid. Position embeddings are part of the maps. "
         f'Images: {", ".join(photo.name for photo in photos.values())}.'
     )
-    tables = [(f'{name}: all layers', table_of(measures)) for name, (_, measures) in looked.items()]
-    return [Section('Features, model by model', text, pictures, tables), *single]
+    return [
+        Section(
+            'Features, model by model', text, pictures, {f'{name}: all layers': rows for name, rows in tables.items()}
+        ),
+        *single,
+    ]
 
 
-def of_model(
-    one: OpenModel,
-    looked: Looked,
-    seen: torch.Tensor,
-    shown: torch.Tensor,
-    photos: dict[str, Photo],
-    folder: Path,
-    query: tuple[float, float],
-    target: int | None,
-    layer: str | None,
-) -> Section:
-    """What only one model is needed for: its windows, tokens and attention, image by image."""
-    found, base = looked.trace, clean(one.name)
-    pictures: list[tuple[str, Path]] = []
-    height, width = seen.shape[-2:]
-    place = height * query[0], width * query[1]
+class ModelPictures:
+    """Pictures that need one model only: its windows, tokens and attention, image by image."""
 
-    def add(name: str, caption: str, figure: Figure) -> None:
-        pictures.append((caption, draw.save(figure, folder / f'{name}.png')))
+    def __init__(self, one: OpenModel, result: Result, inputs: torch.Tensor, folder: Path, options: Options) -> None:
+        self.one, self.result, self.inputs, self.folder, self.options = one, result, inputs, folder, options
+        self.backbone = result.trace.backbone()
+        self.cam, self.note = self._grad_cam()
 
-    cuts = windows(splits_of(one.model), (height, width))
-    cuts = [cut for cut in cuts if min(cut.grid) > 0]
-    backbone = found.backbone()
-    staged = [a for a in found.attentions.values() if a.grid is not None]
-    staged = [a for a in staged if a not in backbone] + list(dict.fromkeys(backbone[:1] + backbone[-1:]))
-    staged = [a for a in staged if a.query_grid is not None]  # not those of a class token or a latent alone
-    colours = {name: principal_colours(maps) for name, maps in token_grids(found).items()}
-    targets = None if target is None else [target] * len(seen)
-    cam, without = None, ''
-    try:
-        cam = grad_cam(one.model, seen, targets, layer)
-    except UsageError as error:
-        if layer is not None or target is not None:
-            raise
-        without = f' Left out: {error}.'
-    for i, (file, photo) in enumerate(photos.items()):
-        at = f'{file}-{base}'
-        if cuts:
-            add(
-                f'{at}-windows',
-                f'{photo.name}: what a token of each split is cut from, four neighbours each.',
-                draw.split_windows(shown[i], cuts),
-            )
-        add(
-            f'{at}-tokens',
-            f'{photo.name}: the tokens of each grid, by their first three principal components.',
-            draw.token_colours(shown[i], {name: colour[i] for name, colour in colours.items()}),
-        )
-        if staged:
-            heats = [query_heat(attention, i, place) for attention in staged]
-            add(
-                f'{at}-query',
-                f'{photo.name}: where the token under the cross looks, the mean over heads.',
-                draw.heat_maps(shown[i], heats),
-            )
-        if backbone:
-            reader = 'the class token' if backbone[-1].class_token else 'all tokens, on average,'
-            add(
-                f'{at}-heads',
-                f'{photo.name}: where {reader} looks, head by head and layer by layer.',
-                draw.attention_heads(backbone, shown[i], i),
-            )
-        heats = (
-            [
-                Heat(
-                    'class token,\nlast layer' if backbone[-1].class_token else 'all tokens,\nlast layer',
-                    class_maps(backbone[-1])[i].mean(0),
-                    backbone[-1].lattice,
-                ),
-                Heat('rollout,\nall layers', rollout_map(backbone)[i], backbone[-1].lattice),
+    def _grad_cam(self) -> tuple[CamMaps | None, str]:
+        """Compute Grad-CAM, or explain why the model has none, unless a layer or class was asked for."""
+        options = self.options
+        targets = None if options.target is None else [options.target] * len(self.inputs)
+        try:
+            return grad_cam(self.one.model, self.inputs, targets, options.layer), ''
+        except UsageError as error:
+            if options.layer is not None or options.target is not None:
+                raise
+            return None, f' Left out: {error}.'
+
+    def section(self, photos: dict[str, Photo]) -> Section:
+        """Draw all pictures; photos are given by the start of their file names."""
+        pictures: list[Picture] = []
+        for i, (file, photo) in enumerate(photos.items()):
+            for kind, caption, figure in (
+                ('windows', 'four neighbouring windows of each split.', self.windows(i)),
+                ('tokens', 'the tokens of each grid, coloured by their three principal components.', self.tokens(i)),
+                ('query', 'attention of the token under the cross, mean over heads.', self.query(i)),
+                ('heads', f'attention of {self.reader}, by head and layer.', self.heads(i)),
+                ('class', 'evidence for the answer. Grad-CAM is for the class in its title.', self.evidence(i)),
+            ):
+                if figure is not None:
+                    path = self.folder / f'{file}-{file_name(self.one.name)}-{kind}.png'
+                    pictures.append(Picture(f'{photo.name}: {caption}', draw.save(figure, path)))
+        height, width = self.inputs.shape[-2:]
+        text = f'Weights: {self.one.weights}. {self.one.about} Inputs of {height}×{width} pixels.{self.note}'
+        return Section(self.one.name, text, pictures)
+
+    @property
+    def reader(self) -> str:
+        """The token that the head reads, for captions."""
+        return 'the class token' if self.backbone and self.backbone[-1].class_token else 'all tokens, on average'
+
+    def windows(self, i: int) -> Any:
+        """Draw the windows of the soft splits; None if the model has none."""
+        height, width = self.inputs.shape[-2:]
+        splits = [split for split in windows(splits_of(self.one.model), (height, width)) if min(split.grid) > 0]
+        return draw.split_windows(self.result.inputs[i], splits) if splits else None
+
+    def tokens(self, i: int) -> Any:
+        """Draw the tokens in PCA colours."""
+        grids = token_grids(self.result.trace)
+        return draw.token_colours(self.result.inputs[i], {k: principal_colours(maps)[i] for k, maps in grids.items()})
+
+    def query(self, i: int) -> Any:
+        """Draw the attention of the token at the query, of the token layers, the first and the last block."""
+        grids = [a for a in self.result.trace.attentions.values() if a.grid is not None and a.query_grid is not None]
+        layers = [a for a in grids if a not in self.backbone]
+        layers += [a for a in dict.fromkeys(self.backbone[:1] + self.backbone[-1:]) if a in grids]
+        height, width = self.inputs.shape[-2:]
+        at = height * self.options.query[0], width * self.options.query[1]
+        return draw.heat_maps(self.result.inputs[i], [query_heat(a, i, at) for a in layers]) if layers else None
+
+    def heads(self, i: int) -> Any:
+        """Draw the attention of the class token; None without attention."""
+        return draw.attention_heads(self.backbone, self.result.inputs[i], i) if self.backbone else None
+
+    def evidence(self, i: int) -> Any:
+        """Draw the last layer's attention, the rollout and Grad-CAM; None if the model has none of them."""
+        heats = []
+        if self.backbone:
+            last = self.backbone[-1]
+            reader = 'class token' if last.class_token else 'all tokens'
+            heats += [
+                Heat(f'{reader},\nlast layer', class_maps(last)[i].mean(0), last.lattice),
+                Heat('rollout,\nall layers', rollout_map(self.backbone)[i], last.lattice),
             ]
-            if backbone
-            else []
-        )
-        if cam is not None:
-            best = int(cam.targets[i])
-            named = one.classes[best] if best < len(one.classes) else str(best)
-            title = f'Grad-CAM for {textwrap.shorten(named, 18, placeholder="…")}\nat {draw.short(cam.layer)}'
-            heats.append(Heat(title, cam.maps[i], cam.lattice))
-        if heats:
-            add(
-                f'{at}-class',
-                f'{photo.name}: what the scores are made from. Grad-CAM is for the class it names.',
-                draw.heat_maps(shown[i], heats),
-            )
-    text = (
-        f"Weights: {one.weights}. Images of {height}×{width} pixels, as the model's preprocessing gives them.{without}"
-    )
-    return Section(one.name, text, pictures)
+        probabilities = self.result.trace.logits[i].float().softmax(-1)
+        if self.cam is not None:
+            target = int(self.cam.targets[i])
+            title = f'Grad-CAM at {draw.short(self.cam.layer)}:\n{self.answer(target, probabilities)}'
+            heats.append(Heat(title, self.cam.maps[i], self.cam.lattice))
+        answer = self.answer(int(probabilities.argmax()), probabilities)
+        return draw.heat_maps(self.result.inputs[i], heats, f'answer: {answer}') if heats else None
+
+    def answer(self, target: int, probabilities: torch.Tensor) -> str:
+        """Format a class with its probability."""
+        name = self.one.classes[target] if target < len(self.one.classes) else str(target)
+        return f'{one_line(name, 18)} {100 * probabilities[target]:.1f} %'
 
 
-def query_heat(attention: Attention, image: int, place: tuple[float, float]) -> Heat:
-    """Where the token that is centred nearest to a place, (y, x) in pixels, looks: the mean over heads."""
+def query_heat(attention: Attention, image: int, at: tuple[float, float]) -> Heat:
+    """Return the attention of the token nearest to a position, (y, x) in pixels: the mean over heads."""
     assert attention.grid is not None and attention.query_grid is not None and attention.query_lattice is not None
-    row, col = attention.query_lattice.nearest(*place, attention.query_grid)
+    row, col = attention.query_lattice.nearest(*at, attention.query_grid)
     maps = query_maps(attention, attention.query_prefix + row * attention.query_grid[1] + col)
     kind = 'kernel' if attention.eps is not None else 'softmax'
     return Heat(
@@ -276,73 +294,62 @@ def query_heat(attention: Attention, image: int, place: tuple[float, float]) -> 
 
 
 def table_of(measures: Sequence[LayerMeasure]) -> list[Sequence[str]]:
-    """Figures of every layer, headings first."""
+    """Format the measures of every layer as rows, headings first."""
     rows: list[Sequence[str]] = [
         ('layer', 'grid', 'channels', 'dead', 'rich in structure', 'edge agreement', 'high frequencies')
     ]
     for m in measures:
-        edges, fine = draw.quartiles(m.edges[~m.dead])[0], draw.quartiles(m.fine[~m.dead])[0]
-        rows.append(
-            (
-                m.name,
-                f'{m.grid[0]}×{m.grid[1]}',
-                str(len(m.dead)),
-                str(int(m.dead.sum())),
-                str(int(m.rich.sum())),
-                f'{edges:.3f}',
-                f'{fine:.3f}',
-            )
-        )
+        counts = (len(m.dead), int(m.dead.sum()), int(m.rich.sum()))
+        medians = (draw.quartiles(values[~m.dead])[0] for values in (m.edges, m.fine))
+        rows.append((m.name, f'{m.grid[0]}×{m.grid[1]}', *map(str, counts), *(f'{value:.3f}' for value in medians)))
     return rows
 
 
-def write_layers(measures: dict[str, list[LayerMeasure]], file: Path) -> None:
-    """The same for all models, as CSV."""
+def write_layers(tables: dict[str, list[Sequence[str]]], file: Path) -> None:
+    """Write the tables of all models as one CSV file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open('w', newline='') as lines:
+    with file.open('w', newline='', encoding='utf-8', errors='backslashreplace') as lines:
         writer = csv.writer(lines)
-        for i, (name, found) in enumerate(measures.items()):
-            head, *rows = table_of(found)
-            writer.writerows([('model', *head)] if i == 0 else [])
-            writer.writerows((name, *row) for row in rows)
+        writer.writerow(('model', *next(iter(tables.values()))[0]))
+        writer.writerows((name, *row) for name, rows in tables.items() for row in rows[1:])
 
 
 def read_run(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run.
+    """Read the records in metrics.jsonl of a run.
 
     Raises:
-        UsageError: if the folder holds none, or a line that lacks what is drawn.
+        UsageError: if there are none, or a line lacks a value that is drawn.
     """
     file = folder / 'metrics.jsonl'
     try:
-        records = [json.loads(line) for line in file.read_text().splitlines()]
+        records = [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()]
     except (OSError, ValueError) as error:
-        raise UsageError(f'cannot read {file}: {error}; expected the folder of a run') from None
+        raise UsageError(f'cannot read {file}: {error}; expected a run folder') from None
     if not records:
         raise UsageError(f'{file} is empty: the run has finished no epoch')
     for number, record in enumerate(records, 1):
         if missing := [key for key in DRAWN if not isinstance(record, dict) or key not in record]:
-            raise UsageError(f'{file}, line {number}, has no {", ".join(missing)}; expected a line that train wrote')
+            raise UsageError(f'{file}, line {number}, lacks {", ".join(missing)}; expected a line that train wrote')
     return records
 
 
 def unique(names: Sequence[str], mark: str = ' #') -> list[str]:
-    """Names with a number where there are several of one kind, one that no other has."""
+    """Make names unique by numbering those that occur more than once."""
     found: list[str] = []
     for name in names:
-        numbers = (f'{name}{mark}{i}' for i in itertools.count(1))
+        numbered = (f'{name}{mark}{i}' for i in itertools.count(1))
         found.append(
-            name if names.count(name) == 1 else next(new for new in numbers if new not in found and new not in names)
+            name if names.count(name) == 1 else next(new for new in numbered if new not in found and new not in names)
         )
     return found
 
 
 def stem(name: str) -> str:
-    """An image's name as part of a file's: its last part, without its ending."""
+    """Return the start of the file names for an image: the last part of its name, without the suffix."""
     path = Path(name)
-    return clean(path.stem if path.suffix.lower() in ('.jpg', '.jpeg', '.png') else path.name)
+    return file_name(path.stem if path.suffix.lower() in Image.registered_extensions() else path.name)
 
 
-def clean(name: str) -> str:
-    """A name without what file systems dislike."""
-    return re.sub(r'[^\w.-]+', '-', name)
+def file_name(name: str) -> str:
+    """Replace what is not a letter, digit, dot, dash or underscore; at most 60 characters."""
+    return re.sub(r'[^\w.-]+', '-', name)[:60]
