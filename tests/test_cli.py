@@ -319,7 +319,7 @@ def test_predict_says_what_is_damaged(run, digits_run, photos, tmp_path):
 @pytest.mark.parametrize(
     'argv, message',
     [
-        (['here', 'nowhere', 'else'], 'not there: nowhere, else'),
+        (['here', 'nowhere', 'else'], 'not found: nowhere, else'),
         (['here'], 'no images in here'),
         (['here', '--top_k', '0', '--batch_size', '0'], 'top_k is at least 1, got 0'),
         ([], 'arguments are required: inputs'),

@@ -20,7 +20,6 @@ from t2t_vit.data import (
     Folder,
     MemoryBatches,
     Preprocessing,
-    list_images,
     measure_input,
     open_batches,
     open_source,
@@ -51,7 +50,7 @@ def break_some(folder: Path) -> list[str]:
 @pytest.fixture
 def damaged(photos: Path, tmp_path: Path) -> tuple[Folder, list[str]]:
     """The photos to train on, two of them damaged, and the names of these."""
-    for file in list_images(photos / 'train'):
+    for file in sorted(path for path in (photos / 'train').rglob('*') if path.is_file()):
         copy = tmp_path / file.relative_to(photos)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(file.read_bytes())

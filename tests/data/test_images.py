@@ -1,4 +1,4 @@
-"""Images to predict on: where they are found, and that none of them is trusted."""
+"""Images to predict on: finding them in every kind of input, and opening them safely."""
 
 import io
 import os
@@ -33,7 +33,7 @@ def write_tar(file: Path, members: 'dict[str, bytes]') -> None:
 
 
 def claiming(width: int, height: int) -> bytes:
-    """A PNG file of a hundred bytes that says it has this size."""
+    """Return a PNG file of a hundred bytes whose header claims this size."""
     header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
     chunks = ((b'IHDR', header), (b'IDAT', zlib.compress(bytes(64))), (b'IEND', b''))
     return b'\x89PNG\r\n\x1a\n' + b''.join(
@@ -43,7 +43,7 @@ def claiming(width: int, height: int) -> bytes:
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same eight pictures in every kind of place; read only."""
+    """The same eight images in every kind of input; read only."""
     root = tmp_path_factory.mktemp('place')
     pictures = [encode(image) for _, (_, _, image) in zip(range(8), crops())]
     (root / 'folder' / 'deep').mkdir(parents=True)
@@ -68,14 +68,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     'name',
     ['folder', 'folder/**/*.png', 'shard-0.tar', 'hub.parquet', 'bytes.parquet', 'list.txt', 'bare.csv', 'table.csv'],
 )
-def test_the_same_pictures_from_every_place(place, name):
+def test_every_kind_of_input_finds_the_same_images(place, name):
     images = find_images([str(place / name)])
     expected = [np.asarray(image) for _, (_, _, image) in zip(range(8), crops())]
     assert all(np.array_equal(np.asarray(images.open(i)), expected[i]) for i in range(8)) and len(images) == 8
     assert len({images.name(i) for i in range(8)}) == 8 and images.name(0).startswith(str(place))
 
 
-def test_several_inputs_in_their_order(place, tmp_path):
+def test_inputs_keep_their_order(place, tmp_path):
     (tmp_path / 'mixed').mkdir()
     for name in ('shard-0.tar', 'hub.parquet', 'folder/1.png', 'folder/0.png', 'list.txt'):
         (tmp_path / 'mixed' / Path(name).name).symlink_to(place / name)
@@ -89,46 +89,46 @@ def test_several_inputs_in_their_order(place, tmp_path):
     assert images.digest() != find_images([str(place / 'folder' / '5.png'), str(tmp_path / 'mixed'), 'digits']).digest()
 
 
-def test_a_list_from_the_working_directory(place, tmp_path, monkeypatch):
+def test_list_paths_may_start_in_the_working_directory(place, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
     (tmp_path / 'a.txt').write_text('folder/0.png\r\nfolder/nowhere.png\r\n')
     images = find_images([str(tmp_path / 'a.txt')])
     assert images.name(0) == 'folder/0.png' and len(images) == 2 and images.open(0)
 
 
-def test_a_folder_goes_before_what_is_embedded(place, tmp_path, monkeypatch):
+def test_folder_takes_precedence_over_embedded_images(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'samples').symlink_to(place / 'folder')
     assert find_images(['samples']).name(0) == 'samples/0.png'
 
 
-def test_one_row_group_is_held(place):
+def test_rows_hold_one_row_group(place):
     rows = find_images([str(place / 'hub.parquet')]).parts[0]
     rows.open(7)
     assert rows.held[0] == 2 and len(rows.held[1]) == 2
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='names are text elsewhere')
-def test_names_that_are_no_text(place, tmp_path):
+def test_names_that_are_not_utf8_are_kept(place, tmp_path):
     os.symlink(place / 'folder' / '0.png', os.fsencode(tmp_path) + b'/\xff.png')
     images = find_images([str(tmp_path)])
-    assert images.open(0) and images.name(0).endswith('\ufffd.png')
+    assert images.open(0) and os.fsencode(images.name(0)).endswith(b'\xff.png')
 
 
 @pytest.mark.parametrize(
     'inputs, message',
     [
-        (['nowhere', 'else*.png'], 'not there: nowhere, else\\*.png'),
+        (['nowhere', 'else*.png'], 'not found: nowhere, else\\*.png'),
         (['empty'], 'no images in empty'),
-        (['torn.tar'], 'torn.tar is torn'),
+        (['torn.tar'], 'torn.tar is truncated'),
         (['torn.parquet'], 'cannot read torn.parquet as Parquet'),
         (['other.parquet'], "has the columns \\['x'\\]; expected one of images"),
         (['other.csv'], "has the columns \\['a', 'b'\\]; expected one of paths"),
-        (['bytes.csv'], 'is no list of paths'),
+        (['bytes.csv'], 'is not a list of paths'),
         (['column.csv'], "has the columns \\['photo'\\]; expected one of paths"),
     ],
 )
-def test_what_holds_no_images(place, tmp_path, monkeypatch, inputs, message):
+def test_inputs_without_images_are_rejected(place, tmp_path, monkeypatch, inputs, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'torn.tar').write_bytes((place / 'shard-0.tar').read_bytes()[:2000])
@@ -141,7 +141,7 @@ def test_what_holds_no_images(place, tmp_path, monkeypatch, inputs, message):
         find_images(inputs)
 
 
-def test_damaged_images_are_named_with_their_error(place, tmp_path):
+def test_damaged_images_are_reported_with_their_error(place, tmp_path):
     good = (place / 'folder' / '0.png').read_bytes()
     for name, content in {'a': good, 'b': good[: len(good) // 2], 'c': b'text', 'd': b''}.items():
         (tmp_path / f'{name}.png').write_bytes(content)
@@ -154,8 +154,8 @@ def test_damaged_images_are_named_with_their_error(place, tmp_path):
     assert errors[5].startswith('FileNotFoundError') and opened[0].images.shape == (1, 3, 16, 16)
 
 
-def test_what_claims_too_many_pixels_is_not_decoded(tmp_path, monkeypatch):
-    """Nor what would have too many when it is resized; the limit is ours, above PIL's own too."""
+def test_pixel_limit_holds_before_and_after_resizing(tmp_path, monkeypatch):
+    """The limit is that of the opener, even if it is above Pillow's."""
     (tmp_path / 'a.png').write_bytes(claiming(2000, 2000))
     (tmp_path / 'b.png').write_bytes(encode(Image.new('RGB', (2, 900))))
     (tmp_path / 'c.png').write_bytes(encode(Image.new('RGB', (50, 50))))
@@ -170,6 +170,6 @@ def test_what_claims_too_many_pixels_is_not_decoded(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('mode, size', [('center', (17, 8000)), ('squash', (17, 17)), ('border', (0, 17))])
-def test_sizes_before_the_crop(mode, size):
+def test_resized_size_by_crop_mode(mode, size):
     width, height = Preprocessing((16, 16), 3, (0.5,), (0.5,), crop_mode=mode).resized(Image.new('L', (900, 2)))
     assert (width, height) == size

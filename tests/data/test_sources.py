@@ -1,4 +1,4 @@
-"""Sources: what they hold, what they refuse, and the one syntax that names them."""
+"""Sources: their images and labels, the inputs they reject, and the syntax that names them."""
 
 import io
 import json
@@ -20,10 +20,12 @@ from conftest import CLASSES, crops, write_parquet
 from PIL import Image
 
 from t2t_vit.data import DataError, Digits, Folder, Parquet, Part, Shards, check_same_classes, open_source
-from t2t_vit.data import sources as module
+from t2t_vit.data.sources import hub as hub_module
+from t2t_vit.data.sources import parquet as parquet_module
+from t2t_vit.data.sources import tar
 
 
-def test_digits_are_split_once_and_for_all():
+def test_digits_split_is_fixed():
     train, val = Digits('train'), Digits('val')
     assert (len(train.labels), len(val.labels)) == (1437, 360)
     assert sorted([*train.indices, *val.indices]) == list(range(1797))
@@ -35,13 +37,13 @@ def test_digits_are_stratified():
     assert all(abs(val[i] / (train[i] + val[i]) - 0.2) < 0.01 for i in range(10))
 
 
-def test_digits_are_grey_images_of_all_shades():
+def test_digits_are_grey_images():
     image = Digits('val').open(0)
     assert (image.mode, image.size, image.getextrema()) == ('L', (8, 8), (0, 255))
 
 
 @pytest.mark.parametrize('split, count', [('train', 24), ('val', 12)])
-def test_folder_and_parquet_hold_the_same(photos, parquet, split, count):
+def test_folder_and_parquet_agree(photos, parquet, split, count):
     sources = [open_source(str(root), split) for root in (photos, parquet)]
     for source in sources:
         assert source.classes == CLASSES
@@ -51,7 +53,7 @@ def test_folder_and_parquet_hold_the_same(photos, parquet, split, count):
     assert sizes[0] == sizes[1]
 
 
-def test_folder_takes_images_at_any_depth_but_hidden_ones(photos, tmp_path):
+def test_folder_finds_images_at_any_depth_except_hidden_ones(photos, tmp_path):
     image = (photos / 'val' / 'sky').iterdir().__next__().read_bytes()
     for name in ('a/deep/er/1.PNG', 'a/.2.png', 'a/note.txt', 'b/3.webp', '.cache/4.png'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -61,11 +63,11 @@ def test_folder_takes_images_at_any_depth_but_hidden_ones(photos, tmp_path):
     assert [Path(file).name for file in source.files] == ['1.PNG', '3.webp']
 
 
-def test_a_folder_of_class_folders_is_a_validation_set(photos):
+def test_folder_of_class_folders_is_a_validation_set(photos):
     assert len(open_source(str(photos / 'val'), 'val').labels) == 12
 
 
-def test_parquet_without_names_of_classes(tmp_path):
+def test_parquet_without_class_names(tmp_path):
     for labels, classes in (([7, 3, 7], ['3', '7']), (['cat', 'ant', 'cat'], ['ant', 'cat'])):
         write_parquet(tmp_path / 'a.parquet', [b''] * 3, labels, [])
         source = Parquet([tmp_path / 'a.parquet'])
@@ -81,7 +83,7 @@ def test_parquet_without_names_of_classes(tmp_path):
         ([0, -1], ['a', 'b'], r'names 2 classes, and has the labels \[-1\]'),
     ],
 )
-def test_parquet_labels_that_are_none(tmp_path, labels, names, message):
+def test_parquet_rejects_invalid_labels(tmp_path, labels, names, message):
     write_parquet(tmp_path / 'a.parquet', [b''] * len(labels), labels, names)
     with pytest.raises(DataError, match=message):
         Parquet([tmp_path / 'a.parquet'])
@@ -93,7 +95,7 @@ def test_large_parquet_files_are_read_by_row_group(parquet, tmp_path, monkeypatc
     pq.write_table(table.slice(0, 10), tmp_path / 'train-0.parquet', row_group_size=4)
     pq.write_table(table.slice(10), tmp_path / 'train-1.parquet', row_group_size=4)
     small = open_source(str(tmp_path), 'train')
-    monkeypatch.setattr(module, 'AT_ONCE', 0)
+    monkeypatch.setattr(parquet_module, 'AT_ONCE', 0)
     large = open_source(str(tmp_path), 'train')
     assert list(small.labels) == list(large.labels) == table.column('label').to_pylist()
     for index in (23, 0, 9, 10):
@@ -102,7 +104,7 @@ def test_large_parquet_files_are_read_by_row_group(parquet, tmp_path, monkeypatc
     assert [[len(rows.held[1]) for rows in source.parts] for source in (small, large)] == [[10, 14], [2, 4]]
 
 
-def test_parquet_of_something_else(tmp_path):
+def test_parquet_without_images_is_rejected(tmp_path):
     pq.write_table(pa.table({'text': ['a']}), tmp_path / 'a.parquet')
     with pytest.raises(DataError, match=r"has the columns \['text'\]; expected one of images"):
         Parquet([tmp_path / 'a.parquet'])
@@ -111,16 +113,16 @@ def test_parquet_of_something_else(tmp_path):
         Parquet([tmp_path / 'b.parquet'])
 
 
-def test_roots_that_are_none(photos, parquet, tmp_path):
+def test_invalid_roots_are_rejected(photos, parquet, tmp_path):
     (tmp_path / 'a.zip').touch()
     (tmp_path / 'train' / 'cat').mkdir(parents=True)
     (tmp_path / 'empty').mkdir()
     for root, split, message in (
         (tmp_path / 'nowhere', 'train', 'no data at'),
-        (tmp_path / 'a.zip', 'train', 'is a file but not .parquet or .tar'),
-        (tmp_path / 'empty', 'train', 'has no train split: expected .*/train/CLASS/IMAGE'),
-        (tmp_path / 'empty', 'val', 'holds no class folders'),
-        (tmp_path, 'train', 'no images in the class folders'),
+        (tmp_path / 'a.zip', 'train', 'is a file but not .parquet, .tar or .csv'),
+        (tmp_path / 'empty', 'train', 'has no train split, it has nothing: expected .*/train/CLASS/IMAGE'),
+        (tmp_path / 'empty', 'val', 'no images in'),
+        (tmp_path, 'train', 'no images in'),
         (tmp_path, 'val', 'has no val split'),
         (photos / 'val', 'train', 'has no train split'),
         (next(parquet.glob('train*')), 'train', 'is one file, which leaves nothing to validate on'),
@@ -129,7 +131,7 @@ def test_roots_that_are_none(photos, parquet, tmp_path):
             open_source(str(root), split)
 
 
-def test_other_classes_are_refused_by_name(photos, tmp_path):
+def test_different_classes_are_rejected_by_name(photos, tmp_path):
     for name in ('flower', 'roof', 'wall'):
         (tmp_path / name).mkdir()
     (tmp_path / 'wall' / '1.png').write_bytes(b'')
@@ -159,7 +161,7 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / 'cache'
 
 
-def test_a_set_of_torchvision(cifar):
+def test_torchvision_set(cifar):
     train, val = (open_source('torch/cifar10', split, str(cifar)) for split in ('train', 'val'))
     assert (len(train.labels), list(val.labels)) == (8, [9, 8, 7, 6])
     assert train.classes == val.classes and train.classes[9] == 'truck'
@@ -169,7 +171,7 @@ def test_a_set_of_torchvision(cifar):
     assert val.name(3) == 'torch/cifar10/val[3]'
 
 
-def test_a_set_that_was_not_downloaded(tmp_path):
+def test_torchvision_set_not_downloaded(tmp_path):
     with pytest.raises(DataError, match='no torch/cifar10 in .*: --data.download true fetches it, --data.cache says'):
         open_source('torch/cifar10', 'train', str(tmp_path))
 
@@ -227,7 +229,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
     sys.modules.pop('timm.data.readers.reader_hfds', None)
 
 
-def test_a_set_of_the_hub(hub):
+def test_hub_set(hub):
     train, val = (open_source('hfds/me/photos', split) for split in ('train', 'val'))
     assert train.classes == val.classes == CLASSES
     assert (len(train.labels), list(val.labels)) == (24, [0] * 4 + [1] * 4 + [2] * 4)
@@ -236,13 +238,13 @@ def test_a_set_of_the_hub(hub):
     assert val.name(5) == 'hfds/me/photos/test[5]'
 
 
-def test_what_the_hub_does_not_have(hub):
+def test_unknown_hub_set_is_rejected(hub):
     with pytest.raises(DataError, match='cannot open hfds/me/other: me/other does not exist'):
         open_source('hfds/me/other', 'train')
 
 
-def test_the_hub_without_its_package(monkeypatch):
-    monkeypatch.setattr(module, 'find_spec', lambda name: None)
+def test_hub_set_names_the_missing_package(monkeypatch):
+    monkeypatch.setattr(hub_module, 'find_spec', lambda name: None)
     with pytest.raises(DataError, match='hfds/me/photos needs the package datasets: pip install datasets'):
         open_source('hfds/me/photos', 'train')
 
@@ -296,20 +298,20 @@ def test_shards(shards):
     assert train.name(0) == f'{shards}/train-000000.tar/{order[0]:04}.jpg'
 
 
-def test_shards_are_indexed_once_until_they_change(shards, monkeypatch):
+def test_shards_are_indexed_again_only_when_they_change(shards, monkeypatch):
     before = open_source(str(shards), 'train')
     with monkeypatch.context() as context:
-        context.setattr(module, 'index_tar', lambda *_: pytest.fail('indexed again'))
+        context.setattr(tar, 'index_tar', lambda *_: pytest.fail('indexed again'))
         assert open_source(str(shards), 'train').labels == before.labels
     write_tar(shards / 'train-000001.tar', [('a.jpg', JPEG), ('a.cls', b'2')])
     assert len(open_source(str(shards), 'train').labels) == 13
     os.utime(shards / 'train-000001.tar', (0, 0))
     with monkeypatch.context() as context, pytest.raises(AssertionError):
-        context.setattr(module, 'index_tar', lambda *_: (_ for _ in ()).throw(AssertionError))
+        context.setattr(tar, 'index_tar', lambda *_: (_ for _ in ()).throw(AssertionError))
         open_source(str(shards), 'train')
 
 
-def test_shards_where_nothing_can_be_written(shards, tmp_path, monkeypatch):
+def test_index_of_shards_in_a_read_only_folder_is_cached(shards, tmp_path, monkeypatch):
     """Their index is kept in the cache; without one, it is made anew."""
     replace = os.replace
 
@@ -320,8 +322,8 @@ def test_shards_where_nothing_can_be_written(shards, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, 'replace', refusing)
     source = open_source(str(shards), 'train', str(tmp_path / 'cache'))
-    assert [path.name.split('.', 1)[1] for path in (tmp_path / 'cache').iterdir()] == ['train.index']
-    monkeypatch.setattr(module, 'index_tar', lambda *_: pytest.fail('indexed again'))
+    assert [path.name.split('.', 1)[1] for path in (tmp_path / 'cache').iterdir()] == ['train-000000.index']
+    monkeypatch.setattr(tar, 'index_tar', lambda *_: pytest.fail('indexed again'))
     assert open_source(str(shards), 'train', str(tmp_path / 'cache')).labels == source.labels
 
 
@@ -340,7 +342,7 @@ def test_tars_of_class_folders(photos, tmp_path):
     assert sizes[0] == sizes[1]
 
 
-def test_hidden_files_and_text_labels_in_tars(tmp_path):
+def test_tar_with_text_labels_and_hidden_files(tmp_path):
     write_tar(
         tmp_path / 'val.tar',
         [
@@ -374,23 +376,23 @@ def test_hidden_files_and_text_labels_in_tars(tmp_path):
         ([('a.txt', b'')], 'no images in'),
     ],
 )
-def test_tars_that_are_no_data(tmp_path, members, message):
+def test_invalid_tars_are_rejected(tmp_path, members, message):
     with pytest.raises(DataError, match=message):
         open_source(str(write_tar(tmp_path / 'val.tar', members)), 'val')
 
 
 @pytest.mark.parametrize('end', [300, 1100, 2048, 4096])
-def test_torn_tars(tmp_path, end):
+def test_truncated_tars_are_rejected(tmp_path, end):
     """Within a header, within an image, between two members, before the mark at the end."""
     image = bytes(range(256)) * 4
     whole = write_tar(tmp_path / 'whole.tar', [('a/1.jpg', image[:512]), ('a/2.jpg', image), ('b/3.jpg', image)])
     torn = tmp_path / 'val.tar'
     torn.write_bytes(whole.read_bytes()[:end])
-    with pytest.raises(DataError, match='val.tar is torn, or no tar'):
+    with pytest.raises(DataError, match='val.tar is truncated, or not an uncompressed tar'):
         open_source(str(torn), 'val')
 
 
-def test_numbers_without_a_name(shards):
+def test_numbers_without_a_class_name_are_rejected(shards):
     (shards / 'classes.txt').write_text('flower\nroof')
     with pytest.raises(DataError, match=r'names 2 classes, and has the labels \[2\]'):
         open_source(str(shards), 'train')
@@ -406,14 +408,14 @@ def test_numbers_without_a_name(shards):
         ('wds/photos', "no data at wds/photos; data.root is 'digits', 'torch/NAME', 'hfds/NAME', a folder with train/"),
     ],
 )
-def test_names_that_are_none(root, message, tmp_path, monkeypatch):
+def test_unknown_names_get_the_nearest_choice(root, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError) as error:
         open_source(root, 'train')
     assert str(error.value).startswith(message)
 
 
-def test_a_part_has_the_same_share_of_every_class():
+def test_part_has_the_same_fraction_of_every_class():
     whole = open_source('digits', 'train')
     part = Part(whole, 200)
     counts = [part.labels.count(label) for label in range(10)]

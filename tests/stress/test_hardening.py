@@ -16,7 +16,8 @@ from test_checkpoints import tiny
 
 from t2t_vit import CheckpointError, load_weights
 from t2t_vit.data import DataError, decode_image
-from t2t_vit.data.sources import number_labels, read_label, read_lines
+from t2t_vit.data.sources.labels import number_labels, read_lines
+from t2t_vit.data.sources.webdataset import read_label
 from t2t_vit.settings import UsageError, parse_settings, resolve
 from t2t_vit.train.config import Config
 from t2t_vit.train.state import read_state
@@ -125,7 +126,7 @@ def test_texts_that_are_no_settings(text):
 
 def test_names_of_classes_that_are_no_text(tmp_path):
     (tmp_path / 'classes.txt').write_bytes(b'\xff\xfe\x00cat')
-    with pytest.raises(DataError, match='classes.txt is no text'):
+    with pytest.raises(DataError, match='classes.txt is not text'):
         read_lines(tmp_path / 'classes.txt')
 
 

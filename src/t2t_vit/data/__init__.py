@@ -1,4 +1,4 @@
-"""Images, with labels and without: where they come from, how they are augmented, and how batches are made of them."""
+"""Read images with and without labels, augment them, and make batches of them."""
 
 from .augment import Augment
 from .batches import Batch, DiskBatches, MemoryBatches, derive, measure_input, open_batches, seed_all, synchronize
@@ -17,25 +17,31 @@ from .decode import (
 from .errors import DataError, ImageError
 from .images import MAX_PIXELS, Images, Opened, Opener, Piece, find_images, open_pieces
 from .preprocessing import Preprocessing
+from .report import DataReport, report_data
 from .sources import (
     Digits,
     Folder,
     HubSet,
+    LabelledList,
     Parquet,
     Part,
     Shards,
     Source,
+    Subset,
     TorchSet,
     check_same_classes,
-    list_images,
+    check_training_classes,
     open_source,
+    printable,
 )
+from .split import Split, SplitOptions, open_train_val, split_source
 
 __all__ = [
     'MAX_PIXELS',
     'Augment',
     'Batch',
     'DataError',
+    'DataReport',
     'Decoded',
     'Digits',
     'DiskBatches',
@@ -43,6 +49,7 @@ __all__ = [
     'HubSet',
     'ImageError',
     'Images',
+    'LabelledList',
     'MemoryBatches',
     'Opened',
     'Opener',
@@ -53,8 +60,12 @@ __all__ = [
     'Raw',
     'Shards',
     'Source',
+    'Split',
+    'SplitOptions',
+    'Subset',
     'TorchSet',
     'check_same_classes',
+    'check_training_classes',
     'convert_image',
     'decode_image',
     'derive',
@@ -63,13 +74,16 @@ __all__ = [
     'image_size',
     'image_suffixes',
     'is_color',
-    'list_images',
     'measure_input',
     'open_batches',
     'open_pieces',
     'open_source',
+    'open_train_val',
     'pixel_limit',
+    'printable',
     'read_image',
+    'report_data',
     'seed_all',
+    'split_source',
     'synchronize',
 ]

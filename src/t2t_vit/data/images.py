@@ -1,10 +1,10 @@
-"""Images without labels, for prediction: found in any order of magnitude, opened one by one, none of them trusted."""
+"""Images without labels, for prediction: found in files, folders, archives and lists, and opened one by one."""
 
-import csv
 import glob
 import hashlib
 import os
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, groupby, islice
 from pathlib import Path
@@ -16,16 +16,17 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .batches import leave_signals
-from .decode import Decoded, Raw, convert_image, image_size, image_suffixes, pixel_limit, read_image
+from .decode import Decoded, Raw, convert_image, has_image_suffix, image_size, image_suffixes, pixel_limit, read_image
 from .errors import DataError
 from .preprocessing import Preprocessing
-from .sources import Rows, Source, decode_slice, is_image, open_source, tar_members, walk
+from .sources import Rows, Source, listed_paths, open_source, to_text
+from .sources.names import scan, suffix_of
+from .sources.tar import decode_name, encode_name, read_slice, tar_members
 
 TABLES, LISTS = ('.tar', '.parquet'), ('.csv', '.txt')
-PATH_COLUMNS = ('image', 'path', 'file', 'filename', 'file_name', 'filepath', 'image_path')
 MAX_PIXELS = 100_000_000  # of an image, before and after it is resized
-AT_ONCE = 100_000  # names that are held as Python's strings
-Piece = tuple[int, int]  # of consecutive images: the first, and the one behind the last
+AT_ONCE = 100_000  # names that are held as Python strings
+Piece = tuple[int, int]  # of consecutive images: the first, and the one after the last
 
 
 class Part(Protocol):
@@ -34,16 +35,17 @@ class Part(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What a person finds the image by."""
+        """Return the name that a person finds the image by."""
 
     def open(self, index: int) -> Raw:
-        """The decoded image; raises where it is damaged."""
+        """Read an image; raises ImageError if it is damaged."""
 
 
 class Files:
     """Image files; a path takes about its length in memory."""
 
-    def __init__(self, paths: Iterable[str]) -> None:
+    def __init__(self, paths: Iterable[str], channels: int | None = None) -> None:
+        self.channels = channels
         rest, chunks = iter(paths), []
         while chunk := list(islice(rest, AT_ONCE)):
             chunks.append(pa.array(map(os.fsencode, chunk), pa.large_binary()))
@@ -53,27 +55,25 @@ class Files:
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        """Its path."""
-        return self.paths[index].as_py().decode(errors='replace')
+        """Return the path; bytes that are not UTF-8 as Python's surrogates."""
+        return self.paths[index].as_py().decode('utf-8', 'surrogateescape')
 
     def open(self, index: int) -> Raw:
-        """The decoded image."""
-        return read_image(os.fsdecode(self.paths[index].as_py()))
+        """Read an image."""
+        return read_image(os.fsdecode(self.paths[index].as_py()), self.channels)
 
 
 class Tar:
-    """The images of a tar, WebDataset's or any other; labels and all else in it are passed over.
+    """The images of a tar, in WebDataset's layout or any other; labels and other files in it are ignored.
 
     Raises:
-        DataError: for a torn tar.
+        DataError: for a truncated tar.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        members = (member for member, kind, _ in tar_members(Path(path)) if is_image(kind))
-        rows = (
-            (os.fsencode(member.name).decode(errors='replace'), member.offset_data, member.size) for member in members
-        )
+    def __init__(self, path: str, skipped: Counter[str], channels: int | None = None) -> None:
+        self.path, self.channels = path, channels
+        members = (member for member, _, _ in tar_members(Path(path), (), skipped) if has_image_suffix(member.name))
+        rows = ((encode_name(member.name), member.offset_data, member.size) for member in members)
         chunks = []
         while chunk := list(islice(rows, AT_ONCE)):
             chunks.append(pa.table(list(map(list, zip(*chunk))), names=['name', 'offset', 'size']))
@@ -83,20 +83,20 @@ class Tar:
         return self.index.num_rows
 
     def name(self, index: int) -> str:
-        """The tar's path and the member's."""
-        return f'{self.path}/{self.index.column("name")[index].as_py()}'
+        """Return the path of the tar and of the member in it."""
+        return f'{to_text(self.path)}/{decode_name(self.index.column("name")[index].as_py())}'
 
     def open(self, index: int) -> Raw:
-        """The decoded image."""
+        """Read an image."""
         offset, size = (self.index.column(name)[index].as_py() for name in ('offset', 'size'))
-        return decode_slice(self.path, offset, size)
+        return read_image(read_slice(self.path, offset, size), self.channels)
 
 
 class Photos:
-    """The two that scikit-learn ships, a pagoda and a flower, of 427×640 pixels."""
+    """The two photographs that scikit-learn ships, a pagoda and a flower, of 427×640 pixels."""
 
     def __init__(self) -> None:
-        from sklearn.datasets import load_sample_images  # as long to import as torch
+        from sklearn.datasets import load_sample_images  # takes as long to import as torch
 
         self.photos = load_sample_images()
 
@@ -104,11 +104,11 @@ class Photos:
         return len(self.photos.images)
 
     def name(self, index: int) -> str:
-        """Its file's."""
+        """Return the name of the photograph's file."""
         return f'samples/{Path(self.photos.filenames[index]).name}'
 
-    def open(self, index: int) -> Raw:
-        """The image."""
+    def open(self, index: int) -> Image.Image:
+        """Return a photograph."""
         return Image.fromarray(self.photos.images[index])
 
 
@@ -123,15 +123,15 @@ class Sample:
         return len(self.chosen)
 
     def name(self, index: int) -> str:
-        """Its place among all digits."""
+        """Return the digit's index among all digits."""
         return self.source.name(self.chosen[index])
 
     def open(self, index: int) -> Raw:
-        """The image."""
+        """Return a digit."""
         return self.source.open(self.chosen[index])
 
     def truth(self, index: int) -> str:
-        """What it is."""
+        """Return the class of a digit."""
         return self.source.classes[self.source.labels[self.chosen[index]]]
 
 
@@ -139,136 +139,108 @@ EMBEDDED: dict[str, Callable[[], Part]] = {'digits': Sample, 'samples': Photos}
 
 
 class Images:
-    """All images that were asked for, in an order that only the inputs decide."""
+    """All images of some inputs, in an order that depends on the inputs only.
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = list(parts)
+    `skipped` counts the files in folders and tars that were left out, by reason.
+    """
+
+    def __init__(self, parts: Sequence[Part], skipped: 'Counter[str] | None' = None) -> None:
+        self.parts, self.skipped = list(parts), Counter() if skipped is None else skipped
         self.ends = list(accumulate(map(len, self.parts)))
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
     def locate(self, index: int) -> tuple[Part, int]:
-        """The part that holds the image, and the image's place in it."""
+        """Return the part that holds an image, and the image's index in it."""
         part = bisect_right(self.ends, index)
         return self.parts[part], index - (self.ends[part - 1] if part else 0)
 
     def name(self, index: int) -> str:
-        """What a person finds the image by."""
-        part, place = self.locate(index)
-        return part.name(place)
+        """Return the name that a person finds the image by; bytes that are not UTF-8 as Python's surrogates."""
+        part, position = self.locate(index)
+        return part.name(position)
 
     def open(self, index: int) -> Raw:
-        """The decoded image; raises where it is damaged."""
-        part, place = self.locate(index)
-        return part.open(place)
+        """Read an image; raises ImageError if it is damaged."""
+        part, position = self.locate(index)
+        return part.open(position)
 
     def truth(self, index: int) -> str:
-        """What the image is, '' where that is unknown."""
-        part, place = self.locate(index)
-        return part.truth(place) if isinstance(part, Sample) else ''
+        """Return the class of an image, '' if it is unknown."""
+        part, position = self.locate(index)
+        return part.truth(position) if isinstance(part, Sample) else ''
 
     def digest(self) -> str:
-        """SHA-256 of all names in their order: the same for the same list of images."""
+        """Return the SHA-256 of all names in their order: the same for the same list of images."""
         sha = hashlib.sha256()
         for part in self.parts:
             for index in range(len(part)):
-                sha.update(part.name(index).encode() + b'\0')
+                sha.update(part.name(index).encode('utf-8', 'surrogateescape') + b'\0')
         return sha.hexdigest()
 
 
-def find_images(inputs: Sequence[str]) -> Images:
-    """The images of files, folders (all levels, with the tars and Parquet files in them), globs and lists.
+def find_images(inputs: Sequence[str], channels: int | None = None) -> Images:
+    """Find the images of files, folders (at all levels, with the tars and Parquet files in them), globs and lists.
 
     Args:
-        inputs: Each an image; a .tar, WebDataset's or another; a .parquet; a .csv or .txt, which lists image files; a
-            folder of these but lists; a pattern of such, as 'photos/**/*.jpg'; `digits` for twelve embedded ones; or
-            `samples` for two photos.
+        inputs: Each an image; a .tar, WebDataset's or another; a .parquet; a .csv or .txt that lists image files; a
+            folder of images, tars and Parquet files; a pattern, as 'photos/**/*.jpg'; `digits` for twelve embedded
+            images; or `samples` for two photographs.
+        channels: Of the model; 1, 3 and None read what a viewer shows, other numbers all bands (see `read_image`).
 
     Raises:
-        DataError: naming everything that is not there; for a torn tar or Parquet file; if no image is found.
+        DataError: naming everything that does not exist; for a truncated tar or Parquet file; if no image is found.
     """
     places: list[str] = []
     missing: list[str] = []
     for name in inputs:
-        found = [name] if name in EMBEDDED or os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        found = [name] if name in EMBEDDED or os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
         places += found
         missing += [] if found else [name]
     if missing:
-        raise DataError(f'not there: {", ".join(missing)}')
-    images = Images(list(gather(walk_all(places))))
+        raise DataError(f'not found: {", ".join(missing)}')
+    skipped: Counter[str] = Counter()
+    images = Images(list(gather(walk_all(places, skipped), skipped, channels)), skipped)
     if not len(images):
-        raise DataError(
-            f'no images in {", ".join(inputs)}; in folders and tars they end in {" ".join(image_suffixes())}'
-        )
+        left_out = f' (left out: {", ".join(f"{n} {reason}" for reason, n in skipped.items())})' if skipped else ''
+        raise DataError(f'no images in {", ".join(inputs)}{left_out}; their names end in {" ".join(image_suffixes())}')
     return images
 
 
-def walk_all(places: Iterable[str]) -> Iterator[str]:
-    """Folders as what is in them, all else as it is."""
+def walk_all(places: Iterable[str], skipped: Counter[str]) -> Iterator[str]:
+    """Yield the files in folders, and all else as it is."""
     for place in places:
-        yield from walk(place, (*image_suffixes(), *TABLES)) if os.path.isdir(place) else (place,)
+        if os.path.isdir(place):
+            yield from (os.path.join(place, file) for file in scan(place, (*image_suffixes(), *TABLES), skipped))
+        else:
+            yield place
 
 
-def gather(places: Iterable[str]) -> Iterator[Part]:
-    """Parts in the order of their places; image files that follow each other are one."""
-    for kind, group in groupby(
-        places,
-        lambda place: (
-            place if place in EMBEDDED else Path(place).suffix.lower() if place.lower().endswith(TABLES + LISTS) else ''
-        ),
-    ):
+def kind_of(place: str) -> str:
+    """Return the suffix of a table or list, the name of embedded images, and '' for an image file."""
+    if place in EMBEDDED and not os.path.exists(place):
+        return place
+    return suffix_of(place) if place.lower().endswith(TABLES + LISTS) else ''
+
+
+def gather(places: Iterable[str], skipped: Counter[str], channels: int | None) -> Iterator[Part]:
+    """Yield parts in the order of their places; consecutive image files are one part."""
+    for kind, group in groupby(places, kind_of):
         if kind == '':
-            yield Files(group)
+            yield Files(group, channels)
         elif kind in LISTS:
-            yield from (Files(listed(Path(place))) for place in group)
+            yield from (Files(listed_paths(Path(place)), channels) for place in group)
         elif kind in EMBEDDED:
             yield from (EMBEDDED[kind]() for _ in group)
+        elif kind == '.tar':
+            yield from (Tar(place, skipped, channels) for place in group)
         else:
-            yield from (Tar(place) if kind == '.tar' else Rows(place) for place in group)
-
-
-def listed(file: Path) -> Iterator[str]:
-    """The paths that a list names: a .txt one a line; a .csv in the column of paths, or in its only one.
-
-    They start from the folder that the list stands in, or from the working directory where the first of them is not
-    there.
-
-    Raises:
-        DataError: if it is no text, or has several columns and none of the usual names.
-    """
-    with file.open(newline='', encoding='utf-8-sig') as stream:
-        try:
-            paths = (
-                (line.rstrip('\r\n') for line in stream)
-                if file.suffix.lower() == '.txt'
-                else column_of_paths(csv.reader(stream), file)
-            )
-            folder = None
-            for path in filter(None, paths):
-                if folder is None:
-                    folder = str(file.parent) if (file.parent / path).exists() else ''
-                yield os.path.join(folder, path)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f'{file} is no list of paths: {error}') from None
-
-
-def column_of_paths(rows: Iterator[list[str]], file: Path) -> Iterator[str]:
-    """The cells that name files."""
-    header = next(rows, [])
-    names = [name.strip().lower() for name in header]
-    known = next((name for name in PATH_COLUMNS if name in names), None)
-    first = header[0] if len(header) == 1 else ''
-    if known is None and header and not (first.lower().endswith(image_suffixes()) or os.sep in first or '/' in first):
-        raise DataError(f'{file} has the columns {header}; expected one of paths, {", ".join(PATH_COLUMNS)}')
-    if known is None:
-        yield from header
-    place = names.index(known) if known else 0
-    yield from (row[place] for row in rows if len(row) > place)
+            yield from (Rows(place, channels=channels) for place in group)
 
 
 class Opened(NamedTuple):
-    """A piece: the images that can be read, (n, C, H, W), their places, and what is wrong with the others."""
+    """A piece: the images that can be read, (n, C, H, W), their indices, and the errors of the others."""
 
     start: int
     stop: int
@@ -278,9 +250,9 @@ class Opened(NamedTuple):
 
 
 class Opener(Dataset[Opened]):
-    """What a worker process runs: a piece's images, opened and prepared for a model.
+    """Open the images of a piece and prepare them for a model; runs in worker processes.
 
-    An image of more than `max_pixels`, or one so narrow that it would have as many once it is resized, is refused.
+    An image of more than `max_pixels`, or one so narrow that it would have as many once it is resized, is an error.
     """
 
     def __init__(self, images: 'Images | Source', preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> None:
@@ -288,10 +260,10 @@ class Opener(Dataset[Opened]):
         self.transform = preprocessing.transform()
 
     def show(self, index: int) -> Decoded:
-        """An image with the model's channels."""
+        """Read an image and convert it to the model's channels."""
         with pixel_limit(self.max_pixels):
             image = self.images.open(index)
-            before = image_size(image)
+        before = image_size(image)
         height, width = self.preprocessing.resized(image)
         if height * width > self.max_pixels:
             raise DataError(
@@ -311,7 +283,7 @@ class Opener(Dataset[Opened]):
             try:
                 tensors.append(self.transform(self.show(index)))
                 good.append(index)
-            except Exception as error:  # whatever a decoder may raise over damaged bytes
+            except Exception as error:  # a damaged image, or one that cannot be read
                 errors[index] = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
         empty = torch.empty(0, self.preprocessing.channels, *self.preprocessing.size)
         return Opened(*piece, torch.stack(tensors) if tensors else empty, good, errors)
@@ -328,7 +300,7 @@ class _Pieces(Sampler[Piece]):
 def open_pieces(
     opener: Opener, pieces: Iterable[Piece], workers: int, device: torch.device | None = None
 ) -> Iterator[Opened]:
-    """The pieces, opened ahead in `workers` processes (0 for none); no more than two of each are held."""
+    """Yield the pieces, opened ahead in `workers` processes (0 for none); at most two for each worker are held."""
     pinned = device is not None and device.type == 'cuda'
     return iter(
         DataLoader(

@@ -12,7 +12,7 @@ from timm.data import create_transform
 from timm.models import is_model
 from timm.optim import list_optimizers
 
-from ..data import Augment, is_color
+from ..data import Augment, SplitOptions, is_color
 from ..models.t2t_vit import VARIANTS, T2TViT
 from ..settings import flatten, nearest
 
@@ -51,6 +51,13 @@ class Data:
         workers: Number of processes that open images.
         train_images: Use only so many training images, the first of every class, the same fraction of each.
         val_images: Use only so many validation images, chosen in the same way.
+        val_fraction: Fraction of the images to validate on, the same of every class, for a folder of class folders (or
+            a file) that is not split.
+        split_seed: Of that split; the same seed and images give the same split.
+        group_by: Keep images together that agree in a column of the data, or in what a regular expression finds in
+            their paths (its first group, or the whole match).
+        fold: Validate on this one of `folds` equal parts, from 0 on, instead of on val_fraction.
+        folds: How many parts.
     """
 
     root: str = 'digits'
@@ -66,6 +73,16 @@ class Data:
     workers: int = 2
     train_images: int | None = None
     val_images: int | None = None
+    val_fraction: float | None = None
+    split_seed: int = 0
+    group_by: str | None = None
+    fold: int | None = None
+    folds: int = 5
+
+    @property
+    def split_options(self) -> SplitOptions:
+        """Return how to divide images that are not split."""
+        return SplitOptions(self.val_fraction, self.split_seed, self.group_by, self.fold, self.folds)
 
 
 @dataclass
@@ -331,7 +348,7 @@ class Config:
             (self.weights in (None, REQUIRED) or Path(str(self.weights)).exists(), f'no weights at {self.weights}'),
             (self.weights is None or self.family, f'weights are for models of `t2t-vit models`, not {self.model!r}'),
         ]
-        problems = [sentence for holds, sentence in rules if not holds]
+        problems = [sentence for holds, sentence in rules if not holds] + d.split_options.problems()
         return problems + self.objective.problems(a) + self.library_problems()
 
     def library_problems(self) -> list[str]:

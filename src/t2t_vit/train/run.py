@@ -20,7 +20,7 @@ from .processes import build_accelerator, join_processes
 from .resume import check_same_start, find_start
 from .short_runs import scale_to_data
 from .signals import stop_signals
-from .trainer import DAMAGED, Trainer, load, open_sources
+from .trainer import DAMAGED, SPLIT, Trainer, load, open_sources
 
 DRAW_SECONDS = 20  # between two drawings of the curves, which take about one: short epochs do not wait for it
 
@@ -69,6 +69,8 @@ def train(config: Config, resume: str | None = None, dry_run: bool = False) -> d
     if dry_run:
         return {}
     log.begin(config, trainer.position.records)
+    if sources.split and accelerator.is_main_process:
+        sources.split.save(folder / SPLIT)
     try:
         return run_epochs(trainer, log)
     finally:

@@ -24,11 +24,11 @@ from ..data import (
     MemoryBatches,
     Part,
     Preprocessing,
-    check_same_classes,
+    Split,
     derive,
     measure_input,
     open_batches,
-    open_source,
+    open_train_val,
     seed_all,
 )
 from ..evaluate import Scores, score
@@ -42,6 +42,7 @@ from .state import Position, git_revision, save_state
 from .tasks import Task, make_task
 
 DAMAGED = 'damaged.txt'  # one name per line
+SPLIT = 'split.json'  # names of training and validation images, if the run divided them
 
 
 class Diverged(FloatingPointError):
@@ -53,6 +54,7 @@ class Sources(NamedTuple):
 
     train: Any
     val: Any
+    split: Split | None  # how one set of images was divided, None if it came in splits
 
 
 @dataclass
@@ -124,15 +126,20 @@ def open_sources(config: Config, accelerator: Accelerator) -> Sources:
     """
     data = config.data
     with accelerator.local_main_process_first():  # which downloads what is missing, and indexes tars
-        train, val = (open_source(data.root, split, data.cache, data.download) for split in ('train', 'val'))
-    check_same_classes(train, val)
-    if len(train.classes) < 2:
-        raise DataError(f'{data.root} has one class, {train.classes[0]}; training needs at least two')
+        saved = Path(config.output or '') / SPLIT
+        train, val, split = open_train_val(
+            data.root,
+            data.cache,
+            data.download,
+            data.channels,
+            data.split_options,
+            Split.load(saved) if data.split_options.wanted and saved.exists() else None,
+        )
     if data.train_images:
         train = Part(train, data.train_images)
     if data.val_images:
         val = Part(val, data.val_images)
-    return Sources(train, val)
+    return Sources(train, val, split)
 
 
 def build_batches(config: Config, sources: Sources, accelerator: Accelerator) -> TrainingData:
@@ -142,7 +149,7 @@ def build_batches(config: Config, sources: Sources, accelerator: Accelerator) ->
         DataError: if there are too few images.
         UsageError: if a batch cannot be divided among the processes.
     """
-    world, data, (train, val) = accelerator.num_processes, config.data, sources
+    world, data, (train, val, _) = accelerator.num_processes, config.data, sources
     check_split(config, world)
     preprocessing = preprocess(config, channels=1 if data.root == 'digits' else 3)
     train_batches, val_batches = (

@@ -1,0 +1,34 @@
+"""Sources of labelled images: each format in a module, opened by `open_source`."""
+
+from .base import Source
+from .digits import Digits
+from .folder import Folder
+from .hub import HubSet
+from .labels import check_same_classes, check_training_classes
+from .lists import LabelledList, listed_paths
+from .names import printable, to_text
+from .opening import open_source
+from .parquet import Parquet, Rows
+from .subset import Part, Subset
+from .tar import Shards
+from .torchvision import TorchSet
+
+__all__ = [
+    'Digits',
+    'Folder',
+    'HubSet',
+    'LabelledList',
+    'Parquet',
+    'Part',
+    'Rows',
+    'Shards',
+    'Source',
+    'Subset',
+    'TorchSet',
+    'check_same_classes',
+    'check_training_classes',
+    'listed_paths',
+    'open_source',
+    'printable',
+    'to_text',
+]

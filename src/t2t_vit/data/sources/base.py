@@ -1,0 +1,23 @@
+"""The interface of a source of labelled images."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from ..decode import Raw
+
+
+class Source(Protocol):
+    """Labelled images, each opened when it is needed.
+
+    A source may also have `skipped`, counts of files that were left out, by reason; `content(index)` and
+    `content_size(index)`, the bytes of an image as they are stored; and `column(name)`, a further value of each image.
+    """
+
+    classes: list[str]
+    labels: Sequence[int]
+
+    def open(self, index: int) -> Raw:
+        """Read an image; raises ImageError if it is damaged."""
+
+    def name(self, index: int) -> str:
+        """Return the name that a person finds the image by."""
