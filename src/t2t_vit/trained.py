@@ -14,6 +14,7 @@ from timm.data import ImageNetInfo
 from timm.models import save_for_hf
 from torch import nn
 
+from .custom import UntrustedCodeError
 from .data import Preprocessing
 from .models.checkpoints import CheckpointError, convert_state_dict, few, read_checkpoint
 from .models.listing import build_from_file
@@ -108,6 +109,8 @@ def load_folder(path: Path) -> tuple[nn.Module, Preprocessing, list[str]]:
                     f'classes: {few(missing)} missing'
                 )
         return describe(timm.create_model(f'local-dir:{path}', pretrained=True))
+    except UntrustedCodeError:
+        raise
     except CheckpointError as error:
         raise CheckpointError(str(error) if str(path) in str(error) else f'{path}: {error}') from None
     except Exception as error:  # whatever timm and the model make of damaged settings
