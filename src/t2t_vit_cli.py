@@ -5,7 +5,6 @@ Importing the package imports torch and timm, which takes seconds, so this modul
 
 import difflib
 import sys
-from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -295,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
         print('\n'.join([USAGE, '', *(f'  {name:12}{command.summary}' for name, command in COMMANDS.items())]))
         return 0
     if argv[0] in ('--version', '-V'):
-        print(metadata.version('t2t-vit'))
+        print(version())
         return 0
     name, words = argv[0], argv[1:]
     if name not in COMMANDS:
@@ -310,6 +309,12 @@ def main(argv: list[str] | None = None) -> int:
     from t2t_vit.cli import run  # imports torch
 
     return run(name, words)
+
+
+def version() -> str:
+    """Return the version of the package without importing it."""
+    text = (Path(__file__).parent / 't2t_vit' / '__init__.py').read_text(encoding='utf-8')
+    return next(line.split("'")[1] for line in text.splitlines() if line.startswith('__version__'))
 
 
 def short_help(name: str) -> str:

@@ -57,7 +57,6 @@ ELSEWHERE = {  # names in timm's and ultralytics' training scripts that are not 
     'optimizer': 'optimizer.name',
     'lr0': 'optimizer.lr',
     'lr_base': 'optimizer.lr',
-    'lr_base_size': 'optimizer.lr_batch',
     'lrf': 'optimizer.min_lr',
     'momentum': 'optimizer.name',
     'data_dir': 'data.root',
@@ -78,7 +77,6 @@ ELSEWHERE = {  # names in timm's and ultralytics' training scripts that are not 
     'dropout': 'model_args.drop_rate',
     'drop_path': 'model_args.drop_path_rate',
     'model_kwargs': 'model_args',
-    'grad_accum_steps': 'grad_accum_steps',
     'nbs': 'grad_accum_steps',
     'degrees': 'augment.rotate',
     'fliplr': 'augment.hflip',
@@ -221,7 +219,9 @@ def saved_settings(path: Path) -> list[Setting]:
         settings = as_settings(parse_settings(str(read_state(path).get('config')), str(path)), str(path))
     else:
         settings = read_settings(path / 'config.yaml')
-    return [setting for setting in upgrade(settings)[0] if setting.key not in ('weights', 'output')]  # a folder may have moved
+    return [
+        setting for setting in upgrade(settings)[0] if setting.key not in ('weights', 'output')
+    ]  # a folder may have moved
 
 
 def completion(argv: Sequence[str]) -> int:

@@ -37,9 +37,10 @@ def upgrade(settings: Sequence[Setting], version: str | None = None) -> tuple[li
     settings = [setting._replace(key=RENAMED.get(setting.key, setting.key)) for setting in settings]
     unknown = [setting for setting in settings if not is_known(setting.key)]
     if unknown and written > parse_version(__version__):
+        names = ', '.join(setting.source for setting in unknown)
         raise UsageError(
-            f'version {version} of t2t-vit wrote {", ".join(setting.source for setting in unknown)}, which this version, '
-            f'{__version__}, does not know: install {version} or a later one'
+            f'version {version} of t2t-vit wrote {names}, which this version, {__version__}, does not know: '
+            f'install {version} or a later one'
         )
     notes = [f'note      {setting.source} is no longer known and is ignored' for setting in unknown]
     return [setting for setting in settings if setting not in unknown], notes
