@@ -1,5 +1,7 @@
-"""What a .pt2 must not hold. torch.export.load trusts a file: it unpickles, loads compiled code, evaluates sizes and
-guards, imports what structures name, and puts names into Python code, which it executes.
+"""Check a .pt2 before torch loads it.
+
+torch.export.load trusts a file: it unpickles, loads compiled code, evaluates sizes and guards, imports the classes that
+structures name, and puts names into Python code, which it executes.
 """
 
 import ast
@@ -16,7 +18,7 @@ import torch
 
 from ..models.checkpoints import CheckpointError, PathLike, check_growth, claimed_size, unpacked_size
 
-# what `t2t-vit export` writes: no compiled code, no objects but tensors
+# the records that `t2t-vit export` writes: no compiled code, no objects but tensors
 EXPECTED = re.compile(
     r'([^/]+)/(?:archive_format|archive_version|byteorder|version|\.data/\w+|extra/\w+|models/model\.json'
     r'|data/weights/(?:weight_\d+|model_weights_config\.json)|data/constants/(?:tensor_\d+|model_constants_config\.json)'
@@ -58,11 +60,23 @@ ARITHMETIC = (
     ast.Mod,
 )
 SMALL_POWER = re.compile(r'Pow\(.*, Integer\(-?[1-9]\)\)')
-LONGEST, LARGEST = 2000, 2**63  # letters of a size, and a number in it
+LONGEST, LARGEST = 2000, 2**63  # characters of a size, and a number in it
 
-# operations on tensors and on sizes, with arguments of these kinds: some of aten's take the name of a file
+# the operators of exported T2T-ViTs and of timm's models: arithmetic on tensors; none reads a file, as aten.from_file
+# does, or calls code by its name
+OPERATORS = (
+    r'_assert_tensor_metadata|_softmax|_to_copy|_upsample_bicubic2d_aa|abs|adaptive_avg_pool2d|add|add_|addmm|alias'
+    r'|amax|arange|avg_pool2d|baddbmm|batch_norm|bmm|cat|ceil|chunk|clamp|clamp_min|clone|constant_pad_nd|contiguous'
+    r'|conv2d|convolution|detach|div|dropout|eq|exp|expand|flatten|floor|full|full_like|ge|gelu|group_norm|gt'
+    r'|hardsigmoid|hardswish|hardswish_|hardtanh|hardtanh_|index|layer_norm|le|leaky_relu|linear|lt|matmul|max_pool2d'
+    r'|mean|mm|mul|mul_|native_batch_norm|native_layer_norm|ne|neg|ones|ones_like|pad|permute|pow|reciprocal|relu'
+    r'|relu_|repeat|reshape|reshape_as|roll|round|rsqrt|rsub|scalar_tensor|scaled_dot_product_attention|select'
+    r'|sigmoid|silu|silu_|slice|softmax|split|split_with_sizes|sqrt|square|squeeze|stack|sub|sum|sym_numel|sym_size'
+    r'|sym_stride|t|to|transpose|unbind|unflatten|unsqueeze|upsample_bicubic2d|var|var_mean|view|where|zeros'
+    r'|zeros_like'
+)
 TARGET = re.compile(
-    r'torch\.ops\.aten\.\w+\.\w+|torch\.sym_(not|int|float|ite|max|min|sqrt)|math\.trunc'
+    rf'torch\.ops\.aten\.({OPERATORS})\.\w+|torch\.sym_(not|int|float|ite|max|min|sqrt)|math\.trunc'
     r'|_operator\.(eq|ne|le|ge|lt|gt|neg|pos|mul|add|sub|floordiv|mod|truediv|and_|or_)',
     re.ASCII,
 )
@@ -100,7 +114,7 @@ CONTAINERS = {None, 'builtins.tuple', 'builtins.list', 'builtins.dict'}
 
 
 def leaves(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every value of a tree of JSON that is no dict or list, and every key, with the keys above it."""
+    """Yield every plain value of a JSON tree and every key, with the keys above it."""
     if isinstance(tree, dict):
         for key, branch in tree.items():
             yield keys, key
@@ -113,7 +127,7 @@ def leaves(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, .
 
 
 def is_size(text: str) -> bool:
-    """Whether sympy may evaluate it: arithmetic of symbols and whole numbers, with small powers."""
+    """Return whether sympy may evaluate a text: arithmetic of symbols and whole numbers, with small powers."""
     try:
         nodes = [*ast.walk(ast.parse(text, mode='eval'))] if len(text) <= LONGEST else []
     except (SyntaxError, ValueError, MemoryError, RecursionError):
@@ -141,7 +155,7 @@ def is_size(text: str) -> bool:
 
 
 def is_plain(text: str) -> bool:
-    """Whether a structure is of plain containers: torch imports others by their names."""
+    """Return whether a structure has plain containers only: torch imports others by their names."""
     found = [*leaves(json.loads(text))]
     return all(value in CONTAINERS for keys, value in found if keys[-1:] == ('type',)) and all(
         value in (None, 'null', '[]') for keys, value in found if keys[-1:] == ('context',)
@@ -149,7 +163,7 @@ def is_plain(text: str) -> bool:
 
 
 def is_harmless(keys: tuple[str, ...], value: Any) -> bool:
-    """Whether a value may stand under these keys."""
+    """Return whether a value is allowed under these keys."""
     key = keys[-1] if keys else ''
     if 'guards_code' in keys or any(name.startswith('as_') and name not in ARGUMENTS for name in keys):
         return False
@@ -168,9 +182,9 @@ def is_harmless(keys: tuple[str, ...], value: Any) -> bool:
 
 
 def read_archive(path: PathLike) -> io.BytesIO:
-    """A .pt2 of which nothing is executed when it is loaded and called, copied to memory.
+    """Copy a .pt2 to memory whose loading and calling executes no foreign code.
 
-    The copy is what is to be loaded: torch's reader may find other records in a file than Python's does.
+    Load the copy, not the file: torch's reader may find other records in a file than Python's does.
 
     Raises:
         CheckpointError: if it is no such archive, or holds what no exported model needs.
@@ -202,14 +216,14 @@ def read_archive(path: PathLike) -> io.BytesIO:
         raise
     except pickle.UnpicklingError:
         refuse(path, 'pickled objects')
-    except Exception as error:  # what zip, JSON and torch make of damaged bytes
+    except Exception as error:  # zip, JSON and torch raise many kinds for damaged bytes
         raise CheckpointError(f'{path} is damaged, or not written by torch.export: {error}') from error
     copy.seek(0)
     return copy
 
 
 def check_names(path: PathLike, names: Sequence[str]) -> None:
-    """CheckpointError for a record that no exported model has, a second folder, or a second record of a name."""
+    """Raise CheckpointError for a record that no exported model has, a second folder, or two records of one name."""
     found = [(EXPECTED.fullmatch(name), name) for name in names]
     if strange := [name for match, name in found if not match]:
         refuse(path, repr(strange[0][:80]))
@@ -220,5 +234,5 @@ def check_names(path: PathLike, names: Sequence[str]) -> None:
 
 
 def refuse(path: PathLike, what: str) -> NoReturn:
-    """Raises the CheckpointError."""
+    """Raise CheckpointError."""
     raise CheckpointError(f'{path} holds {what}, which no exported model needs: nothing in it was executed')

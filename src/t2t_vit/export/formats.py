@@ -1,6 +1,6 @@
-"""A model as one graph, and the graph as a file: ONNX, torch.export's .pt2, OpenVINO's IR.
+"""Trace a model to one graph, and write the graph as a file: ONNX, torch.export's .pt2, OpenVINO's IR.
 
-Letters: B images, C channels, (H, W) the image, D what the head reads.
+Letters: B images, C channels, H x W the image, D the width of the head's input.
 """
 
 import copy
@@ -16,14 +16,15 @@ from torch import nn
 
 from ..settings import UsageError
 from .graph import rewrite
-from .metadata import KEY, OUTPUTS, Metadata, kind
+from .metadata import CHANNELS_LAST, KEY, OUTPUTS, Metadata, kind
+from .preprocess import prepend_preprocessing
 from .runtime import need
 
 Dynamic = Literal['none', 'batch', 'all']
-EXAMPLES = 2  # images that a model is traced with: one would be taken for a constant
-OPSET = 18  # of ONNX: torch's own, which every runtime has by now
+EXAMPLES = 2  # images to trace a model with: one would become a constant
+OPSET = 18  # of ONNX: the dynamo exporter's own, and the first with antialiased Resize
 
-# what each format is written in; what is missing, and why
+# the precisions of each format; which are missing, and why
 PRECISIONS = {
     'onnx': ('float32', 'fp16', 'int8'),
     'torch': ('float32', 'fp16', 'bf16'),
@@ -38,7 +39,7 @@ MISSING = {
 
 
 class Exportable(nn.Module):
-    """What an exported file computes: (B, C, H, W) normalised, or uint8 pixels -> logits and features, float32."""
+    """The computation of an exported file: normalised (B, C, H, W), or uint8 pixels -> logits and features, float32."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -55,8 +56,8 @@ class Exportable(nn.Module):
         self.register_buffer('std', torch.tensor(cfg.std).view(1, -1, 1, 1) * 255)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, C, H, W), or uint8 (B, H, W, C) -> (B, classes), (B, D)."""
-        if self.pixels == 'uint8-nhwc':
+        """Return logits (B, classes) and features (B, D) of images (B, C, H, W), or uint8 (B, H, W, C)."""
+        if self.pixels in CHANNELS_LAST:
             images = images.permute(0, 3, 1, 2)
         if self.pixels != 'float':
             images = (images.float() - self.mean) / self.std
@@ -65,7 +66,7 @@ class Exportable(nn.Module):
 
 
 def check_precision(path: Path, precision: str) -> None:
-    """Raises UsageError where a format is not written in this precision, and says why."""
+    """Raise UsageError if a format is not written in this precision, with the reason."""
     if precision not in PRECISIONS[kind(path)]:
         raise UsageError(
             f'{path.suffix} is not written in {precision}: {MISSING[kind(path), precision]}; '
@@ -74,7 +75,7 @@ def check_precision(path: Path, precision: str) -> None:
 
 
 def trace(model: nn.Module, metadata: Metadata, path: Path, dynamic: Dynamic) -> torch.export.ExportedProgram:
-    """The graph of a model, as the file `path` will have it.
+    """Trace a model to the graph that the file `path` will have.
 
     Raises:
         UsageError: if the model cannot be traced so.
@@ -85,7 +86,7 @@ def trace(model: nn.Module, metadata: Metadata, path: Path, dynamic: Dynamic) ->
     cfg = metadata.preprocessing
     images = torch.zeros(metadata.batch or EXAMPLES, cfg.channels, *cfg.size)
     images = images if metadata.pixels == 'float' else images.to(torch.uint8)
-    rows, columns = (1, 2) if metadata.pixels == 'uint8-nhwc' else (2, 3)
+    rows, columns = (1, 2) if metadata.pixels in CHANNELS_LAST else (2, 3)
     if rows == 1:
         images = images.permute(0, 2, 3, 1).contiguous()
     free = torch.export.Dim.DYNAMIC
@@ -99,7 +100,7 @@ def trace(model: nn.Module, metadata: Metadata, path: Path, dynamic: Dynamic) ->
 
 
 def write(path: Path, *files: tuple[str, Callable[[str], Any]]) -> None:
-    """Write files beside `path`, each by its suffix's function, all of them or none."""
+    """Write files beside `path`, each with the function of its suffix, all of them or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='.') as draft:
         for suffix, save in files:
@@ -109,7 +110,7 @@ def write(path: Path, *files: tuple[str, Callable[[str], Any]]) -> None:
 
 
 def save_torch(program: torch.export.ExportedProgram, path: Path, metadata: Metadata) -> None:
-    """Write a .pt2, of the graph alone: example inputs, guards and where its lines come from stay out of it."""
+    """Write a .pt2 of the graph alone, without example inputs, guards and the origin of its lines."""
     program.example_inputs = None
     program._guards_code = []  # `Metadata` says which images it takes
     for node in program.graph.nodes:
@@ -117,8 +118,12 @@ def save_torch(program: torch.export.ExportedProgram, path: Path, metadata: Meta
     write(path, ('.pt2', lambda file: torch.export.save(program, file, extra_files={KEY: metadata.to_text()})))
 
 
-def to_onnx(program: torch.export.ExportedProgram, metadata: Metadata) -> Any:
-    """The graph as an onnx.ModelProto, by torch's dynamo exporter."""
+def to_onnx(program: torch.export.ExportedProgram, metadata: Metadata, opset: int = OPSET) -> Any:
+    """Convert the graph to an onnx.ModelProto, by torch's dynamo exporter.
+
+    Raises:
+        UsageError: if the exporter cannot write this opset.
+    """
     need('onnx', 'onnxscript')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of the exporter, about its own parts
@@ -128,16 +133,19 @@ def to_onnx(program: torch.export.ExportedProgram, metadata: Metadata) -> Any:
             dynamo=True,
             input_names=['images'],
             output_names=list(OUTPUTS),
-            opset_version=OPSET,
+            opset_version=opset,
             verbose=False,
             external_data=False,
         )
     assert exported is not None
-    return exported.model_proto
+    proto = exported.model_proto
+    if (found := next(entry.version for entry in proto.opset_import if not entry.domain)) != opset:
+        raise UsageError(f'the ONNX exporter wrote opset {found} instead of {opset}: try another --opset')
+    return proto
 
 
 def save_onnx(proto: Any, path: Path, metadata: Metadata) -> None:
-    """Write an .onnx, of one file up to ONNX's 2 GB."""
+    """Write an .onnx, one file of up to ONNX's 2 GB."""
     import onnx
 
     onnx.helper.set_model_props(proto, {KEY: metadata.to_text()})
@@ -145,7 +153,7 @@ def save_onnx(proto: Any, path: Path, metadata: Metadata) -> None:
 
 
 def to_openvino(program: torch.export.ExportedProgram, metadata: Metadata) -> Any:
-    """The graph as an openvino.Model: torch's operators directly, which keeps attention one operation."""
+    """Convert the graph to an openvino.Model, directly from torch's operators, which keeps attention one operation."""
     need('openvino')
     import openvino
 
@@ -154,7 +162,7 @@ def to_openvino(program: torch.export.ExportedProgram, metadata: Metadata) -> An
         model = openvino.convert_model(program)
     cfg = metadata.preprocessing
     size = list(metadata.size or (-1, -1))
-    shape = [*size, cfg.channels] if metadata.pixels == 'uint8-nhwc' else [cfg.channels, *size]
+    shape = [*size, cfg.channels] if metadata.pixels in CHANNELS_LAST else [cfg.channels, *size]
     model.reshape([metadata.batch or -1, *shape])
     model.inputs[0].get_tensor().set_names({'images'})
     for output, name in zip(model.outputs, OUTPUTS):
@@ -171,16 +179,22 @@ def save_openvino(model: Any, path: Path, metadata: Metadata) -> None:
 
 
 def export_model(
-    model: nn.Module, path: Path, metadata: Metadata, dynamic: Dynamic, quantize: Callable[[Any], Any] | None = None
+    model: nn.Module,
+    path: Path,
+    metadata: Metadata,
+    dynamic: Dynamic,
+    quantize: Callable[[Any], Any] | None = None,
+    opset: int = OPSET,
 ) -> None:
-    """Write a model into one file, and OpenVINO's weights beside it.
+    """Write a model as one file, with OpenVINO's weights beside it.
 
     Args:
         model: Any of timm's, in any mode.
         path: The file; its suffix says the format.
-        metadata: What the file is to be.
-        dynamic: Which sizes stay open: none, the batch, or all (batch, height and width).
-        quantize: For int8: makes an onnx.ModelProto or an openvino.Model into one of int8.
+        metadata: The description of the file.
+        dynamic: Free sizes: none, the batch, or all (batch, height and width).
+        quantize: For int8: turns an onnx.ModelProto or an openvino.Model into one of int8.
+        opset: ONNX's operator set.
     """
     check_precision(path, metadata.precision)
     program = trace(model, metadata, path, dynamic)
@@ -188,6 +202,9 @@ def export_model(
     if form == 'torch':
         save_torch(program, path, metadata)
         return
-    convert, save = (to_onnx, save_onnx) if form == 'onnx' else (to_openvino, save_openvino)
-    graph = convert(program, metadata)
-    save(quantize(graph) if quantize else graph, path, metadata)
+    graph = to_onnx(program, metadata, opset) if form == 'onnx' else to_openvino(program, metadata)
+    graph = quantize(graph) if quantize else graph
+    if metadata.pixels == 'image':
+        graph = prepend_preprocessing(graph, metadata.preprocessing)
+    save = save_onnx if form == 'onnx' else save_openvino
+    save(graph, path, metadata)

@@ -1,20 +1,18 @@
-"""Real images, labelled or not, to compare models on and to calibrate int8 with."""
+"""Open images, labelled or not, to compare models on and to calibrate int8 with."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 from ..data import DataError, Images, Opener, Preprocessing, Source, convert_image, find_images, open_source
-from ..trained import other_classes
 
 
 class Samples:
-    """Windows of scikit-learn's two photographs, at several places and sizes; unlabelled."""
+    """Crops of scikit-learn's two photographs, at several positions and sizes; unlabelled."""
 
     count = 64
 
@@ -34,16 +32,16 @@ class Samples:
         return self.count
 
     def open(self, index: int) -> Image.Image:
-        """The window, as an image."""
+        """Return a crop."""
         return self.photos[index % 2].crop(self.windows[index])
 
     def name(self, index: int) -> str:
-        """Which photograph and which window."""
+        """Return the number of the photograph and the corners of the crop."""
         return f'samples/{index % 2}{self.windows[index]}'
 
 
 class Pictures(NamedTuple):
-    """So many images, and the class of each; no labels where none are known, and why."""
+    """Images, how many they are, and the model's output of each one's class; no labels if none are known."""
 
     source: Source | Images
     total: int
@@ -51,10 +49,21 @@ class Pictures(NamedTuple):
     note: str = ''
 
 
-def open_images(data: str, split: str, cache: str | None = None, model: nn.Module | None = None) -> Pictures:
-    """Images to compare on or to calibrate with: `samples`, a folder of images, or what `open_source` takes.
+Outputs = Callable[[Source, str], tuple[list[int], str]]  # the model's output of each of a source's classes
 
-    Labels of other classes than the model's are not read.
+
+def open_images(data: str, split: str, cache: str | None = None, match: Outputs | None = None) -> Pictures:
+    """Open images to compare on or to calibrate with: `samples`, a folder of images, or what `open_source` takes.
+
+    Args:
+        data: Where the images are.
+        split: val or train, of labelled images.
+        cache: Folder of torch/ and hfds/ sets.
+        match: `Classifier.match` of the model, to read the labels; None to ignore them.
+
+    Raises:
+        UsageError: if the labels are read, and the classes are not the model's.
+        DataError: if there are no such images.
     """
     if data == 'samples' and not Path(data).exists():
         samples = Samples()
@@ -67,22 +76,27 @@ def open_images(data: str, split: str, cache: str | None = None, model: nn.Modul
         found = find_images([data])
         return Pictures(found, len(found))
     source = open_source(data, split, cache)
-    if model is not None and (problem := other_classes(model, source.classes, data)):
-        return Pictures(source, len(source.labels), note=f'{problem}: its labels are not read')
-    return Pictures(source, len(source.labels), source.labels)
+    if match is None:
+        return Pictures(source, len(source.labels))
+    outputs, note = match(source, data)
+    return Pictures(source, len(source.labels), [outputs[label] for label in source.labels], note)
 
 
 class Batch(NamedTuple):
-    """Images of one size, normalised, (B, C, H, W), and their labels, (B,), where they have some."""
+    """Normalised images of one size, (B, C, H, W), the model's outputs of their classes, (B,), and the decoded images.
+
+    Labels are None if they are not known; a decoded image is uint8, (H, W, C).
+    """
 
     images: torch.Tensor
     labels: torch.Tensor | None
+    decoded: list[np.ndarray]
 
 
 def batches(
     pictures: Pictures, preprocessing: Preprocessing, batch_size: int, limit: int | None, damaged: list[str]
 ) -> Iterator[Batch]:
-    """At most `limit` of the images, evenly spread over them; the names of damaged ones go to `damaged`.
+    """Yield at most `limit` of the images, evenly spread over them; the names of damaged ones are added to `damaged`.
 
     Raises:
         DataError: if not one image can be read.
@@ -92,15 +106,18 @@ def batches(
     kept = min(count, limit or count)
     places = [i * count // kept for i in range(kept)]
     for start in range(0, kept, batch_size):
-        found: list[tuple[torch.Tensor, int]] = []
+        found: list[tuple[torch.Tensor, int, np.ndarray]] = []
         for i in places[start : start + batch_size]:
             try:
-                found.append((opener.transform(opener.show(i)), labels[i] if labels else -1))
+                image = opener.show(i)
+                pixels = np.asarray(image)
+                pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+                found.append((opener.transform(image), labels[i] if labels else -1, pixels))
             except Exception:  # whatever a decoder may raise over damaged bytes
                 damaged.append(source.name(i))
         seen += len(found)
         if found:
-            images, truths = zip(*found)
-            yield Batch(torch.stack(images), torch.tensor(truths) if labels else None)
+            images, truths, decoded = zip(*found)
+            yield Batch(torch.stack(images), torch.tensor(truths) if labels else None, [*decoded])
     if not seen:
         raise DataError(f'not one of {count} images can be read: {", ".join(damaged[:5])}')

@@ -1,4 +1,4 @@
-"""What travels inside an exported file, as one JSON text."""
+"""The description of a model inside an exported file, as one JSON text."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -12,21 +12,23 @@ from ..data import DataError, Preprocessing
 from ..models.checkpoints import CheckpointError, PathLike
 from ..settings import nearest
 
-EXPORTED = {'.onnx': 'onnx', '.pt2': 'torch', '.xml': 'openvino'}  # the formats, by a file's suffix
-KEY = 't2t_vit'  # where the text stands: ONNX's metadata_props, OpenVINO's rt_info, an extra file of a .pt2
+EXPORTED = {'.onnx': 'onnx', '.pt2': 'torch', '.xml': 'openvino'}  # the formats, by suffix
+KEY = 't2t_vit'  # of the text in ONNX's metadata_props, OpenVINO's rt_info, the extra files of a .pt2
 OUTPUTS = ('logits', 'features')
+CHANNELS_LAST = ('uint8-nhwc', 'image')  # the `pixels` of graphs that take (B, H, W, C)
 
 Precision = Literal['float32', 'fp16', 'bf16', 'int8']
-Pixels = Literal['float', 'uint8-nchw', 'uint8-nhwc']
+Pixels = Literal['float', 'uint8-nchw', 'uint8-nhwc', 'image']
 
 
 @dataclass
 class Metadata:
-    """What an exported model is, and what it takes and gives.
+    """Describe an exported model, its input and its outputs.
 
-    It takes `images`: normalised float32 of (B, C, H, W), or the uint8 of 0 to 255 that `pixels` says, as (B, C, H, W)
-    or (B, H, W, C), and then normalises by itself. It gives `logits`, (B, classes), and `features`, what the head
-    reads, (B, D), both float32.
+    Its input is `images`: normalised float32 (B, C, H, W); with `pixels` uint8-nchw or uint8-nhwc resized and cropped
+    images of uint8, (B, C, H, W) or (B, H, W, C), which it normalises; with image one uint8 image of any size,
+    (1, H, W, C), which it resizes, crops and normalises. Its outputs are `logits`, (B, classes), and `features`, the
+    head's input, (B, D), both float32.
     """
 
     model: str
@@ -40,25 +42,25 @@ class Metadata:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How an image becomes what the file takes, as for the model itself."""
+        """How an image becomes the model's input."""
         return Preprocessing.of(self.pretrained_cfg)
 
     def pixels_of(self, images: torch.Tensor) -> np.ndarray:
-        """Normalised images (B, C, H, W) as the file takes them; where that is uint8, the pixels they were made of."""
+        """Return normalised images (B, C, H, W) as the file's input; for uint8 the pixels that they were made of."""
         if self.pixels == 'float':
             return images.float().contiguous().numpy()
         cfg = self.preprocessing
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (cfg.mean, cfg.std))
         images = ((images.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-        return (images.permute(0, 2, 3, 1) if self.pixels == 'uint8-nhwc' else images).contiguous().numpy()
+        return (images.permute(0, 2, 3, 1) if self.pixels in CHANNELS_LAST else images).contiguous().numpy()
 
     def to_text(self) -> str:
-        """As JSON."""
+        """Return the description as JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def of_text(cls, text: str, path: PathLike) -> 'Metadata':
-        """What `to_text` wrote into the file `path`.
+        """Read the text that `to_text` wrote into the file `path`.
 
         Raises:
             CheckpointError: if it is anything else.
@@ -68,7 +70,7 @@ class Metadata:
         try:
             tree = json.loads(text)
             found = cls(**{field.name: tree[field.name] for field in fields(cls)})
-            found.preprocessing  # noqa: B018  # which has checks of its own
+            found.preprocessing  # noqa: B018  # raises for bad values
             good = (
                 all(isinstance(name, str) for name in found.class_names)
                 and found.precision in get_args(Precision)
@@ -85,17 +87,17 @@ class Metadata:
 
 
 def is_exported(path: PathLike) -> bool:
-    """Whether a path has the suffix of an exported file."""
+    """Return whether a path has the suffix of an exported file."""
     return Path(path).suffix in EXPORTED
 
 
 def files_of(path: PathLike) -> list[Path]:
-    """An exported file, with the weights that stand beside OpenVINO's."""
+    """Return an exported file, and the weights beside it for OpenVINO."""
     return [Path(path), *([Path(path).with_suffix('.bin')] if kind(path) == 'openvino' else [])]
 
 
 def kind(path: PathLike) -> str:
-    """The format that a file's suffix says: onnx, torch or openvino.
+    """Return the format of a file by its suffix: onnx, torch or openvino.
 
     Raises:
         CheckpointError: for another suffix.
