@@ -107,7 +107,7 @@ def trained(digits_run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return first, second
 
 
-def test_the_card_of_a_run(trained):
+def test_card_of_a_run(trained):
     card = ModelCard.load(trained[0] / 'README.md')
     assert card.data.license is None and card.data.pipeline_tag == 'image-classification'
     assert card.data.eval_results[0].dataset_name == 'digits'
@@ -128,7 +128,7 @@ def test_the_card_of_a_run(trained):
     assert str(trained[0].parent) not in card.text and 'output' not in recipe
 
 
-def test_the_card_knows_what_a_run_started_from(trained):
+def test_card_names_the_initial_weights(trained):
     """When it is resumed, too; the licence goes on with the weights."""
     states = saved_states(trained[1] / 'checkpoints')
     assert (
@@ -141,19 +141,19 @@ def test_the_card_knows_what_a_run_started_from(trained):
     assert 'From the weights first' in card.text and 'they started from, first, have a licence' in card.text
 
 
-def test_what_is_of_one_machine_stays_there(tmp_path):
+def test_card_holds_no_local_paths(tmp_path):
     (tmp_path / 'photos').mkdir()
     config = digits_config(output='x', **{'data.root': str(tmp_path / 'photos'), 'data.cache': 'y'})
     tree = public(flatten(yaml.safe_load(config.to_yaml())))
     assert tree['data']['root'] == 'photos' and 'cache' not in tree['data'] and str(tmp_path) not in str(tree)
 
 
-def test_licences(tmp_path):
+def test_licence_of_weights(tmp_path):
     assert licence_of(None) is None and licence_of(str(tmp_path / 'a.pth')) is None
     assert licence_of(str(tmp_path / '81.5_T2T_ViT_14.pth.tar')) == 'bsd-3-clause-clear'
 
 
-def test_a_folder_and_back(tmp_path):
+def test_save_and_load_a_folder(tmp_path):
     net = timm.create_model('t2t_vit_4_16', num_classes=2, in_chans=1, **SMALLER).eval()
     net.pretrained_cfg.update(label_names=['cat', 'dog'], input_size=(1, 16, 16), mean=(0.5,), std=(0.5,))
     save_pretrained(net, tmp_path / 'new' / 'cats', Card(data='Cats.', license='mit'), SMALLER)
@@ -170,7 +170,7 @@ def test_a_folder_and_back(tmp_path):
         from_pretrained(str(tmp_path))
 
 
-def test_to_the_hub_and_back(trained, served, tmp_path, monkeypatch, capsys):
+def test_push_and_load_from_a_hub(trained, served, tmp_path, monkeypatch, capsys):
     """Through a real server; three files and nothing else."""
     for name, value in {
         'ENDPOINT': served,
@@ -186,7 +186,7 @@ def test_to_the_hub_and_back(trained, served, tmp_path, monkeypatch, capsys):
     assert cli.main(['push', str(trained[0]), 'me/digits', '--license', 'apache-2.0']) == 0
     assert cli.main(['predict', 'digits', '--checkpoint', 'hf-hub:me/digits', '--top_k', '1']) == 0
     output = capsys.readouterr().out
-    assert 'loads as hf-hub:me/digits' in output and '│ digits/21' in output
+    assert 'loads as hf-hub:me/digits' in output and '\ndigits/21 ' in output
     assert cli.main(['eval', '--checkpoint', 'hf-hub:me/nothing']) == 2
     assert {*Hub.files} == {'README.md', 'config.json', 'model.safetensors'}
     assert Hub.asked['authorization'] == 'Bearer hf_secret' and Hub.asked['name'] == 'digits'
@@ -201,7 +201,7 @@ def test_to_the_hub_and_back(trained, served, tmp_path, monkeypatch, capsys):
     assert hub.relicense('By hand.', 'mit', None) == 'By hand.\n\n## Licence of the weights\n\nmit.\n'
 
 
-def test_what_cannot_be_pushed(trained, tmp_path, monkeypatch, capsys):
+def test_push_errors(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('HF_TOKEN', 'hf_secret')
     monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', 'http://127.0.0.1:9')
     assert cli.main(['push', str(tmp_path), 'me/digits']) == 2

@@ -15,7 +15,7 @@ ROOT = Path(t2t_vit.__file__).parent
 LAYERS = [  # a module imports from its own layer and the layers above it; modules not listed here are tools
     {'settings', 'options', 'custom', 'console', 'plots', 'timing'},
     {'models', 'fast', 'data'},
-    {'train', 'look', 'evaluate', 'metrics', 'classes', 'export', 'trained', 'results', 'hub'},
+    {'train', 'look', 'evaluate', 'metrics', 'classes', 'classifier', 'vectors', 'export', 'trained', 'results', 'hub'},
     {'tools'},
     {'cli', '__main__'},
 ]
@@ -33,9 +33,8 @@ def imports(module: str) -> Iterator[str]:
     package = parts if FILES[module].name == '__init__.py' else parts[:-1]
     for node in ast.walk(ast.parse(FILES[module].read_text(encoding='utf-8'))):
         if isinstance(node, ast.Import):
-            names = (alias.name for alias in node.names if alias.name != 'timm')  # timm itself, not the runner
-            yield from (name.removeprefix('t2t_vit.') for name in names)
-        elif isinstance(node, ast.ImportFrom) and (node.level or node.module != 'timm'):
+            yield from (alias.name.removeprefix('t2t_vit.') for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
             parents = package[: len(package) + 1 - node.level] if node.level else []
             base = '.'.join([*parents, *([node.module] if node.module else [])])
             for alias in node.names:

@@ -1,4 +1,4 @@
-"""Prediction and embedding at scale: what is written, that nothing is lost, doubled or mixed, how it goes on."""
+"""Prediction and embedding of many images: the rows, that none is lost or doubled, and continuing."""
 
 import csv
 import json
@@ -22,13 +22,14 @@ from PIL import Image
 from rich.console import Console
 from test_readme import commands
 
-from t2t_vit import cli, predict
+from t2t_vit import classifier, cli, predict
 from t2t_vit.console import Live
 from t2t_vit.data import DataError
 from t2t_vit.export import ExportedModel, Metadata
 from t2t_vit.hub import save_pretrained
 from t2t_vit.results import Results
 from t2t_vit.trained import load_model, spoken_names
+from t2t_vit.vectors import Embedding
 
 
 @pytest.fixture(scope='module')
@@ -67,7 +68,7 @@ def whole(many, model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_rows_are_those_of_the_model(whole, many, model):
+def test_rows_equal_the_models_answers(whole, many, model):
     rows, (net, preprocessing, _) = parquet(whole), load_model(str(model))
     assert [row['index'] for row in rows] == list(range(100))
     assert [row['image'] for row in rows] == [os.path.join(many.parent, p) for p in many.read_text().split('\n')]
@@ -80,7 +81,7 @@ def test_rows_are_those_of_the_model(whole, many, model):
         assert row['classes'] == [CLASSES[i] for i in c] and row['probabilities'] == pytest.approx(p.tolist(), abs=1e-5)
 
 
-def test_what_stands_beside(whole, model):
+def test_record_holds_settings_and_environment(whole, model):
     assert sorted(path.name for path in whole.parent.iterdir()) == ['a.parquet', 'a.parquet.json']
     record = json.loads((whole.parent / 'a.parquet.json').read_text())
     assert record['settings']['model'] == 't2t_vit_4_16' and record['settings']['classes'] == CLASSES
@@ -88,7 +89,7 @@ def test_what_stands_beside(whole, model):
     assert len(record['settings']['weights']) == 64 and record['environment']['checkpoint'] == str(model)
 
 
-def test_every_format_says_the_same(whole, many, model, tmp_path, capsys):
+def test_formats_hold_equal_rows(whole, many, model, tmp_path, capsys):
     for name in ('a.csv', 'a.jsonl', 'parts'):
         assert run('predict', many, '--checkpoint', model, '--output', tmp_path / name, '--shard_size', 12) == 0
     assert 'images/s, 2 of them damaged; all 100 are in' in capsys.readouterr().out
@@ -116,8 +117,8 @@ def test_every_format_says_the_same(whole, many, model, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='starts its processes by fork')
-def test_killed_again_and_again(whole, many, model, tmp_path, monkeypatch):
-    """SIGKILL at three moments: the rows of an unbroken run, and what was done is not done again."""
+def test_predict_continues_after_kills(whole, many, model, tmp_path, monkeypatch):
+    """SIGKILL at three moments: the rows of an uninterrupted run, and no part is computed twice."""
     output, parts = tmp_path / 'a.parquet', tmp_path / 'a.parquet.parts'
     words = ['predict', many, '--checkpoint', model, '--output', output, '--shard_size', 12]
 
@@ -157,8 +158,8 @@ def test_killed_again_and_again(whole, many, model, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='starts its processes by fork')
-def test_several_processes_share_the_work(whole, many, model, tmp_path, monkeypatch, capsys):
-    """Each its parts, as torchrun numbers them, at once or one by one, on any machine that sees the folder."""
+def test_processes_share_the_parts(whole, many, model, tmp_path, monkeypatch, capsys):
+    """Each computes its parts, numbered as torchrun does, at once or one by one."""
     words = ['predict', many, '--checkpoint', model, '--output', tmp_path / 'a.parquet', '--shard_size', 12]
 
     def share(rank: int) -> None:
@@ -185,16 +186,16 @@ def test_several_processes_share_the_work(whole, many, model, tmp_path, monkeypa
     assert run('predict', many, '--checkpoint', model) == 2
     assert '3 processes need an --output' in capsys.readouterr().err
     monkeypatch.setenv('RANK', 'x')
-    assert run('predict', many, '--checkpoint', model) == 2 and 'RANK is a whole number' in capsys.readouterr().err
+    assert run('predict', many, '--checkpoint', model) == 2 and 'RANK must be a whole number' in capsys.readouterr().err
 
 
-def test_lists_of_parquet_are_plain(whole):
-    """No Arrow before 26 reads, or writes, a missing list of fixed size."""
+def test_parquet_lists_have_no_fixed_size(whole):
+    """Arrow before 26 cannot read or write a missing list of a fixed size."""
     kinds = [pq.read_schema(whole).field(name).type for name in ('classes', 'probabilities')]
     assert kinds == [pa.list_(pa.string()), pa.list_(pa.float32())]
 
 
-def test_a_restart_with_other_settings_is_refused(many, model, tmp_path, capsys):
+def test_continuing_with_other_settings_is_refused(many, model, tmp_path, capsys):
     words = ['predict', many, '--checkpoint', model, '--output', tmp_path / 'a']
     assert run(*words, '--shard_size', 50) == 0
     (tmp_path / 'a' / 'part-00001-of-00002.parquet').unlink()
@@ -210,14 +211,14 @@ def test_a_restart_with_other_settings_is_refused(many, model, tmp_path, capsys)
     assert f'images is 100 in {tmp_path}/a/_conditions.json, and cannot become 1 there: choose another' in lines[2]
 
 
-def test_what_is_there_already_is_not_overwritten(many, model, tmp_path, capsys):
+def test_existing_files_are_not_overwritten(many, model, tmp_path, capsys):
     (tmp_path / 'a.csv').write_text('mine')
     (tmp_path / 'b').mkdir()
     (tmp_path / 'b' / 'mine').touch()
     (tmp_path / 'c.npy.csv').write_text('mine')
     for words, name in ((['predict'], 'a.csv'), (['predict'], 'b'), (['embed'], 'c.npy')):
         assert run(*words, many, '--checkpoint', model, '--output', tmp_path / name) == 2
-        assert f'{tmp_path / name}' in (error := capsys.readouterr().err) and 'is there already' in error
+        assert f'{tmp_path / name}' in (error := capsys.readouterr().err) and 'exists, and ' in error
     for record in ('{"settings": 3}', '[]', '{', '{"other": {}}'):
         (tmp_path / 'd.csv.json').write_text(record)
         assert run('predict', many, '--checkpoint', model, '--output', tmp_path / 'd.csv') == 2
@@ -225,7 +226,7 @@ def test_what_is_there_already_is_not_overwritten(many, model, tmp_path, capsys)
     assert (tmp_path / 'a.csv').read_text() == 'mine' and len(list(tmp_path.rglob('*'))) == 5
 
 
-def test_a_torn_part_is_named(tmp_path):
+def test_damaged_parts_are_named(tmp_path):
     results = Results(tmp_path / 'a.jsonl', 4, 2, {})
     results.begin({})
     rows = pa.table({'index': [0, 1], 'image': ['a', 'b'], 'error': ['x', 'y']})
@@ -240,27 +241,27 @@ def test_a_torn_part_is_named(tmp_path):
     assert not results.place.exists() and not list(tmp_path.glob('.*'))
 
 
-def test_stopped_by_hand(many, model, tmp_path, monkeypatch, capsys):
+def test_interrupt_says_how_to_continue(many, model, tmp_path, monkeypatch, capsys):
     def stop(*args: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(predict.Job, 'table', stop)
     assert run('predict', many, '--checkpoint', model, '--output', tmp_path / 'a') == 130
-    assert capsys.readouterr().err == 't2t-vit: stopped; the same command goes on from what is done\n'
+    assert capsys.readouterr().err == 't2t-vit: stopped; the same command continues from what is done\n'
     assert run('predict', many, '--checkpoint', model) == 130
     assert capsys.readouterr().err == 't2t-vit: stopped, nothing to save\n'
 
 
-def test_without_an_output_rows_go_to_the_screen_batch_by_batch(many, model, monkeypatch, capsys):
+def test_rows_are_printed_batch_by_batch(many, model, monkeypatch, capsys):
     def look(self: Live, done: int, text: str) -> None:
-        seen.append((done, capsys.readouterr().out.count('│')))
+        seen.append((done, capsys.readouterr().out.count('\n')))
 
     seen: list[Any] = []
     monkeypatch.setattr(Live, 'show', look)
     assert run('predict', many, '--checkpoint', model, '--top_k', 1) == 0
     assert seen[0] == (4, 0) and [done for done, _ in seen] == [*range(4, 101, 4)]
     assert all(said == seen[1][1] > 0 for _, said in seen[1:])  # the batch before, and no other
-    assert capsys.readouterr().out.splitlines()[-1].startswith('2 of 100 images cannot be read:')
+    assert capsys.readouterr().out.splitlines()[-1].startswith('2 of 100 images have no prediction:')
 
 
 @pytest.mark.parametrize(
@@ -268,20 +269,19 @@ def test_without_an_output_rows_go_to_the_screen_batch_by_batch(many, model, mon
     [
         (
             ['--output', 'a.xml', '--top_k', 0, '--shard_size', 0, '--max_pixels', 0],
-            'top_k is at least 1, got 0|shard_size '
-            'is at least 1, got 0|max_pixels is at least 1, got 0|output is a folder, or a file that ends in .csv, '
-            '.jsonl, .parquet; got a.xml',
+            'top_k must be at least 1, got 0|shard_size must be at least 1, got 0|max_pixels must be at least 1, got 0|'
+            'output must be a folder, or a file that ends in .csv, .jsonl, .parquet; got a.xml',
         ),
         (['--precision', 'int8'], '"precision"'),
     ],
 )
-def test_mistakes(model, capsys, words, message):
+def test_invalid_options_are_reported_together(model, capsys, words, message):
     assert run('predict', 'digits', '--checkpoint', model, *words) == 2
     error = capsys.readouterr().err
     assert all(part in error for part in message.split('|'))
 
 
-def test_progress_where_there_is_no_terminal(capsys):
+def test_progress_without_a_terminal(capsys):
     with Live(Console(), 'image', 8, 2, interval=0) as live:
         live.show(4, '9 images/s')
     assert capsys.readouterr().out.startswith('image 4/8  9 images/s  0:00 left')
@@ -291,7 +291,7 @@ def test_progress_where_there_is_no_terminal(capsys):
 
 
 @pytest.mark.parametrize('kind', ['features', 'class_token', 'pooled', 'pyramid'])
-def test_vectors_are_the_models(many, model, tmp_path, kind):
+def test_vectors_equal_the_models_features(many, model, tmp_path, kind):
     assert run('embed', many, '--checkpoint', model, '--output', tmp_path / 'a.npy', '--kind', kind) == 0
     vectors, (net, preprocessing, _) = np.load(tmp_path / 'a.npy'), load_model(str(model))
     images = torch.stack(
@@ -317,7 +317,7 @@ def test_vectors_are_the_models(many, model, tmp_path, kind):
         assert [bool(row['error']) for row in csv.DictReader(file)] == [i in (17, 98) for i in range(100)]
 
 
-def test_vectors_as_parquet(many, model, tmp_path):
+def test_vectors_in_parquet_equal_npy(many, model, tmp_path):
     for name in ('a.parquet', 'a.npy'):
         assert run('embed', many, '--checkpoint', model, '--output', tmp_path / name, '--shard_size', 30) == 0
     rows, vectors = parquet(tmp_path / 'a.parquet'), np.load(tmp_path / 'a.npy')
@@ -325,7 +325,7 @@ def test_vectors_as_parquet(many, model, tmp_path):
     assert [row['index'] for row in rows if row['embedding'] is None] == [17, 98]
 
 
-def test_models_of_timm(many, tmp_path, capsys):
+def test_embed_with_timm_models(many, tmp_path, capsys):
     """A convolutional network has a pyramid and no class token."""
     few = tmp_path / 'few.txt'
     few.write_text('\n'.join(many.read_text().split('\n')[:3]))
@@ -335,17 +335,17 @@ def test_models_of_timm(many, tmp_path, capsys):
         'swin_tiny_patch4_window7_224', img_size=56, embed_dim=8, depths=(1, 1), num_heads=(1, 1), num_classes=3
     ).eval()
     image = torch.randn(1, 3, 56, 56)
-    vectors = predict.Embedding(swin, 'pooled', image).parts(image)[0]
+    vectors = Embedding(swin, 'pooled', image).parts(image)[0]
     assert torch.equal(vectors, swin.forward_features(image).mean((1, 2)))
     for kind, width in (('pooled', levels[-1]), ('pyramid', sum(levels))):
         assert run('embed', few, '--checkpoint', place, '--output', tmp_path / f'{kind}.npy', '--kind', kind) == 0
         assert np.load(tmp_path / f'{kind}.npy').shape == (3, width)
     assert run('embed', many, '--checkpoint', place, '--output', tmp_path / 'b', '--kind', 'class_token') == 2
-    assert 'a ResNet has no class token: take --kind pooled' in capsys.readouterr().err
+    assert 'ResNet has no class token: use --kind pooled' in capsys.readouterr().err
 
 
-def test_from_an_exported_file(whole, many, model, tmp_path, monkeypatch, capsys):
-    """As from the model that it was made of; it has one kind of vectors. How files are loaded, export's tests show."""
+def test_predict_with_an_exported_file(whole, many, model, tmp_path, monkeypatch, capsys):
+    """Its rows equal the model's; it has one kind of vectors. Loading is tested in tests/export."""
     net, preprocessing, names = load_model(str(model))
     file, vectors = tmp_path / 'a.pt2', []
     file.write_bytes(b'a program')
@@ -355,7 +355,7 @@ def test_from_an_exported_file(whole, many, model, tmp_path, monkeypatch, capsys
         tokens = net.forward_features(torch.from_numpy(images))
         return net.forward_head(tokens), tokens[:, 0]
 
-    monkeypatch.setattr(predict, 'load_exported', lambda path: ExportedModel(path, cfg, compute, 'torch'))
+    monkeypatch.setattr(classifier, 'load_exported', lambda path: ExportedModel(path, cfg, compute, 'torch'))
     assert run('predict', many, '--checkpoint', file, '--output', tmp_path / 'a.parquet') == 0
     for row, expected in zip(parquet(tmp_path / 'a.parquet'), parquet(whole)):
         assert row['classes'] == expected['classes'] and row['error'] == expected['error']
@@ -367,26 +367,26 @@ def test_from_an_exported_file(whole, many, model, tmp_path, monkeypatch, capsys
     assert len(json.loads((tmp_path / 'b.npy.json').read_text())['settings']['weights']) == 64
     capsys.readouterr()
     for words, message in (
-        (['--kind', 'pooled'], 'an exported file gives what its head reads, and no more'),
+        (['--kind', 'pooled'], 'an exported file returns the input of its head only'),
         (['--precision', 'bf16'], 'has its own precision: leave out --precision bf16'),
     ):
         assert run('embed', 'digits', '--checkpoint', file, '--output', tmp_path / 'd', *words) == 2
         assert message in capsys.readouterr().err
     assert cli.main(['embed', 'digits', '--checkpoint', str(file), '--output', 'd', '--device', 'cuda']) == 2
-    assert 'exported files run on the CPU here, not on cuda' in capsys.readouterr().err
+    assert 'exported files run on the CPU, not on cuda' in capsys.readouterr().err
 
 
 # names
 
 
-def test_a_thousand_classes_without_names_are_imagenets():
+def test_imagenet_names_for_1000_classes():
     names = spoken_names([str(i) for i in range(1000)])
     assert (names[0], names[1], names[999]) == ('tench', 'goldfish', 'toilet tissue') and len({*names}) == 1000
     assert names[134] == 'crane (n02012849)' and names[517] == 'crane (n03126707)'
     assert spoken_names(['0', '1']) == ['0', '1'] and spoken_names(['a'] * 1000) == ['a'] * 1000
 
 
-def test_imagenets_names_are_printed(tmp_path, capsys, monkeypatch):
+def test_imagenet_names_are_printed(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv('COLUMNS', '200')
     net = timm.create_model('t2t_vit_4_16', **SMALLER)
     torch.nn.init.zeros_(net.head.weight)
@@ -396,14 +396,14 @@ def test_imagenets_names_are_printed(tmp_path, capsys, monkeypatch):
     Image.new('L', (9, 9)).save(tmp_path / 'b.png')
     assert run('predict', tmp_path / 'b.png', tmp_path / 'a.png', '--checkpoint', place, '--top_k', 1) == 0
     output = capsys.readouterr().out
-    assert 'goldfish 89.0 %' in output and f'1 of 2 images cannot be read: {tmp_path / "a.png"}' in output
+    assert 'goldfish 89.0 %' in output and f'1 of 2 images have no prediction: {tmp_path / "a.png"}' in output
 
 
 # the guide
 
 
-def test_the_guide(model, photos, tmp_path, monkeypatch, capsys):
-    """Its commands, then its code, in an empty place; the nearest are of the same class more often than by chance."""
+def test_guide_of_prediction(model, photos, tmp_path, monkeypatch, capsys):
+    """Run its commands, then its code; neighbours are of the same class more often than by chance."""
     guide = (Path(__file__).parents[1] / 'docs' / 'predict.md').read_text()
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'runs').mkdir()

@@ -1,29 +1,33 @@
-"""Scores of a model on labelled images: loss, top-1, top-5, per class, confusion."""
+"""Score a model on labelled images: in training by `score`, and by the command `t2t-vit eval`."""
 
+import csv
 import json
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from .console import console
-from .data import DataError, DiskBatches, MemoryBatches, open_batches, open_source
-from .plots import plot_confusion
+from .classifier import Augmentation, Classifier, Evaluation, NotFinite, open_labelled
+from .console import console, one_line
+from .data import DataError, DiskBatches, MemoryBatches, Opener, Source
+from .plots import plot_confusion, plot_predictions
+from .results import appearing, cell
 from .settings import require
-from .trained import load_model, other_classes, pick_device
+
+SHOWN = 24  # mistakes in the picture
+MOST_CLASSES = 40  # lines in the table on the screen
 
 
 @dataclass
 class Scores:
-    """Of n images: mean cross-entropy, shares of right answers in [0, 1], and `counts[true][predicted]`."""
+    """Scores of n images: mean cross-entropy, accuracies in [0, 1], and `counts[true][predicted]`."""
 
     count: int
     loss: float
@@ -33,16 +37,19 @@ class Scores:
 
     @property
     def per_class(self) -> list[float | None]:
-        """Share of each class's images that were recognised; None where there were none."""
+        """The fraction of each class's images that were recognised; None for a class without images."""
         counts = self.confusion.sum(1)
         return [(self.confusion[i, i] / n).item() if n else None for i, n in enumerate(counts)]
 
 
 @torch.inference_mode()
 def score(model: nn.Module, batches: 'DiskBatches | MemoryBatches', num_classes: int) -> Scores:
-    """Run the model over all batches, each process over its own; all get the scores of the whole.
+    """Run the model over all batches, each process over its own; all processes get the scores of the whole.
 
     The model is left in the mode it was in.
+
+    Raises:
+        DataError: if no image can be read.
     """
     training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -53,7 +60,7 @@ def score(model: nn.Module, batches: 'DiskBatches | MemoryBatches', num_classes:
             'confusion': MulticlassConfusionMatrix(num_classes),
         }
     ).to(device)
-    loss = MeanMetric(nan_strategy=math.nan).to(device)  # what is not a number stays so
+    loss = MeanMetric(nan_strategy=math.nan).to(device)  # NaN stays NaN
     for images, labels, *_ in batches.epoch():
         logits = model(images.to(device)).float()
         labels = labels.to(device)
@@ -69,78 +76,150 @@ def score(model: nn.Module, batches: 'DiskBatches | MemoryBatches', num_classes:
 
 def evaluate(
     checkpoint: str,
-    data: str = 'digits',
+    data: str | None = None,
     model: str | None = None,
     split: Literal['train', 'val'] = 'val',
+    classes: str | None = None,
+    ema: bool = True,
+    augmentation: Augmentation = 'none',
+    temperature: bool = False,
     batch_size: int = 128,
     workers: int = 2,
     device: str = 'auto',
+    precision: Literal['no', 'bf16', 'fp16'] = 'no',
     cache: str | None = None,
     download: bool = False,
     output: str | None = None,
+    spreadsheet: bool = False,
 ) -> dict[str, Any]:
-    """Score a trained model on labelled images; of a data set, only the split asked for is needed.
+    """Score a trained model on labelled images; only the split that is scored has to be there.
+
+    Exits with 1 if the model computes NaN or infinity for an image, with 2 if the data's classes are not the model's.
 
     Args:
-        checkpoint: A run's folder, hf-hub:USER/NAME, or a file in any published layout (then with --model).
-        data: digits, torch/NAME, hfds/NAME, a folder with val/ of class folders, a folder of class folders, or a
-            Parquet file or tar, or a folder of them.
-        model: The registered name of the model in a file.
+        checkpoint: A run folder, its model.safetensors, a training state (checkpoints/step-*.pt), hf-hub:USER/NAME, an
+            exported .onnx, .xml or .pt2, or a file in any published layout (then with --model).
+        data: digits, torch/NAME, hfds/NAME, a folder with val/ of class folders, a folder of class folders, a Parquet
+            file or tar, or a folder of them; by default the data that the run was trained on.
+        model: The registered name of the model in a file without a config.json.
         split: val or train.
+        classes: A file with the class names in the order of the model's outputs, one a line; for a checkpoint without
+            names `text` or `natural`, the order of its class folders (timm's is natural); `by-name` to match
+            classes that stand in another order.
+        ema: Take the EMA weights of a training state, else the raw ones.
+        augmentation: Test-time augmentation, whose probabilities are averaged: none, flip (the image and its mirror
+            image), or crops (the image, its corners and its middle enlarged, and all of them mirrored).
+        temperature: Fit the temperature that calibrates the probabilities, and report the calibration error with it.
         batch_size: Images at once.
-        workers: Processes that open images.
-        device: cpu, cuda, mps or auto.
-        cache: Where torch/ and hfds/ sets are kept; by default ~/.cache/t2t-vit, and the Hub's own.
+        workers: Processes that read images.
+        device: cpu, cuda, cuda:1, mps, or auto.
+        precision: no (float32), bf16 or fp16.
+        cache: Folder of torch/ and hfds/ sets; by default ~/.cache/t2t-vit, and the Hub's own.
         download: Fetch a torch/ set that is not there.
-        output: Folder for scores.json and confusion.png; by default the run's own, none for a file.
+        output: Folder for scores.json, images.csv (every image), confusion.csv, confusion.png and mistakes.png; by
+            default the run's own, none for a file.
+        spreadsheet: Write cells of images.csv and confusion.csv that a spreadsheet would execute as formulas
+            (beginning with = + - @) with an apostrophe in front.
     """
     require(
         (
-            (batch_size >= 1, f'batch_size is at least 1, got {batch_size}'),
-            (workers >= 0, f'workers is at least 0, got {workers}'),
+            (batch_size >= 1, f'batch_size must be at least 1, got {batch_size}'),
+            (workers >= 0, f'workers must be at least 0, got {workers}'),
         )
     )
-    target = pick_device(device)
-    source = open_source(data, split, cache, download)
-    net, preprocessing, names = load_model(checkpoint, model)
-    if problem := other_classes(net, source.classes, data):
-        raise DataError(problem)
-    batches = open_batches(source, preprocessing, batch_size, None, None, workers, device=target)
-    start = time.perf_counter()
-    try:
-        scores = score(net.to(target), batches, len(names))
-    finally:
-        batches.close()
-    seconds = time.perf_counter() - start
-
-    screen = console()
-    table = Table('class', 'images', 'accuracy')
-    for name, share, n in zip(source.classes, scores.per_class, scores.confusion.sum(1).tolist()):
-        table.add_row(name, str(n), '-' if share is None else f'{100 * share:.1f} %')
-    screen.print(table)
-    screen.print(
-        f'top-1 {100 * scores.top1:.2f} %   top-5 {100 * scores.top5:.2f} %   loss {scores.loss:.4f}   '
-        f'{scores.count / seconds:.0f} images/s   {scores.count} images of {data} ({split})',
-        soft_wrap=True,
-    )
-    if batches.damaged:
-        damaged = ', '.join(batches.damaged[:5])
-        screen.print(f'{len(batches.damaged)} damaged images left out: {damaged}', soft_wrap=True)
-    result = dict(
-        checkpoint=checkpoint,
-        data=data,
-        split=split,
-        images=scores.count,
-        top1=scores.top1,
-        top5=scores.top5,
-        loss=scores.loss,
-        per_class=dict(zip(source.classes, scores.per_class)),
-        damaged=batches.damaged,
-    )
+    opened = open_labelled(checkpoint, data, split, cache, download) if data is not None else None
+    classifier = Classifier.load(checkpoint, model, device, precision, classes, ema)
+    source, name = opened or open_labelled(checkpoint, data, split, cache, download)
+    found = classifier.score(source, name, split, batch_size, workers, augmentation, temperature)
+    report(found)
     folder = Path(output) if output else Path(checkpoint) if Path(checkpoint).is_dir() else None
     if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / 'scores.json').write_text(json.dumps(result, indent=2) + '\n')
-        plot_confusion(scores.confusion, source.classes, folder / 'confusion.png')
-        screen.print(f'scores.json and confusion.png are in {folder}', soft_wrap=True)
-    return result
+        save(found, folder, source, classifier, spreadsheet)
+        files = 'scores.json, images.csv, confusion.csv, confusion.png'
+        more = ', mistakes.png' if found.mistakes() else ''
+        console().print(f'{files}{more} are in {folder}', soft_wrap=True)
+    if found.not_finite:
+        raise NotFinite(
+            f'{checkpoint} computes NaN or infinity for {found.not_finite} of '
+            f'{found.not_finite + found.measures.images} images, which are not in the scores'
+        )
+    return found.as_dict()
+
+
+def percent(value: float | None) -> str:
+    """Return a rate for the screen."""
+    return '–' if value is None else f'{100 * value:.1f}'
+
+
+def report(found: Evaluation) -> None:
+    """Print the scores."""
+    screen, measures = console(), found.measures
+    numbers = (Column(name, justify='right') for name in ('images', 'recall %', 'precision %', 'F1 %', 'AUROC %'))
+    table = Table('class', *numbers, box=None, pad_edge=False)
+    columns = [measures.per_class[key] for key in ('recall', 'precision', 'f1', 'auroc')]
+    rows = list(zip(found.classes, measures.confusion.sum(1).tolist(), *columns))
+    shown = rows
+    if len(rows) > MOST_CLASSES:
+        shown = sorted((row for row in rows if row[1]), key=lambda row: row[2])[:MOST_CLASSES]
+        screen.print(f'the {len(shown)} classes of {len(rows)} with the lowest recall; scores.json has all')
+    for label, count, *values in shown:
+        table.add_row(one_line(label), str(count), *map(percent, values))
+    screen.print(table)
+    for note in found.notes:
+        screen.print(f'note: {note}', soft_wrap=True)
+    lines = [
+        ('top-1', measures.top1, 'top1'),
+        ('top-5', measures.top5, 'top5'),
+        ('balanced accuracy', measures.balanced_accuracy, 'balanced_accuracy'),
+        ('precision', measures.precision, 'precision'),
+        ('F1', measures.f1, 'f1'),
+        ('AUROC', measures.auroc, 'auroc'),
+        ('calibration error', measures.calibration_error, 'calibration_error'),
+    ]
+    for label, value, key in lines:
+        if value is not None:
+            low, high = measures.intervals.get(key, (None, None))
+            between = f'   95 % interval {percent(low)}–{percent(high)} %' if low is not None else ''
+            screen.print(f'{label:18} {100 * value:6.2f} %{between}')
+    if measures.temperature is not None:
+        screen.print(
+            f'temperature {measures.temperature:.3f}: calibration error '
+            f'{100 * (measures.calibration_error_scaled or 0):.2f} % (cross-fitted on halves)',
+            soft_wrap=True,
+        )
+    screen.print(
+        f'loss {measures.loss:.4f}; {measures.images} images of {found.data} ({found.split}), '
+        f'{measures.images / found.seconds:.0f} images/s'
+        + (f', test-time augmentation {found.augmentation}' if found.augmentation != 'none' else ''),
+        soft_wrap=True,
+    )
+    if found.damaged:
+        names = ', '.join(map(one_line, found.damaged[:5]))
+        screen.print(f'{len(found.damaged)} damaged images are left out: {names}', soft_wrap=True)
+
+
+def save(found: Evaluation, folder: Path, source: Source, classifier: Classifier, spreadsheet: bool) -> None:
+    """Write scores.json, images.csv, confusion.csv, confusion.png and mistakes.png into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with appearing(folder / 'scores.json') as draft:
+        draft.write_text(json.dumps(found.as_dict(), indent=2, allow_nan=False) + '\n', 'utf-8')
+    header = ('index', 'image', 'label', 'predicted', 'probability', 'probability_of_label')
+    write_rows(folder / 'images.csv', [header, *found.rows], spreadsheet)
+    counts = found.measures.confusion.tolist()
+    rows = [['true', *found.classes], *([name, *row] for name, row in zip(found.classes, counts))]
+    write_rows(folder / 'confusion.csv', rows, spreadsheet)
+    measures = found.measures
+    title = f'{Path(found.data).name} ({found.split}), balanced accuracy {100 * measures.balanced_accuracy:.2f} %'
+    plot_confusion(torch.as_tensor(measures.confusion), found.classes, folder / 'confusion.png', title)
+    opener = Opener(source, classifier.preprocessing)
+    mistakes = found.mistakes()[:SHOWN]
+    if mistakes:
+        pictures = [(opener.picture(row.position), row.predicted, row.probability, row.label) for row in mistakes]
+        plot_predictions(pictures, folder / 'mistakes.png')
+
+
+def write_rows(path: Path, rows: list[Any], spreadsheet: bool) -> None:
+    """Write a CSV file; it appears when it is complete."""
+    with appearing(path) as draft, draft.open('w', newline='', encoding='utf-8') as file:
+        writer = csv.writer(file, lineterminator='\n')
+        writer.writerows([cell(value, spreadsheet) for value in row] for row in rows)

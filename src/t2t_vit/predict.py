@@ -1,144 +1,66 @@
-"""What a trained model says of images, few or millions: their classes, or vectors that stand for them."""
+"""Predict or embed many images: the commands `t2t-vit predict` and `t2t-vit embed`."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import timm
 import torch
-from rich.table import Table
 
 from . import __version__
-from .console import Live, console, duration
-from .data import MAX_PIXELS, DataError, Opened, Opener, Piece, Preprocessing, find_images, open_pieces
-from .export import ExportedModel, files_of, is_exported, load_exported
-from .models.checkpoints import hash_file
+from .classifier import Answers, Classifier, NotFinite, Precision
+from .console import Live, console, duration, one_line
+from .data import MAX_PIXELS, DataError, Opener, Piece, find_images
+from .export import is_exported
 from .plots import plot_predictions
-from .results import Results, check_place
+from .results import Results, check_place, portable_name
 from .settings import UsageError, require
-from .trained import hash_weights, load_model, pick_device, spoken_names
+from .vectors import Head, Kind
 
-Kind = Literal['features', 'class_token', 'pooled', 'pyramid']
-Precision = Literal['no', 'bf16', 'fp16']
 Row = dict[str, Any]
 SHOWN, NAMED = 24, 5  # images in a picture, and damaged ones in a message
-
-
-class Head(Protocol):
-    """What is asked of a model: columns of these types."""
-
-    types: dict[str, pa.DataType]
-    width: int  # of each of these lists
-
-    def __call__(self, images: torch.Tensor) -> dict[str, pa.Array]:
-        """Columns with a value for each of (B, C, H, W)."""
-
-
-class TopK:
-    """The most probable classes: columns `classes` and `probabilities`, k of each in falling order."""
-
-    def __init__(self, net: Callable[[torch.Tensor], torch.Tensor], names: list[str], k: int) -> None:
-        self.net, self.names, self.k = net, np.array(names), min(k, len(names))
-        self.types = {'classes': pa.list_(pa.string()), 'probabilities': pa.list_(pa.float32())}
-        self.width = self.k
-
-    def __call__(self, images: torch.Tensor) -> dict[str, pa.Array]:
-        """Columns with a value for each of (B, C, H, W)."""
-        values, classes = self.net(images).float().softmax(-1).topk(self.k)
-        return {
-            'classes': as_lists(self.names[classes.cpu().numpy()], pa.string()),
-            'probabilities': as_lists(values.cpu().numpy(), pa.float32()),
-        }
-
-
-class Embedding:
-    """A vector for each image: column `embedding`.
-
-    Of kind `features`, what the head reads; `class_token`, the first token behind the last norm; `pooled`, the mean of
-    all others, or of a convolutional network's last map; `pyramid`, the means over the maps of every stride (4, 8 and
-    16 in T2T-ViT), one behind the other, of `levels` numbers each.
-
-    Raises:
-        UsageError: if the model has no such thing.
-    """
-
-    def __init__(self, net: Any, kind: Kind, probe: torch.Tensor) -> None:
-        self.net, self.kind = net, kind
-        if isinstance(net, ExportedModel) and kind != 'features':
-            raise UsageError(f'an exported file gives what its head reads, and no more: --kind features, not {kind}')
-        if kind == 'class_token' and not getattr(net, 'num_prefix_tokens', 0):
-            raise UsageError(f'a {type(net).__name__} has no class token: take --kind pooled')
-        if kind == 'pyramid':
-            if not hasattr(net, 'forward_intermediates'):
-                raise UsageError(f'a {type(net).__name__} gives no maps of several strides: take --kind pooled')
-            strides = {level['reduction']: i for i, level in enumerate(net.feature_info)}  # the last of each
-            self.indices = sorted(strides.values())
-        with torch.inference_mode():
-            vectors = self.parts(probe)
-        self.levels = [part.shape[1] for part in vectors]
-        self.types = {'embedding': pa.list_(pa.float32())}
-        self.width = sum(self.levels)
-
-    def parts(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """The pieces of the vectors, each (B, d)."""
-        if self.kind == 'pyramid':
-            maps = self.net.forward_intermediates(
-                images, indices=self.indices, intermediates_only=True, output_fmt='NCHW'
-            )
-            return [level.float().mean((2, 3)) for level in maps]
-        if isinstance(self.net, ExportedModel):
-            return [self.net.features(images)]
-        tokens = self.net.forward_features(images)
-        if self.kind == 'features':
-            return [self.net.forward_head(tokens, pre_logits=True).float()]
-        tokens = tokens.float()
-        if self.kind == 'class_token':
-            return [tokens[:, 0]]
-        if tokens.ndim == 4:  # Swin's maps and their kin's have their channels last
-            return [tokens.mean((1, 2) if getattr(self.net, 'output_fmt', 'NCHW') == 'NHWC' else (2, 3))]
-        return [tokens[:, getattr(self.net, 'num_prefix_tokens', 0) :].mean(1)]
-
-    def __call__(self, images: torch.Tensor) -> dict[str, pa.Array]:
-        """Columns with a value for each of (B, C, H, W)."""
-        return {'embedding': as_lists(torch.cat(self.parts(images), 1).cpu().numpy(), pa.float32())}
+TYPES = {'classes': pa.string(), 'probabilities': pa.float32(), 'embedding': pa.float32()}
 
 
 def as_lists(values: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """(B, n) as an array of B lists; not of fixed size: few versions of Arrow write and read a missing one of those."""
+    """Return (B, n) as an array of B lists, of any size: few versions of Arrow handle missing lists of a fixed size."""
     starts = np.arange(0, values.size + 1, values.shape[1], dtype=np.int32)
     return pa.ListArray.from_arrays(starts, pa.array(values.ravel(), kind))
 
 
 @dataclass
 class Job:
-    """What `predict` and `embed` have in common; see their arguments."""
+    """The arguments that `predict` and `embed` share; see there."""
 
     inputs: list[str]
     checkpoint: str
     model: str | None
     output: str | None
+    classes: str | None
+    ema: bool
     batch_size: int
     workers: int
     device: str
     precision: Precision
     shard_size: int
     max_pixels: int
+    spreadsheet: bool
 
     def check(self, files: tuple[str, ...], rules: tuple[tuple[bool, str], ...] = ()) -> None:
-        """UsageError with all that is wrong; `files` are the kinds of file that the output may be."""
+        """Raise UsageError with all that is wrong; `files` are the suffixes that the output may have."""
         problems = check_place(self.output, files) if self.output else []
         require(
             (
                 *rules,
-                (self.batch_size >= 1, f'batch_size is at least 1, got {self.batch_size}'),
-                (self.workers >= 0, f'workers is at least 0, got {self.workers}'),
-                (self.shard_size >= 1, f'shard_size is at least 1, got {self.shard_size}'),
-                (self.max_pixels >= 1, f'max_pixels is at least 1, got {self.max_pixels}'),
+                (self.batch_size >= 1, f'batch_size must be at least 1, got {self.batch_size}'),
+                (self.workers >= 0, f'workers must be at least 0, got {self.workers}'),
+                (self.shard_size >= 1, f'shard_size must be at least 1, got {self.shard_size}'),
+                (self.max_pixels >= 1, f'max_pixels must be at least 1, got {self.max_pixels}'),
                 *((False, problem) for problem in problems),
             )
         )
@@ -147,58 +69,42 @@ class Job:
             (
                 (
                     0 <= self.rank < self.world,
-                    f'RANK is at least 0 and below WORLD_SIZE, got {self.rank} of {self.world}',
+                    f'RANK must be at least 0 and less than WORLD_SIZE, got {self.rank} of {self.world}',
                 ),
                 (self.world == 1 or bool(self.output), f'{self.world} processes need an --output to write to'),
             )
         )
-        if is_exported(self.checkpoint) and self.device not in ('auto', 'cpu'):
-            raise UsageError(f'exported files run on the CPU here, not on {self.device}')
-        self.target = pick_device('cpu' if is_exported(self.checkpoint) else self.device)
-        if self.world > 1 and self.target.type == 'cuda' and ':' not in self.device:
-            self.target = torch.device('cuda', number('LOCAL_RANK', self.rank) % torch.cuda.device_count())
 
-    def load(self) -> tuple[Any, list[str]]:
-        """The model on its device, and its classes; `opener` is then what prepares images for it."""
+    def load(self) -> Classifier:
+        """Find the images, and load the model; `opener` then prepares the images for it."""
         self.images = find_images(self.inputs)
-        net, self.preprocessing, names, identity = self.open_model()
-        self.opener = Opener(self.images, self.preprocessing, self.max_pixels)
-        names = spoken_names(names)
+        device = self.device
+        if self.world > 1 and device in ('auto', 'cuda') and torch.cuda.is_available():
+            device = f'cuda:{number("LOCAL_RANK", self.rank) % torch.cuda.device_count()}'
+        if is_exported(self.checkpoint) and self.device == 'auto':
+            device = 'cpu'
+        self.classifier = found = Classifier.load(
+            self.checkpoint, self.model, device, self.precision, self.classes, self.ema
+        )
+        self.opener = Opener(self.images, found.preprocessing, self.max_pixels)
         self.settings: Row = dict(
-            **identity,
-            classes=names,
-            preprocessing=self.preprocessing.as_cfg(),
+            **found.identity,
+            classes=found.classes,
+            preprocessing=found.preprocessing.as_cfg(),
             precision=self.precision,
             max_pixels=self.max_pixels,
             images=len(self.images),
             image_names=self.images.digest(),
             shard_size=self.shard_size,
         )
-        return net, names
-
-    def open_model(self) -> tuple[Any, Preprocessing, list[str], Row]:
-        """A model on its device or an exported file, its preprocessing, its classes, and what tells it from others."""
-        if is_exported(self.checkpoint):
-            if self.precision != 'no':
-                raise UsageError(f'{self.checkpoint} has its own precision: leave out --precision {self.precision}')
-            file = load_exported(self.checkpoint)
-            sha = ' '.join(map(hash_file, files_of(self.checkpoint)))
-            return (
-                file,
-                file.preprocessing,
-                file.class_names,
-                dict(model=file.metadata.model, weights=sha, export=f'{file.runtime}, {file.metadata.precision}'),
-            )
-        net, preprocessing, names = load_model(self.checkpoint, self.model)
-        cfg: Any = net.pretrained_cfg
-        return net.to(self.target), preprocessing, names, dict(model=cfg['architecture'], weights=hash_weights(net))
+        return found
 
     def environment(self) -> Row:
-        """What may be another at a restart."""
+        """Return what may change when the command is continued."""
         return dict(
-            inputs=self.inputs,
+            inputs=[portable_name(name) for name in self.inputs],
             checkpoint=self.checkpoint,
-            device=str(self.target),
+            device=str(self.classifier.device),
             batch_size=self.batch_size,
             processes=self.world,
             version=__version__,
@@ -206,98 +112,106 @@ class Job:
             timm=timm.__version__,
         )
 
-    def rows(self, head: Head, pieces: list[Piece]) -> Iterator[tuple[Opened, pa.Table]]:
-        """The rows of these pieces, batch by batch, none of which goes beyond its piece."""
-        batches = (
-            (start, min(start + self.batch_size, stop))
-            for begin, stop in pieces
-            for start in range(begin, stop, self.batch_size)
-        )
-        count = sum(-(-(stop - begin) // self.batch_size) for begin, stop in pieces)
-        workers = max(0, min(self.workers, count - 1))  # for a single batch they do not pay
-        kind = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(self.precision)
-        for opened in open_pieces(self.opener, batches, workers, self.target):
-            columns = {name: pa.array([], column) for name, column in head.types.items()}
-            if opened.good:
-                with torch.inference_mode(), torch.autocast(self.target.type, kind, enabled=kind is not None):
-                    columns = head(opened.images.to(self.target, non_blocking=True))
-            yield opened, self.table(opened, columns)
-
-    def table(self, opened: Opened, columns: dict[str, pa.Array]) -> pa.Table:
-        """Columns of the images that could be read, as rows of all."""
-        span = range(opened.start, opened.stop)
-        places = {index: i for i, index in enumerate(opened.good)}
+    def table(self, answers: Answers, width: dict[str, int]) -> pa.Table:
+        """Return answers as rows of all images, those that could not be read included."""
+        span = range(answers.start, answers.stop)
+        places = {index: i for i, index in enumerate(answers.good)}
         order = pa.array([places.get(index) for index in span], pa.int64())
+        columns = {}
+        for name, n in width.items():
+            values = answers.columns.get(name, np.empty((0, n), np.int64 if name == 'classes' else np.float32))
+            if name == 'classes':
+                values = np.array(self.classifier.classes, object)[values]
+            columns[name] = as_lists(values, TYPES[name]).take(order)
         return pa.table(
             {
                 'index': pa.array(span, pa.int64()),
-                'image': pa.array([self.images.name(i) for i in span], pa.string()),
-                'error': pa.array([opened.errors.get(i) for i in span], pa.string()),
-                **{name: column.take(order) for name, column in columns.items()},
+                'image': pa.array([portable_name(self.images.name(i)) for i in span], pa.string()),
+                'error': pa.array([answers.errors.get(i) for i in span], pa.string()),
+                **columns,
             }
         )
 
 
 def number(name: str, default: int) -> int:
-    """A whole number out of the environment.
+    """Return a whole number from the environment.
 
     Raises:
-        UsageError: if it is none.
+        UsageError: if it is not one.
     """
     text = os.environ.get(name, str(default))
     try:
         return int(text)
     except ValueError:
-        raise UsageError(f'{name} is a whole number, got {text!r}') from None
+        raise UsageError(f'{name} must be a whole number, got {text!r}') from None
 
 
-def follow(job: Job, head: Head, settings: Row) -> Iterator[pa.Table]:
-    """Every batch's rows of this process; with an output, they are in it when the next batch is asked for.
+def follow(job: Job, head: Head, width: dict[str, int], settings: Row) -> Iterator[pa.Table]:
+    """Yield every batch's rows of this process; with an output, they are in it when the next batch is asked for.
+
+    Args:
+        job: Loaded.
+        head: Computes the columns.
+        width: Values in each list of each column.
+        settings: What the rows depend on besides the job's own settings.
 
     Raises:
-        KeyboardInterrupt: where it was stopped, with what to do about it.
+        KeyboardInterrupt: if it is interrupted, with what to do about it.
+        NotFinite: at the end, if the model computed NaN or infinity for an image.
     """
-    results, pieces, before = None, [(0, len(job.images))], 0
-    if job.output:
-        results = Results(Path(job.output), len(job.images), job.shard_size, {**job.settings, **settings})
+    if not job.output:
+        yield from rows(job, head, width, None)
+        return
+    results = Results(Path(job.output), len(job.images), job.shard_size, {**job.settings, **settings}, job.spreadsheet)
+    with results.lock(job.rank):
         results.begin(job.environment())
-        parts = [part for part in results.missing() if part % job.world == job.rank]
-        pieces = [results.piece(part) for part in parts]
+        yield from rows(job, head, width, results)
+
+
+def rows(job: Job, head: Head, width: dict[str, int], results: Results | None) -> Iterator[pa.Table]:
+    """Yield the rows of `follow`, with its results open."""
+    pieces: list[Piece] = [(0, len(job.images))]
+    before = read = damaged = not_finite = 0
+    if results:
+        missing = results.missing()
+        pieces = [results.piece(part) for part in missing if part % job.world == job.rank]
         own = range(job.rank, len(results.parts), job.world)
         before = sum(len(range(*results.piece(part))) for part in own) - sum(len(range(*piece)) for piece in pieces)
-    read = damaged = 0
     held: list[pa.Table] = []
     total = before + sum(len(range(*piece)) for piece in pieces)
     with Live(console(stderr=True), 'image', total, before, quiet=job.rank > 0) as live:
         try:
-            for opened, table in job.rows(head, pieces):
-                read, damaged = read + table.num_rows, damaged + len(opened.errors)
+            for answers in job.classifier.answers(head, job.opener, pieces, job.batch_size, job.workers):
+                table = job.table(answers, width)
+                read, damaged = read + table.num_rows, damaged + len(answers.errors)
+                not_finite += answers.not_finite
                 held.append(table)
-                if results and (opened.stop % job.shard_size == 0 or opened.stop == len(job.images)):
-                    results.write((opened.stop - 1) // job.shard_size, pa.concat_tables(held), head.width)
+                if results and (answers.stop % job.shard_size == 0 or answers.stop == len(job.images)):
+                    part = (answers.stop - 1) // job.shard_size
+                    results.write(part, pa.concat_tables(held), sum(width.values()) // len(width))
                     held = []
                 live.show(before + read, f'{read / live.seconds:.0f} images/s  {damaged} damaged')
                 yield table
         except KeyboardInterrupt:
-            raise KeyboardInterrupt('stopped; the same command goes on from what is done' if results else '') from None
+            hint = 'stopped; the same command continues from what is done' if results else ''
+            raise KeyboardInterrupt(hint) from None
         seconds = live.seconds
-    if not results:
-        return
-    whole = results.finish()
-    speed = (
-        f'{read:,} images in {duration(seconds)}, {read / seconds:.1f} images/s, {damaged:,} of them damaged; '
-        if read
-        else 'nothing left to do; '
-    )
-    console().print(
-        speed
-        + (
-            f'all {len(job.images):,} are in {job.output}'
-            if whole
-            else f'this was the share of process {job.rank + 1} of {job.world}'
-        ),
-        soft_wrap=True,
-    )
+    if results:
+        whole = results.finish()
+        speed = (
+            f'{read:,} images in {duration(seconds)}, {read / seconds:.1f} images/s, {damaged:,} of them damaged; '
+            if read
+            else 'nothing left to do; '
+        )
+        done = f'all {len(job.images):,} are in {job.output}'
+        share = f'this was the part of process {job.rank + 1} of {job.world}'
+        console().print(speed + (done if whole else share), soft_wrap=True)
+    if not_finite:
+        weights = job.classifier.not_finite()
+        raise NotFinite(
+            f'{job.checkpoint} computes NaN or infinity for {not_finite} of {len(job.images)} images; these have errors'
+            + (f'; these weights are not finite: {", ".join(weights[:3])}' if weights else '')
+        )
 
 
 def predict(
@@ -306,6 +220,8 @@ def predict(
     model: str | None = None,
     output: str | None = None,
     top_k: int = 5,
+    classes: str | None = None,
+    ema: bool = True,
     batch_size: int = 32,
     workers: int = 2,
     device: str = 'auto',
@@ -313,74 +229,105 @@ def predict(
     shard_size: int = 1024,
     max_pixels: int = MAX_PIXELS,
     picture: str | None = None,
+    spreadsheet: bool = False,
 ) -> None:
-    """Name what is in images: the most probable classes of each.
+    """Classify images: the most probable classes of each.
+
+    An image that cannot be read has an error; the others are not affected. Exits with 1 if the model computes NaN or
+    infinity for an image.
 
     Args:
         inputs: Image files, folders and patterns of them, tars, Parquet files, lists of paths (.csv, .txt), or digits
             for a few of the embedded test images.
-        checkpoint: A run's folder, hf-hub:USER/NAME, an exported .onnx, .xml or .pt2, or a file in any published layout
-            (then with --model).
-        model: The registered name of the model in a file.
+        checkpoint: A run folder, its model.safetensors, a training state (checkpoints/step-*.pt), hf-hub:USER/NAME, an
+            exported .onnx, .xml or .pt2, or a file in any published layout (then with --model).
+        model: The registered name of the model in a file without a config.json.
         output: A .csv, .jsonl or .parquet file, or a folder for parts that read as one data set; the screen by default,
-            batch by batch. The same command goes on where it was interrupted.
-        top_k: Classes to name.
+            batch by batch. The same command continues where it was interrupted.
+        top_k: Classes to print for each image.
+        classes: A file with the class names in the order of the model's outputs, one a line.
+        ema: Take the EMA weights of a training state, else the raw ones.
         batch_size: Images at once.
-        workers: Processes that open images.
-        device: cpu, cuda, mps or auto.
+        workers: Processes that read images; none for a single batch.
+        device: cpu, cuda, cuda:1, mps or auto.
         precision: no (float32), bf16 or fp16.
-        shard_size: Images in a part of the output, which is made again where it was interrupted.
-        max_pixels: Of an image; what claims to have more is not decoded.
-        picture: A PNG file to show the first images in, with what they were taken for.
+        shard_size: Images in a part of the output, which is computed again if it was interrupted.
+        max_pixels: Larger images are not decoded.
+        picture: A PNG file to show the first images in, with their predictions.
+        spreadsheet: Write cells of a .csv that a spreadsheet would execute as formulas (beginning with = + - @) with an
+            apostrophe in front.
     """
-    job = Job(inputs, checkpoint, model, output, batch_size, workers, device, precision, shard_size, max_pixels)
-    job.check(('.csv', '.jsonl', '.parquet'), ((top_k >= 1, f'top_k is at least 1, got {top_k}'),))
-    net, names = job.load()
-    head = TopK(net, names, top_k)
+    job = Job(
+        inputs,
+        checkpoint,
+        model,
+        output,
+        classes,
+        ema,
+        batch_size,
+        workers,
+        device,
+        precision,
+        shard_size,
+        max_pixels,
+        spreadsheet,
+    )
+    job.check(('.csv', '.jsonl', '.parquet'), ((top_k >= 1, f'top_k must be at least 1, got {top_k}'),))
+    classifier = job.load()
+    head = classifier.top_k(top_k)
     screen, total, good = console(), len(job.images), 0
     shown: list[Row] = []
     damaged: list[str] = []
-    for table in follow(job, head, dict(top_k=head.k)):
-        good += table.column('error').null_count
-        rows = table.to_pylist() if not output or picture and len(shown) < SHOWN else []
-        shown += [row for row in rows if picture and row['error'] is None][: SHOWN - len(shown)]
-        if not output:
-            errors = (f'{row["image"]} ({row["error"]})' for row in rows if row['error'] is not None)
-            damaged += islice(errors, NAMED - len(damaged))
-            screen.print(as_table(rows, head.k))
+    if note := classifier.note():
+        screen.print(f'note: {note}', soft_wrap=True)
+    try:
+        for table in follow(job, head, dict(classes=head.k, probabilities=head.k), dict(top_k=head.k)):
+            good += table.column('error').null_count
+            found = table.to_pylist() if not output or picture and len(shown) < SHOWN else []
+            shown += [row for row in found if picture and row['error'] is None][: SHOWN - len(shown)]
+            if not output:
+                errors = (f'{one_line(row["image"])} ({row["error"]})' for row in found if row['error'] is not None)
+                damaged += islice(errors, NAMED - len(damaged))
+                print_rows(found)
+    finally:
+        if picture and shown:
+            save_picture(job, shown, Path(picture))
+            screen.print(f'the picture is {picture}', soft_wrap=True)
+        if damaged and good:
+            screen.print(f'{total - good} of {total} images have no prediction: {", ".join(damaged)}', soft_wrap=True)
     if damaged and not good:
         raise DataError(f'not one image can be read: {", ".join(damaged)}')
-    if damaged:
-        screen.print(f'{total - good} of {total} images cannot be read: {", ".join(damaged)}', soft_wrap=True)
-    if picture and shown:
-        Path(picture).parent.mkdir(parents=True, exist_ok=True)
-        plot_predictions(
-            [
-                (
-                    job.opener.picture(row['index']),
-                    row['classes'][0],
-                    row['probabilities'][0],
-                    job.images.truth(row['index']),
-                )
-                for row in shown
-            ],
-            Path(picture),
-        )
-        screen.print(f'the picture is {picture}', soft_wrap=True)
 
 
-def as_table(rows: list[Row], k: int) -> Table:
-    """Rows for the screen."""
-    table = Table('image', *(f'{i + 1}.' for i in range(k)))
-    for row in rows:
-        table.add_row(
-            row['image'],
-            *(
-                '–' if row['error'] is not None else f'{row["classes"][i]} {100 * row["probabilities"][i]:.1f} %'
-                for i in range(k)
-            ),
+def save_picture(job: Job, shown: list[Row], path: Path) -> None:
+    """Draw images with their predictions."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        (job.opener.picture(row['index']), row['classes'][0], row['probabilities'][0], job.images.truth(row['index']))
+        for row in shown
+    ]
+    plot_predictions(rows, path)
+
+
+def print_rows(rows: list[Row]) -> None:
+    """Print predictions: a line each if all of them fit the screen, else the name and its classes on two lines.
+
+    Nothing is cut or wrapped.
+    """
+    screen = console()
+    lines = [
+        (
+            one_line(row['image']),
+            '–'
+            if row['error'] is not None
+            else '   '.join(f'{one_line(c)} {100 * p:.1f} %' for c, p in zip(row['classes'], row['probabilities'])),
         )
-    return table
+        for row in rows
+    ]
+    width = max((len(name) for name, _ in lines), default=0)
+    fits = all(width + 3 + len(answer) <= screen.width for _, answer in lines)
+    for name, answer in lines:
+        screen.print(f'{name:{width}}   {answer}' if fits else f'{name}\n    {answer}', soft_wrap=True)
 
 
 def embed(
@@ -389,36 +336,56 @@ def embed(
     output: str,
     model: str | None = None,
     kind: Kind = 'features',
+    ema: bool = True,
     batch_size: int = 32,
     workers: int = 2,
     device: str = 'auto',
     precision: Precision = 'no',
     shard_size: int = 1024,
     max_pixels: int = MAX_PIXELS,
+    spreadsheet: bool = False,
 ) -> None:
     """Turn images into vectors, to search, group or learn from.
+
+    An image that cannot be read has an error and no vector. Exits with 1 if the model computes NaN or infinity for an
+    image.
 
     Args:
         inputs: Image files, folders and patterns of them, tars, Parquet files, lists of paths (.csv, .txt), or digits
             for a few of the embedded test images.
-        checkpoint: A run's folder, hf-hub:USER/NAME, an exported .onnx, .xml or .pt2, or a file in any published layout
-            (then with --model).
+        checkpoint: A run folder, its model.safetensors, a training state (checkpoints/step-*.pt), hf-hub:USER/NAME, an
+            exported .onnx, .xml or .pt2, or a file in any published layout (then with --model).
         output: A .parquet file; a .npy file, with the images' names in a .csv beside it; or a folder for parts that
-            read as one data set. The same command goes on where it was interrupted.
-        model: The registered name of the model in a file.
-        kind: features (what the head reads), class_token, pooled (the mean of the other tokens), or pyramid (means over
+            read as one data set. The same command continues where it was interrupted.
+        model: The registered name of the model in a file without a config.json.
+        kind: features (the head's input), class_token, pooled (the mean of the other tokens), or pyramid (means over
             the maps of every stride).
+        ema: Take the EMA weights of a training state, else the raw ones.
         batch_size: Images at once.
-        workers: Processes that open images.
-        device: cpu, cuda, mps or auto.
+        workers: Processes that read images; none for a single batch.
+        device: cpu, cuda, cuda:1, mps or auto.
         precision: no (float32), bf16 or fp16.
-        shard_size: Images in a part of the output, which is made again where it was interrupted.
-        max_pixels: Of an image; what claims to have more is not decoded.
+        shard_size: Images in a part of the output, which is computed again if it was interrupted.
+        max_pixels: Larger images are not decoded.
+        spreadsheet: Write names in the .csv that a spreadsheet would execute as formulas (beginning with = + - @) with
+            an apostrophe in front.
     """
-    job = Job(inputs, checkpoint, model, output, batch_size, workers, device, precision, shard_size, max_pixels)
+    job = Job(
+        inputs,
+        checkpoint,
+        model,
+        output,
+        None,
+        ema,
+        batch_size,
+        workers,
+        device,
+        precision,
+        shard_size,
+        max_pixels,
+        spreadsheet,
+    )
     job.check(('.parquet', '.npy'))
-    net, _ = job.load()
-    size = job.preprocessing.channels, *job.preprocessing.size
-    head = Embedding(net, kind, torch.zeros(1, *size, device=job.target))
-    for _ in follow(job, head, dict(kind=kind, levels=head.levels)):
+    head = job.load().embedding(kind)
+    for _ in follow(job, head, dict(embedding=sum(head.levels)), dict(kind=kind, levels=head.levels)):
         pass

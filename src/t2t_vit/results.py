@@ -1,5 +1,6 @@
-"""Rows about many images on disk: made in parts, each whole or not there, and going on from those that are there."""
+"""Write rows about many images: in parts, each complete or absent, continued after an interruption."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -8,25 +9,28 @@ from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_from_bytes
 from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 from pyarrow import csv
 
 from .data import DataError, Piece
 from .settings import UsageError, flatten
 
 SINGULAR = {'classes': 'class', 'probabilities': 'probability'}
-WIDTH = b'width'  # in a part's metadata: values in each of its lists
+WIDTH, DIGEST = b'width', b'sha256'  # in a part's metadata: values in each of its lists, and the digest of its rows
 NAMES = ['index', 'image', 'error']  # columns of every row
+FORMULA = ('=', '+', '-', '@', '\t', '\r')  # a cell that begins so is a formula for a spreadsheet
 
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """A draft to write instead of `path`: what is written takes that name at the end, when it is all on the disk."""
+    """Yield a draft to write instead of `path`; it takes that name when it is complete and on the disk."""
     draft = path.with_name(f'.{path.name}.{uuid4().hex[:8]}')
     try:
         yield draft
@@ -37,16 +41,59 @@ def appearing(path: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
+@contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold the lock file `path` while the context lasts; the system releases it when the process dies.
+
+    Over hosts it holds where the file system passes locks on (NFS 4 does, many object stores do not).
+
+    Raises:
+        UsageError: with the text `busy`, if another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UsageError(busy) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # before the release: afterwards it could be another's
+        lock.release()
+
+
+def portable_name(name: str) -> str:
+    """Return a file's name as text that every format can hold and that leads back to the file.
+
+    That is the name itself, or where it is not UTF-8 (Python has surrogates for such bytes) its address, file:///….
+    """
+    try:
+        name.encode('utf-8')
+        return name
+    except UnicodeEncodeError:
+        return f'file://{quote_from_bytes(os.fsencode(os.path.abspath(name)))}'
+
+
+def cell(value: Any, spreadsheet: bool) -> Any:
+    """Return a value for a CSV file; for a spreadsheet, text that it would execute gets an apostrophe in front."""
+    risky = spreadsheet and isinstance(value, str) and value.startswith(FORMULA)
+    return f"'{value}" if risky else value
+
+
 class Results:
     """Rows for `count` images, in their order.
 
-    They come in parts of `shard_size` images, Parquet files that are each the work of one process, and that are not
-    made again. `place` is a folder, which the parts stay in, and which reads as one data set; or a file, which is made
-    of them when the last one is there. Beside either stands under which `settings` the rows were made.
+    They come in parts of `shard_size` images, Parquet files that are each written by one process and never rewritten.
+    `place` is a folder, which keeps the parts and can be read as one data set; or a file, which is made of the parts
+    when the last one is there. A record beside either holds the `settings` that the rows were computed with.
     """
 
-    def __init__(self, place: Path, count: int, shard_size: int, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, place: Path, count: int, shard_size: int, settings: dict[str, Any], spreadsheet: bool = False
+    ) -> None:
         self.place, self.count, self.shard_size, self.settings = place, count, shard_size, settings
+        self.spreadsheet = spreadsheet
         self.one_file = place.suffix in WRITERS
         self.folder = place.with_name(f'{place.name}.parts') if self.one_file else place
         self.files = ([place] if self.one_file else []) + ([names_of(place)] if place.suffix == '.npy' else [])
@@ -54,21 +101,36 @@ class Results:
         total = -(-count // shard_size)
         self.parts = [self.folder / f'part-{i:05d}-of-{total:05d}.parquet' for i in range(total)]
 
-    def begin(self, environment: dict[str, Any]) -> None:
-        """Make the place, with a record of the settings and of what else there is to know.
+    @contextmanager
+    def lock(self, rank: int = 0) -> Iterator[None]:
+        """Hold the output while the context lasts, for process `rank` of those that share the work.
 
         Raises:
-            UsageError: if the place holds something else, or rows of other settings; all differences in one message.
+            UsageError: if another command writes there.
+        """
+        name = f'.{self.place.name}.{rank}.lock'
+        with locked(
+            self.place.parent / name,
+            f'another command is writing to {self.place}: wait for it, or choose another --output',
+        ):
+            yield
+
+    def begin(self, environment: dict[str, Any]) -> None:
+        """Create the output, with a record of the settings and of the environment.
+
+        Raises:
+            UsageError: if the output holds something else, or rows of other settings; all differences in one message.
         """
         if not self.record.exists():
             held = [*(self.folder.glob('[!.]*') if self.folder.exists() else []), *self.files]
             if found := [str(path) for path in held if path.exists()]:
-                raise UsageError(f'{found[0]} is there already, and {self.record} is not: choose another output')
+                raise UsageError(f'{found[0]} exists, and {self.record} does not: choose another output')
             self.folder.mkdir(parents=True, exist_ok=True)
             with appearing(self.record) as draft:
-                draft.write_text(json.dumps(dict(settings=self.settings, environment=environment), indent=2) + '\n')
+                text = json.dumps(dict(settings=self.settings, environment=environment), indent=2)
+                draft.write_text(text + '\n', encoding='utf-8')
         try:
-            before = dict(flatten(json.loads(self.record.read_text())['settings']))
+            before = dict(flatten(json.loads(self.record.read_text('utf-8'))['settings']))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UsageError(
                 f'{self.record} is no record of `t2t-vit predict` or `embed`, or it is damaged: choose another output'
@@ -84,36 +146,72 @@ class Results:
             )
 
     def piece(self, part: int) -> Piece:
-        """The images of a part."""
+        """Return the images of a part."""
         return part * self.shard_size, min((part + 1) * self.shard_size, self.count)
 
     @property
     def complete(self) -> bool:
-        """Whether the one file is there."""
+        """True if the output is one file, and it is there."""
         return self.one_file and self.place.exists()
 
     def missing(self) -> list[int]:
-        """The parts that are still to be made."""
+        """Return the parts that are still to be computed; damaged ones are removed first."""
         if self.complete:
             return []
         there = {path.name for path in self.folder.glob('part-*')}
-        return [i for i, path in enumerate(self.parts) if path.name not in there]
+        return [i for i, path in enumerate(self.parts) if path.name not in there or not self.whole(i)]
+
+    def whole(self, part: int) -> bool:
+        """Return whether a part can be read as it was written; a damaged one is removed."""
+        try:
+            self.read(part)
+            return True
+        except DataError:
+            self.parts[part].unlink(missing_ok=True)
+            return False
 
     def write(self, part: int, rows: pa.Table, width: int) -> None:
-        """Make a part, whose lists have `width` values; it says so, as all of them may be missing."""
+        """Write a part whose lists have `width` values; the part says so, as all of its lists may be missing."""
+        rows = rows.combine_chunks()
         with appearing(self.parts[part]) as draft:
-            pq.write_table(rows.replace_schema_metadata({WIDTH: str(width)}), draft)
+            pq.write_table(rows.replace_schema_metadata({WIDTH: str(width), DIGEST: digest(rows)}), draft)
+
+    def read(self, part: int) -> pa.Table:
+        """Return the rows of a part.
+
+        Raises:
+            DataError: if it cannot be read, or is not what was written.
+        """
+        path, (start, stop) = self.parts[part], self.piece(part)
+        try:
+            table = pq.ParquetFile(path).read()
+            stated = (table.schema.metadata or {}).get(DIGEST)
+            whole = stated is None or stated.decode() == digest(table)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(f'{path} cannot be read: remove it, and start again ({error})') from None
+        if table.num_rows != stop - start or not whole:
+            raise DataError(
+                f'{path} has {table.num_rows} rows instead of {stop - start}: remove it, and start again'
+                if whole
+                else f'{path} is damaged, its rows do not have the SHA-256 that it states: remove it, and start again'
+            )
+        return table
 
     def finish(self) -> bool:
-        """If all parts are there, make the one file of them; whether they are. Any number of processes may try."""
-        if self.missing():
-            return False
+        """Make the one file if all parts are there, and return whether they are. Any number of processes may try."""
+        if self.complete or all(path.exists() for path in self.parts):
+            self.assemble()
+            return True
+        return False
+
+    def assemble(self) -> None:
+        """Make the one file of the parts, and remove what is left over."""
         if not self.one_file:
             drafts = list(self.folder.glob('.part-*'))  # of processes that were killed
         elif not self.complete:
             drafts = []
             try:
-                WRITERS[self.place.suffix](self.tables, self.count, self.place)
+                WRITERS[self.place.suffix](self.tables, self.count, self.place, self.spreadsheet)
             except FileNotFoundError:  # another process was faster
                 if not self.complete:
                     raise
@@ -121,30 +219,34 @@ class Results:
             shutil.rmtree(self.folder, ignore_errors=True)
             drafts = list(self.place.parent.glob(f'.{escape(self.place.name)}.*'))
         for draft in drafts:
-            draft.unlink(missing_ok=True)
-        return True
+            if draft.suffix != '.lock':
+                draft.unlink(missing_ok=True)
 
     def tables(self) -> Iterator[pa.Table]:
-        """The parts, one after the other.
+        """Yield the parts, one after the other; see `read`."""
+        for i in range(len(self.parts)):
+            yield self.read(i)
 
-        Raises:
-            DataError: for one that cannot be read, or has too few rows.
-        """
-        for i, path in enumerate(self.parts):
-            start, stop = self.piece(i)
-            try:
-                table = pq.ParquetFile(path).read()
-            except pa.ArrowException as error:
-                raise DataError(f'{path} cannot be read: remove it, and start again ({error})') from None
-            if table.num_rows != stop - start:
-                raise DataError(
-                    f'{path} has {table.num_rows} rows instead of {stop - start}: remove it, and start again'
-                )
-            yield table
+
+def digest(table: pa.Table) -> str:
+    """Return the SHA-256 of a table's values, however they are divided into chunks."""
+    sha = hashlib.sha256()
+    for name in table.column_names:
+        column = table.column(name)
+        sha.update(name.encode())
+        if pa.types.is_list(column.type):
+            sha.update(pc.list_value_length(column).fill_null(-1).to_numpy().tobytes())
+            column = pc.list_flatten(column)
+        if pa.types.is_string(column.type):
+            sha.update(pc.binary_length(column).fill_null(-1).to_numpy().tobytes())
+            sha.update(''.join(column.fill_null('').to_pylist()).encode())
+        else:
+            sha.update(column.to_numpy().tobytes())
+    return sha.hexdigest()
 
 
 def brief(value: Any) -> str:
-    """A value for a message."""
+    """Return a value for a message, at most 70 characters."""
     text = str(value)
     return text if len(text) <= 70 else f'{text[:67]}…'
 
@@ -152,20 +254,35 @@ def brief(value: Any) -> str:
 Tables = Callable[[], Iterable[pa.Table]]
 
 
-def write_parquet(tables: Tables, count: int, place: Path) -> None:
-    """One file, a row group a part."""
+def write_parquet(tables: Tables, count: int, place: Path, spreadsheet: bool) -> None:
+    """Write one Parquet file, a row group a part."""
     with appearing(place) as draft:
-        stream(tables(), lambda schema: pq.ParquetWriter(draft, schema))
+        rows = (table.replace_schema_metadata({WIDTH: table.schema.metadata[WIDTH]}) for table in tables())
+        stream(rows, lambda schema: pq.ParquetWriter(draft, schema))
 
 
-def write_csv(tables: Tables, count: int, place: Path) -> None:
-    """A column for each of the top k."""
+def write_csv(tables: Tables, count: int, place: Path, spreadsheet: bool) -> None:
+    """Write a CSV file with a column for each of the top k."""
     with appearing(place) as draft:
-        stream(map(spread, tables()), lambda schema: csv.CSVWriter(draft, schema))
+        rows = (safe(spread(table), spreadsheet) for table in tables())
+        stream(rows, lambda schema: csv.CSVWriter(draft, schema))
+
+
+def safe(table: pa.Table, spreadsheet: bool) -> pa.Table:
+    """Return a table for a CSV file; for a spreadsheet, `cell` of every text."""
+    if not spreadsheet:
+        return table
+    columns = {
+        name: pa.array([cell(value, True) for value in column.to_pylist()], pa.string())
+        if pa.types.is_string(column.type)
+        else column
+        for name, column in zip(table.column_names, table.columns)
+    }
+    return pa.table(columns)
 
 
 def stream(tables: Iterable[pa.Table], make: Callable[[pa.Schema], Any]) -> None:
-    """Tables of one schema to a writer of it."""
+    """Write tables of one schema with the writer that `make` returns for it."""
     rest = iter(tables)
     first = next(rest)
     with make(first.schema) as writer:
@@ -175,7 +292,7 @@ def stream(tables: Iterable[pa.Table], make: Callable[[pa.Schema], Any]) -> None
 
 
 def spread(table: pa.Table) -> pa.Table:
-    """A table whose lists are columns: class_1, probability_1, class_2, …"""
+    """Return a table with its lists as columns: class_1, probability_1, class_2, …"""
     lists = {name: column for name, column in zip(table.column_names, table.columns) if name not in NAMES}
     return pa.table(
         {
@@ -189,22 +306,24 @@ def spread(table: pa.Table) -> pa.Table:
     )
 
 
-def write_jsonl(tables: Tables, count: int, place: Path) -> None:
-    """An object a line."""
+def write_jsonl(tables: Tables, count: int, place: Path, spreadsheet: bool) -> None:
+    """Write a JSON object a line."""
     with appearing(place) as draft, draft.open('w', encoding='utf-8') as file:
         for table in tables():
-            file.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in table.to_pylist())
+            rows = table.to_pylist()
+            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + '\n' for row in rows)
 
 
 def names_of(place: Path) -> Path:
-    """What stands beside vectors."""
+    """Return the file of names beside a file of vectors."""
     return place.with_name(f'{place.name}.csv')
 
 
-def write_npy(tables: Tables, count: int, place: Path) -> None:
-    """Vectors, (count, D) in float32, nan for what cannot be read; and their images and errors in FILE.npy.csv."""
+def write_npy(tables: Tables, count: int, place: Path, spreadsheet: bool) -> None:
+    """Write vectors, (count, D) float32, NaN for images without one; names and errors go to FILE.npy.csv."""
     with appearing(names_of(place)) as names:
-        stream((table.select(NAMES) for table in tables()), lambda schema: csv.CSVWriter(names, schema))
+        rows = (safe(table.select(NAMES), spreadsheet) for table in tables())
+        stream(rows, lambda schema: csv.CSVWriter(names, schema))
     with appearing(place) as draft:
         start, vectors = 0, None
         for table in tables():
@@ -220,7 +339,7 @@ def write_npy(tables: Tables, count: int, place: Path) -> None:
             vectors.flush()
 
 
-WRITERS: dict[str, Callable[[Tables, int, Path], None]] = {
+WRITERS: dict[str, Callable[[Tables, int, Path, bool], None]] = {
     '.csv': write_csv,
     '.jsonl': write_jsonl,
     '.parquet': write_parquet,
@@ -229,10 +348,10 @@ WRITERS: dict[str, Callable[[Tables, int, Path], None]] = {
 
 
 def check_place(place: str, files: Sequence[str]) -> list[str]:
-    """What is wrong with an output's name, in a sentence."""
+    """Return what is wrong with an output's name, a sentence each."""
     suffix = Path(place).suffix
     return (
         []
         if suffix in ('', *files)
-        else [f'output is a folder, or a file that ends in {", ".join(files)}; got {place}']
+        else [f'output must be a folder, or a file that ends in {", ".join(files)}; got {place}']
     )

@@ -31,7 +31,6 @@ import yaml
 
 from .. import __version__
 from ..benchmark import count_macs, device_name
-from ..custom import refuse_code
 from ..data import Part, open_source
 from ..models.listing import count_parameters
 from ..settings import Setting, UsageError, flatten, nest, read_settings, recipes, resolve
@@ -40,7 +39,7 @@ from ..train.run import train
 from ..train.signals import RESTART, Interrupted, stop_signals
 from ..train.state import git_revision
 from ..trained import pick_device
-from .arms import ARMS, REFERENCE, SPLITS, Place, Small, base_of, build_small, check_arms, published_share, shrink
+from .arms import REFERENCE, SPLITS, Place, Small, base_of, build_small, check_arms, published_share, shrink
 
 RESULT = 'result.json'
 BEAT = 20  # seconds between the signs of life of whoever holds a run
@@ -137,7 +136,7 @@ def read_plan(folder: Path) -> Plan:
 def recipe_text(recipe: str) -> str:
     """A recipe, shipped or a file, with its bases in it, as YAML."""
     tree: dict[str, Any] = {}
-    for _, key, value, _ in read_settings(recipes().get(recipe, Path(recipe))):
+    for _, key, value in read_settings(recipes().get(recipe, Path(recipe))):
         nest(tree, key, value)
     return yaml.safe_dump(tree, sort_keys=False)
 
@@ -220,10 +219,7 @@ def read_arm(folder: Path, name: str) -> dict[str, Any]:
 
     Its path is the folder's one true one, however that was spelled, or a run would not know itself again.
     """
-    file = folder / 'arms' / f'{name}.yaml'
-    arm = yaml.safe_load(file.read_text(encoding='utf-8'))
-    if name in ARMS:  # a custom one is only read after it was named on the command line
-        refuse_code(arm['args'], str(file))
+    arm = yaml.safe_load((folder / 'arms' / f'{name}.yaml').read_text())
     arm['args'] = {
         key: f'{folder.resolve()}/{value}' if '.py:' in str(value) else value for key, value in arm['args'].items()
     }
@@ -299,9 +295,9 @@ def run_config(
     }
     kept = folder / 'recipe.yaml'
     base = read_settings(kept if kept.is_file() else recipes().get(plan.recipe, Path(plan.recipe)))
-    settings = [setting for setting in base if not setting.key.startswith('model')]
-    settings += [Setting(key, key, value) for key, value in given.items()]
-    settings += [Setting(f'model_args.{key}', f'model_args.{key}', value) for key, value in flatten(args)]
+    settings: list[Setting] = [entry for entry in base if not entry[1].startswith('model')]
+    settings += [(key, key, value) for key, value in given.items()]
+    settings += [(f'model_args.{key}', f'model_args.{key}', value) for key, value in flatten(args)]
     return resolve(Config, settings)
 
 
