@@ -1,1 +1,1 @@
-"""The paper's argument again: its structures, and its comparisons at a scale of one's own."""
+"""Reproduce the paper's tables and comparisons."""

@@ -1,21 +1,20 @@
-"""The paper's comparisons as a table: which models, at what widths, and what the paper says of each pair.
+"""List the paper's comparisons, and scale its models to a small budget of parameters.
 
-The scaling rule. One number, the budget, says how many parameters T2T-ViT-14 learns. Every other model gets that number
-times its published share: the parameters that the paper prints for it over those it prints for T2T-ViT-14; a design on
-ViT-S/16 gets ViT-S/16's number times its share of that. Depths, MLP ratios and all else of the structure stay; only
-widths change:
+The budget is the number of trainable parameters of T2T-ViT-14. Every other model gets the budget times its published
+ratio: the parameters that the paper prints for it over those of T2T-ViT-14. A design on ViT-S/16 gets ViT-S/16's
+number times its ratio to that. Only widths change; depths, MLP ratios and the rest of the structure stay:
 
-- ViT and T2T-ViT: the even `embed_dim` that comes nearest, with the published number of heads, or the divisor of the
-  width that is nearest to it, within a factor of 1.5. Token layers narrow by the same factor, to 16 at least.
+- ViT and T2T-ViT: the nearest even `embed_dim`, with the published number of heads, or the divisor of the width that is
+  nearest to it, within a factor of 1.5. Token layers narrow by the same factor, to at least 16.
 - dense: start width and growth rate together, about 2 : 1 as published, with the most heads that divide every width.
-- ResNet: the widths of its four stages, MobileNet: all widths, stem and head too; by one multiplier, to even numbers.
-  The stem of ResNet stays, 64.
-- Tokens lie on a grid `reduction` times coarser than the image, behind the paper's three soft splits or one hard one;
-  CNNs end at twice that, as 14² and 7² are at 224 pixels.
+- ResNet: the widths of its four stages by one multiplier, to even numbers; the stem keeps its 64 channels.
+- MobileNet: all widths, stem and head included, by one multiplier, to even numbers.
+- Tokens lie on a grid `reduction` times coarser than the image, after the paper's three soft splits or one hard split.
+  CNNs end at twice that, like 14² and 7² at 224 pixels.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import timm
@@ -28,13 +27,13 @@ from .mobilenet import even
 from .structures import PRINTED
 
 REFERENCE = 't2t_vit_14'
-SPLITS = {4: SPLITS_16, 8: SPLITS_64, 16: PAPER_SPLITS}  # by what they reduce the image
+SPLITS = {4: SPLITS_16, 8: SPLITS_64, 16: PAPER_SPLITS}  # by image size over token grid size
 MIN_TOKEN_DIM = 16
 HEADS_FACTOR = 1.5
-DENSE_CLOSE = 0.05  # off the budget: within this, most heads go first
-FAR = 0.2  # off the budget: beyond this, a budget is too small
+DENSE_CLOSE = 0.05  # difference from the budget within which more heads are preferred
+FAR = 0.2  # difference from the budget beyond which the budget is too small
 
-ARMS = [  # what the paper compares, in the order they are trained
+ARMS = [  # the models of the paper's comparisons, in the order of training
     't2t_vit_14',
     't2t_vit_14_no_t2t',
     't2t_vit_c_14',
@@ -64,13 +63,13 @@ ARMS = [  # what the paper compares, in the order they are trained
 
 
 class Pair(NamedTuple):
-    """One comparison of the paper's: `first` is better than `second` (>), worse (<), or as good (=)."""
+    """Hold one comparison of the paper: `first` is better than `second` (>), worse (<), or as good (=)."""
 
     claim: str
     first: str
     relation: str
     second: str
-    published: float  # points of top-1 that the first is ahead, on ImageNet
+    published: float  # difference in points of top-1 on ImageNet
 
 
 PAIRS = [
@@ -97,8 +96,8 @@ PAIRS = [
 ]
 
 
-class Place(NamedTuple):
-    """What a small model is built for."""
+class Inputs(NamedTuple):
+    """Hold the image size and classes that a model is built for."""
 
     img_size: int
     reduction: int
@@ -106,48 +105,45 @@ class Place(NamedTuple):
     num_classes: int
 
 
-class Small(NamedTuple):
-    """A model at a budget: its name for `timm.create_model`, its arguments, and the parameters it learns."""
+class ScaledModel(NamedTuple):
+    """Hold a model's name for `timm.create_model`, its arguments, and its number of trainable parameters."""
 
     model: str
     args: dict[str, Any]
     parameters: int
 
 
-def check_arms(names: list[str]) -> None:
-    """UsageError naming every arm that the paper has not."""
-    if unknown := [name for name in names if name not in ARMS]:
-        raise UsageError(
-            '\n'.join(f'unknown arm {name!r}{nearest(name, ARMS)}; arms: {", ".join(ARMS)}' for name in unknown)
-        )
+def unknown_arms(names: Sequence[str]) -> list[str]:
+    """Return a sentence for each name that is not an arm."""
+    return [f'unknown arm {name!r}{nearest(name, ARMS)}; arms: {", ".join(ARMS)}' for name in names if name not in ARMS]
 
 
 def base_of(name: str) -> str:
-    """The model whose small form an arm's budget is a share of."""
+    """Return the model that an arm's budget refers to."""
     return 'vit_s_16' if name.startswith('vit_s_16_') else REFERENCE
 
 
-def published_share(name: str, base: str) -> float:
-    """Parameters of a model over those of another, as the paper prints them."""
+def published_ratio(name: str, base: str) -> float:
+    """Return a model's parameters over those of another, as the paper prints them."""
     return PRINTED[name].params / PRINTED[base].params
 
 
-def shrink(name: str, budget: float, place: Place) -> Small:
-    """The model `name` at the width that brings it nearest to `budget` learned parameters.
+def scale(name: str, budget: float, inputs: Inputs) -> ScaledModel:
+    """Return the model at the width that is nearest to `budget` trainable parameters.
 
     Raises:
-        UsageError: if the budget is too small for it.
+        UsageError: if the budget is too small.
     """
 
-    def made(args: dict[str, Any]) -> Small:
-        return Small(model, args, count_small(model, args, place))
+    def build(args: dict[str, Any]) -> ScaledModel:
+        return ScaledModel(model, args, count_scaled(model, args, inputs))
 
     model = f'scaled_{name}' if name.startswith('mobilenet') else name
     if name in VARIANTS and VARIANTS[name].block == 'dense':
-        return shrink_dense(name, budget, place)
+        return scale_dense(name, budget, inputs)
     if name in VARIANTS:
         row = VARIANTS[name]
-        start = first_at_least(budget, lambda i: made(backbone(name, 2 * i, 1, place)).parameters)
+        start = first_at_least(budget, lambda i: build(backbone(name, 2 * i, 1, inputs)).parameters)
         valid = [
             (2 * i, heads) for i in range(max(start - 8, 2), start + 8) if (heads := divisor_near(2 * i, row.num_heads))
         ]
@@ -155,96 +151,96 @@ def shrink(name: str, budget: float, place: Place) -> Small:
             *[pair for pair in valid if pair[0] < 2 * start][-1:],
             *[pair for pair in valid if pair[0] >= 2 * start][:1],
         ]
-        found = [made(backbone(name, dim, heads, place)) for dim, heads in near]
+        found = [build(backbone(name, dim, heads, inputs)) for dim, heads in near]
     else:
         args = resnet if name.startswith('resnet') else mobilenet
-        start = first_at_least(budget, lambda i: made(args(i, place)).parameters)
-        found = [made(args(i, place)) for i in (start - 1, start) if i]
-    best = min(found, key=lambda small: off(small.parameters, budget), default=None)
-    if best is None or off(best.parameters, budget) > FAR:
+        start = first_at_least(budget, lambda i: build(args(i, inputs)).parameters)
+        found = [build(args(i, inputs)) for i in (start - 1, start) if i]
+    best = min(found, key=lambda model: distance(model.parameters, budget), default=None)
+    if best is None or distance(best.parameters, budget) > FAR:
         raise UsageError(
             f'{name} has no widths for {budget:,.0f} parameters'
             + (f', its nearest has {best.parameters:,}' if best else '')
-            + ': choose a larger budget'
+            + '; choose larger --parameters'
         )
     return best
 
 
-def off(count: float, budget: float) -> float:
-    """How far a count is from the budget, 0.01 for one percent."""
+def distance(count: float, budget: float) -> float:
+    """Return the distance of a count from the budget; 0.01 is one percent."""
     return abs(math.log(count / budget))
 
 
-def backbone(name: str, dim: int, heads: int, place: Place) -> dict[str, Any]:
-    """Arguments of a ViT or T2T-ViT of this width."""
+def backbone(name: str, dim: int, heads: int, inputs: Inputs) -> dict[str, Any]:
+    """Return the arguments of a ViT or T2T-ViT of a width."""
     row = VARIANTS[name]
     args: dict[str, Any] = dict(embed_dim=dim, num_heads=heads)
     if row.token_layer == 'none':
-        return {**args, 'splits': [[place.reduction, place.reduction, 0]]}
+        return {**args, 'splits': [[inputs.reduction, inputs.reduction, 0]]}
     narrow = 2 * round(32 * dim / row.embed_dim)
-    return {**args, 'token_dim': max(MIN_TOKEN_DIM, narrow), 'splits': [list(cut) for cut in SPLITS[place.reduction]]}
+    return {**args, 'token_dim': max(MIN_TOKEN_DIM, narrow), 'splits': [list(cut) for cut in SPLITS[inputs.reduction]]}
 
 
-def resnet(thousandths: int, place: Place) -> dict[str, Any]:
-    """Arguments of a ResNet whose stages are multiplied in width."""
+def resnet(thousandths: int, inputs: Inputs) -> dict[str, Any]:
+    """Return the arguments of a ResNet with the widths of its stages multiplied."""
     return dict(
-        channels=[even(width * thousandths / 1000) for width in (64, 128, 256, 512)], output_stride=2 * place.reduction
+        channels=[even(width * thousandths / 1000) for width in (64, 128, 256, 512)], output_stride=2 * inputs.reduction
     )
 
 
-def mobilenet(thousandths: int, place: Place) -> dict[str, Any]:
-    """Arguments of a MobileNet whose widths are multiplied."""
-    return dict(multiplier=thousandths / 1000, output_stride=2 * place.reduction)
+def mobilenet(thousandths: int, inputs: Inputs) -> dict[str, Any]:
+    """Return the arguments of a MobileNet with all widths multiplied."""
+    return dict(multiplier=thousandths / 1000, output_stride=2 * inputs.reduction)
 
 
 def first_at_least(budget: float, count: Callable[[int], int]) -> int:
-    """The first n whose count is at least the budget; counts grow about as squares, so few of them are asked for."""
+    """Return the smallest n whose count reaches the budget; counts grow like squares, which saves most calls."""
     low, high = 0, 8
-    while (held := count(high)) < budget:
-        low, high = high, max(math.ceil(1.05 * high * math.sqrt(budget / held)), high + 1)
+    while (reached := count(high)) < budget:
+        low, high = high, max(math.ceil(1.05 * high * math.sqrt(budget / reached)), high + 1)
     while high - low > 1:
-        guess = math.floor(high * math.sqrt(budget / held))
+        guess = math.floor(high * math.sqrt(budget / reached))
         middle = min(max(guess, low + 1), high - 1)
         found = count(middle)
-        low, high, held = (low, middle, found) if found >= budget else (middle, high, held)
+        low, high, reached = (low, middle, found) if found >= budget else (middle, high, reached)
     return high
 
 
 def divisor_near(dim: int, heads: int) -> int | None:
-    """The divisor of `dim` that is nearest to `heads` by ratio; None where all are far."""
+    """Return the divisor of `dim` with the nearest ratio to `heads`; None if all are beyond HEADS_FACTOR."""
     near = min((n for n in range(1, dim + 1) if dim % n == 0), key=lambda n: abs(math.log(n / heads)))
     return near if 1 / HEADS_FACTOR <= near / heads <= HEADS_FACTOR else None
 
 
-def shrink_dense(name: str, budget: float, place: Place) -> Small:
-    """Dense blocks: of start widths and growth rates close to the budget, those with most heads, then nearest 2 : 1."""
+def scale_dense(name: str, budget: float, inputs: Inputs) -> ScaledModel:
+    """Return the dense model close to the budget with the most heads, then the ratio nearest to 2 : 1."""
     row = VARIANTS[name]
     assert not isinstance(row.depth, int)
 
-    def made(dim: int, growth: int, heads: int) -> Small:
-        args = {**backbone(name, dim, heads, place), 'growth_rate': growth}
-        return Small(name, args, count_small(name, args, place))
+    def build(dim: int, growth: int, heads: int) -> ScaledModel:
+        args = {**backbone(name, dim, heads, inputs), 'growth_rate': growth}
+        return ScaledModel(name, args, count_scaled(name, args, inputs))
 
-    middle = first_at_least(budget, lambda growth: made(2 * growth, growth, 1).parameters)
+    middle = first_at_least(budget, lambda growth: build(2 * growth, growth, 1).parameters)
     rows = [
-        (heads, off(dim, 2 * growth), dim, growth)
+        (heads, distance(dim, 2 * growth), dim, growth)
         for growth in range(max(middle - 3, 2), middle + 4)
         for dim in range(2 * (2 * growth // 3), 3 * growth + 1, 2)
         if (heads := common_heads(dim, growth, row.depth, row.num_heads))
     ]
     found = []
     for heads, _, dim, growth in sorted(rows, key=lambda row: (-row[0], row[1])):
-        found.append(made(dim, growth, heads))
-        if off(found[-1].parameters, budget) <= DENSE_CLOSE:
+        found.append(build(dim, growth, heads))
+        if distance(found[-1].parameters, budget) <= DENSE_CLOSE:
             return found[-1]
-    best = min(found, key=lambda small: off(small.parameters, budget), default=None)
-    if best is None or off(best.parameters, budget) > FAR:
-        raise UsageError(f'{name} has no widths for {budget:,.0f} parameters: choose a larger budget')
+    best = min(found, key=lambda model: distance(model.parameters, budget), default=None)
+    if best is None or distance(best.parameters, budget) > FAR:
+        raise UsageError(f'{name} has no widths for {budget:,.0f} parameters; choose larger --parameters')
     return best
 
 
 def common_heads(dim: int, growth: int, groups: tuple[int, ...], most: int) -> int:
-    """The most heads, up to `most`, that divide every width of dense groups; 0 where a transition cannot halve."""
+    """Return the most heads, up to `most`, that divide every width; 0 if a transition would halve an odd width."""
     common = growth
     for i, count in enumerate(groups):
         if i:
@@ -255,12 +251,12 @@ def common_heads(dim: int, growth: int, groups: tuple[int, ...], most: int) -> i
     return max(n for n in range(1, most + 1) if common % n == 0)
 
 
-def count_small(model: str, args: dict[str, Any], place: Place) -> int:
-    """Learned parameters of a small model."""
-    return count_parameters(build_small(model, args, place))[1]
+def count_scaled(model: str, args: dict[str, Any], inputs: Inputs) -> int:
+    """Count the trainable parameters of a scaled model."""
+    return count_parameters(build_scaled(model, args, inputs))[1]
 
 
-def build_small(model: str, args: dict[str, Any], place: Place) -> nn.Module:
-    """A small model, as a run builds it."""
-    size = {'img_size': place.img_size} if model in VARIANTS else {}
-    return timm.create_model(model, num_classes=place.num_classes, in_chans=place.in_chans, **args, **size)
+def build_scaled(model: str, args: dict[str, Any], inputs: Inputs) -> nn.Module:
+    """Build a scaled model."""
+    size = {'img_size': inputs.img_size} if model in VARIANTS else {}
+    return timm.create_model(model, num_classes=inputs.num_classes, in_chans=inputs.in_chans, **args, **size)

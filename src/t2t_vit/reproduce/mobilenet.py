@@ -1,8 +1,8 @@
-"""MobileNetV1 and V2 at any width, for comparisons at a budget; registered with timm, so that their runs load anywhere.
+"""Register MobileNetV1 and V2 of any width with timm, for comparisons at a small budget.
 
-timm's own take a width multiplier too, but keep V2's head of 1280 channels below 1, which at a budget of 0.1 million
-parameters is most of the network, and round to multiples of 8. Here all widths, the head's too, are the published ones
-times the multiplier, rounded to even numbers; at 1 the networks are timm's.
+timm's models have a width multiplier too. Below 1 they keep V2's head of 1280 channels, which at 0.1 million
+parameters is most of the network, and they round to multiples of 8. Here all widths, the head included, are the
+published ones times the multiplier, rounded to even numbers; at 1 the networks are timm's.
 """
 
 import warnings
@@ -10,7 +10,7 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import EfficientNet, build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._efficientnet_builder import decode_arch_def  # blocks by their table has no public name
+from timm.models._efficientnet_builder import decode_arch_def  # no public name
 from torch import nn
 
 Stage = tuple[str, int, int, int]  # kind of block, repeats, stride, channels
@@ -26,7 +26,7 @@ V2: list[Stage] = [
 ]
 
 default_cfgs = generate_default_cfgs(
-    {  # where timm looks for what its own models of any width are
+    {  # timm looks up the configuration of its models here
         f'scaled_{name}': dict(
             input_size=(3, 224, 224),
             crop_pct=0.875,
@@ -42,7 +42,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def even(channels: float) -> int:
-    """The nearest even number of channels, 2 at least."""
+    """Return the nearest even number of channels, at least 2."""
     return max(2, 2 * round(channels / 2))
 
 
@@ -65,16 +65,16 @@ def _build(name: str, stages: list[Stage], head: int, multiplier: float, pretrai
 
 
 def scaled_mobilenetv1_100(pretrained: bool = False, multiplier: float = 1.0, **kwargs: Any) -> nn.Module:
-    """MobileNetV1 at any width."""
+    """Build MobileNetV1 with all widths multiplied."""
     return _build('scaled_mobilenetv1_100', V1, 0, multiplier, pretrained, **kwargs)
 
 
 def scaled_mobilenetv2_140(pretrained: bool = False, multiplier: float = 1.0, **kwargs: Any) -> nn.Module:
-    """MobileNetV2 at any width."""
+    """Build MobileNetV2 with all widths multiplied."""
     return _build('scaled_mobilenetv2_140', V2, 1280, multiplier, pretrained, **kwargs)
 
 
 with warnings.catch_warnings():
-    warnings.simplefilter('ignore')  # that they are there already, where this module is imported anew
+    warnings.simplefilter('ignore')  # tests import this module again, and timm warns of the second registration
     register_model(scaled_mobilenetv1_100)
     register_model(scaled_mobilenetv2_140)

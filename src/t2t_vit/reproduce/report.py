@@ -1,9 +1,8 @@
-"""The tables and plots of a comparison, of whatever is done so far."""
+"""Write the tables and plots of a comparison's finished runs."""
 
 import csv
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,19 +14,19 @@ from ..console import console
 from ..plots import plot_arms, plot_differences
 from ..settings import UsageError
 from .arms import ARMS
-from .runs import OPTIONS, RESULT, Plan, failures, read_plan, results
+from .comparison import OPTIONS, Plan, failures, read_plan, results
 from .structures import PRINTED
 from .verdicts import (
-    CLOSE,
     CONFIDENCE,
     MARGIN,
     MIN_FREEDOM,
+    SIZE_TOLERANCE,
     Arm,
     Verdict,
     gather,
     half_width,
     overall,
-    pooled,
+    pooled_std,
     verdicts,
 )
 
@@ -37,8 +36,8 @@ ARM_HEAD = [
     f'± {100 * CONFIDENCE:.0f} %',
     'seeds',
     'parameters',
-    'published share',
-    'share',
+    'published ratio',
+    'ratio',
     'MMAC',
     'weights only',
     'images/s',
@@ -51,6 +50,7 @@ VERDICT_HEAD = [
     'second',
     'difference',
     f'± {100 * CONFIDENCE:.0f} %',
+    'p',
     'seeds',
     'size',
     'paper',
@@ -59,12 +59,12 @@ VERDICT_HEAD = [
 
 
 def arm_cells(arm: Arm, arms: dict[str, Arm]) -> list[str]:
-    """An arm as it is shown."""
+    """Format an arm."""
     printed, reference = PRINTED.get(arm.name), arms.get('t2t_vit_14')
     return [
         arm.name,
         f'{arm.mean:.2f}',
-        f'{half_width(arm, None, list(arms.values())):.2f}',
+        f'{half_width([arm], list(arms.values())):.2f}',
         str(len(arm.top1)),
         f'{arm.parameters:,}',
         f'{printed.params / PRINTED["t2t_vit_14"].params:.2f}' if printed else '–',
@@ -77,11 +77,11 @@ def arm_cells(arm: Arm, arms: dict[str, Arm]) -> list[str]:
 
 
 def verdict_cells(verdict: Verdict) -> list[str]:
-    """A verdict as it is shown."""
+    """Format a verdict."""
     pair = verdict.pair
     paper = '–' if math.isnan(pair.published) else f'{pair.published:+.1f}'
     if verdict.difference is None:
-        return [pair.claim, pair.first, pair.relation, pair.second, '–', '–', '–', '–', paper, verdict.text]
+        return [pair.claim, pair.first, pair.relation, pair.second, '–', '–', '–', '–', '–', paper, verdict.text]
     return [
         pair.claim,
         pair.first,
@@ -89,6 +89,7 @@ def verdict_cells(verdict: Verdict) -> list[str]:
         pair.second,
         f'{verdict.difference:+.2f}',
         f'{verdict.half:.2f}',
+        '–' if verdict.p is None else '< 0.001' if verdict.p < 0.001 else f'{verdict.p:.3f}',
         verdict.seeds,
         f'{verdict.size:.2f}',
         paper,
@@ -97,7 +98,7 @@ def verdict_cells(verdict: Verdict) -> list[str]:
 
 
 def conditions(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
-    """What all figures hold for."""
+    """Describe the conditions of all figures."""
 
     def all_of(key: str) -> str:
         return ', '.join(dict.fromkeys(str(row[key]) for row in rows))
@@ -113,17 +114,17 @@ def conditions(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def save_report(folder: Path) -> None:
-    """README.md, CSV files, configs/ and plots of a comparison's results, and the same on the screen.
+    """Write README.md, CSV files and plots of a comparison's results, and print the tables.
 
-    Files are written beside and renamed: of processes that do it at once each leaves whole ones. notes.md in the
-    folder, what a person has to say about the runs, becomes part of README.md.
+    Files are written under another name and renamed, so that processes that do it together leave complete files. The
+    text of notes.md in the folder becomes the last section of README.md.
 
     Raises:
-        UsageError: if none of its runs is done.
+        UsageError: if no run is finished.
     """
     plan, rows = read_plan(folder), results(folder)
     if not rows:
-        raise UsageError(f'no run in {folder} is done yet')
+        raise UsageError(f'no run in {folder} is finished yet')
     arms = gather(rows)
     ranked = sorted(arms.values(), key=lambda arm: (ARMS.index(arm.name) if arm.name in ARMS else len(ARMS), arm.name))
     judged = verdicts(arms, 100 * plan.chance)
@@ -135,13 +136,8 @@ def save_report(folder: Path) -> None:
         write_csv(draft / 'runs.csv', list(rows[0]), [list(row.values()) for row in rows])
         write_csv(draft / 'arms.csv', ARM_HEAD, [arm_cells(arm, arms) for arm in ranked])
         write_csv(draft / 'verdicts.csv', VERDICT_HEAD, [verdict_cells(verdict) for verdict in judged])
-        (draft / 'configs').mkdir()
-        for file in folder.glob(f'runs/*/seed-*/{RESULT}'):
-            shutil.copyfile(
-                file.parent / 'config.yaml', draft / 'configs' / f'{file.parent.parent.name}-{file.parent.name}.yaml'
-            )
         plot_arms(
-            [(arm.name, arm.parameters, arm.top1, half_width(arm, None, ranked), arm.own) for arm in ranked],
+            [(arm.name, arm.parameters, arm.top1, half_width([arm], ranked), arm.custom) for arm in ranked],
             about,
             draft / 'arms.png',
         )
@@ -162,14 +158,13 @@ def save_report(folder: Path) -> None:
                 draft / 'claims.png',
             )
         (draft / 'README.md').write_text(readme(plan, arms, ranked, judged, about, folder))
-        (folder / 'configs').mkdir(exist_ok=True)
         for file in [path for path in draft.rglob('*') if path.is_file()]:
             os.replace(file, folder / file.relative_to(draft))
     show(arms, ranked, judged, about)
 
 
 def write_csv(file: Path, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table as CSV."""
+    """Write a table as CSV."""
     with file.open('w', newline='') as stream:
         writer = csv.writer(stream)
         writer.writerow(head)
@@ -177,7 +172,7 @@ def write_csv(file: Path, head: Sequence[str], rows: Sequence[Sequence[Any]]) ->
 
 
 def show(arms: dict[str, Arm], ranked: Sequence[Arm], judged: Sequence[Verdict], about: str) -> None:
-    """Both tables on the screen."""
+    """Print both tables."""
     table = Table(*ARM_HEAD, title=about)
     for arm in ranked:
         table.add_row(*arm_cells(arm, arms))
@@ -189,7 +184,7 @@ def show(arms: dict[str, Arm], ranked: Sequence[Arm], judged: Sequence[Verdict],
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table's lines."""
+    """Return the lines of a Markdown table."""
     return [
         '| ' + ' | '.join(head) + ' |',
         '|' + '---|' * len(head),
@@ -201,55 +196,44 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def readme(
     plan: Plan, arms: dict[str, Arm], ranked: Sequence[Arm], judged: Sequence[Verdict], about: str, folder: Path
 ) -> str:
-    """The page of a comparison."""
-    deviation, freedom = pooled(ranked)
+    """Return the page of a comparison: tables first, then how to read them, then the notes."""
+    std, freedom = pooled_std(ranked)
     test = (
-        f'a t interval of the difference of means over seeds, with one standard deviation of {deviation:.2f} '
-        f'points for all arms, pooled within them ({freedom} degrees of freedom)'
+        f't tests at 95 % with a standard deviation over seeds of {std:.2f} points, pooled over all arms ({freedom} '
+        'degrees of freedom); TOST for `=`, which means within ±1 point. p is corrected for the number of judged pairs '
+        "by Holm's method; the intervals are those of single pairs, without the correction."
         if freedom >= MIN_FREEDOM
-        else 'none, since too few arms have two seeds: nothing is decided. The intervals are those of two proportions '
-        'over the validation images, for orientation; they know nothing of seeds'
+        else 'none, because too few arms have two seeds: nothing is decided. The intervals are those of two '
+        'proportions over the validation images, for orientation; they do not contain the variation over seeds.'
     )
-    far = f'A pair whose ratio of parameters is more than {100 * CLOSE:.0f} % off the published one is not judged.'
     claims: dict[str, list[Verdict]] = {}
     for verdict in judged:
         claims.setdefault(verdict.pair.claim, []).append(verdict)
-    notes = folder / 'notes.md'
-    failed = failures(folder)
+    notes, failed = folder / 'notes.md', failures(folder)
     given = ' '.join(f'--{key} {getattr(plan, key)}' for key in OPTIONS[1:] if getattr(plan, key) is not None)
     return '\n'.join(
         [
             "# The paper's claims at small scale",
             '',
-            f'{about}.',
-            '',
-            f'`t2t-vit reproduce accuracy --data {plan.data} {given} --output {folder.resolve().name}`',
-            '',
-            *([notes.read_text().strip(), ''] if notes.is_file() else []),
-            f'Test, at 95 %, claim by claim: {test}. "As good" (=) means within ±{MARGIN:g} point. Top-1 is that of '
-            'the last epoch. A verdict is about these models, data and numbers of images, not about ImageNet: the '
-            'paper trains 300 epochs of 1.28 million images. docs/reproduce.md says how models are scaled and '
-            'claims tested.',
-            '',
-            '## Claims',
-            '',
+            '| claim | verdict |',
+            '|---|---|',
             *(
-                f'- {claim}: **{overall(found)}**'
+                f'| {claim} | **{overall(found)}** |'
                 for claim, found in claims.items()
                 if found[0].pair.relation != '?' and any(v.difference is not None for v in found)
             ),
             '',
-            f'A claim holds where all its pairs do, and does not hold where one of them does not. {far} `size`: '
-            "parameters of the first over the second's. An arm that is not above the share of the largest class, "
-            f'{100 * plan.chance:.1f} %, decides nothing.',
+            f'{about}.',
             '',
-            *markdown(VERDICT_HEAD, [verdict_cells(v) for v in judged]),
+            f'`t2t-vit reproduce accuracy --data {plan.data} {given} --output {folder.resolve().name}`',
+            '',
+            '## Pairs',
+            '',
+            *markdown(VERDICT_HEAD, [verdict_cells(v) for v in judged if v.difference is not None]),
+            *([f'Not run: {missing}.', ''] if (missing := not_run(judged)) else []),
             '![differences](claims.png)',
             '',
             '## Arms',
-            '',
-            "`share`: parameters over T2T-ViT-14's, as published and here. MMAC: million multiply-adds of "
-            'one image. images/s: training, median of the epochs; other processes may have run beside.',
             '',
             *markdown(ARM_HEAD, [arm_cells(arm, arms) for arm in ranked]),
             '![arms](arms.png)',
@@ -259,7 +243,23 @@ def readme(
                 if failed
                 else []
             ),
-            'Exact configurations: configs/. Every run: runs.csv.',
+            '## How to read the tables',
             '',
+            f'- Top-1 is that of the last epoch. Test: {test}',
+            '- A claim holds if all its pairs do, and does not hold if one of them does not. A pair is not judged if '
+            f'its ratio of parameters (`size`) differs from the published one by more than {100 * SIZE_TOLERANCE:.0f} '
+            f'%, or if an arm is not above the fraction of the largest class, {100 * plan.chance:.1f} %.',
+            "- `ratio`: parameters over T2T-ViT-14's, as published and here. MMAC: million multiply-adds of one image. "
+            'images/s: training, median over epochs; other processes may have run at the same time.',
+            '- A verdict is about these models, data and numbers of images, not about ImageNet: the paper trains 300 '
+            'epochs of 1.28 million images. docs/reproduce.md describes scaling and tests. Every run: runs.csv.',
+            '',
+            *(['## Notes', '', notes.read_text(encoding='utf-8').strip(), ''] if notes.is_file() else []),
         ]
     )
+
+
+def not_run(judged: Sequence[Verdict]) -> str:
+    """List the pairs without runs."""
+    pairs = [v.pair for v in judged if v.difference is None]
+    return ', '.join(f'{pair.first} {pair.relation} {pair.second}' for pair in pairs)

@@ -1,4 +1,4 @@
-"""Every row of the paper's tables beside our model: parameters and multiply-adds, and why they differ where they do."""
+"""Compare parameters and multiply-adds of every row of the paper's tables with our models, and explain differences."""
 
 import csv
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ STEP = 0.05  # half of the last printed digit, in M and in G
 
 
 class Printed(NamedTuple):
-    """A row of the paper: top-1 on ImageNet in percent, parameters in millions, multiply-adds in billions."""
+    """Hold a row of the paper: top-1 on ImageNet in percent, parameters in millions, multiply-adds in billions."""
 
     table: str
     name: str
@@ -26,12 +26,12 @@ class Printed(NamedTuple):
     params: float
     gmacs: float
     img_size: int = 224
-    note: str = ''  # what is known of a difference that neither digits nor counting explain
-    counted: str = ''  # why the printed parameters are of another count, where that is known
+    note: str = ''  # what is known about a difference that neither rounding nor counting explains
+    counted: str = ''  # why the printed parameters differ, if known
 
 
 class Structure(NamedTuple):
-    """Our counts of a row: learned parameters and all that a checkpoint holds, multiply-adds in both conventions."""
+    """Hold our counts: trainable parameters, all tensors of a checkpoint, multiply-adds in both conventions."""
 
     printed: Printed
     params: float
@@ -40,7 +40,7 @@ class Structure(NamedTuple):
     gmacs_weights: float
 
     def explanations(self) -> list[str]:
-        """Why parameters or multiply-adds are not within 1 % of the printed ones, as far as it is known."""
+        """Return why parameters or multiply-adds differ by more than 1 % from the printed ones, as far as known."""
         row, found = self.printed, []
         if abs(self.params / row.params - 1) > TOLERANCE:
             if abs(self.params - row.params) <= STEP:
@@ -53,7 +53,7 @@ class Structure(NamedTuple):
             if abs(self.gmacs - row.gmacs) <= STEP:
                 found.append('MACs: rounding')
             elif abs(self.gmacs_weights - row.gmacs) <= STEP:
-                found.append('MACs: printed without the products of attention')
+                found.append('MACs: printed without the matmuls of attention')
             else:
                 found.append(
                     f'MACs: {UNEXPLAINED}, {abs(self.gmacs - row.gmacs):.2f} G apart'
@@ -63,7 +63,7 @@ class Structure(NamedTuple):
 
 
 UNEXPLAINED = 'unexplained'
-VIT_S = 'ViT-B and DeiT-S, of the same parts, agree'
+VIT_S = 'ViT-B and DeiT-S, built the same way, agree'
 
 ROWS = [
     Printed('Table 1', 't2t_vit_7', 71.7, 4.3, 1.1),
@@ -124,7 +124,7 @@ ROWS = [
         79.5,
         16.3,
         3.7,
-        note='between our counts with and without the products of attention',
+        note='between our counts with and without the matmuls of attention',
     ),
     Printed(
         'T2T module',
@@ -132,7 +132,7 @@ ROWS = [
         79.5,
         21.1,
         4.2,
-        note='near our count without the products of attention; the row below, of the same backbone, has them',
+        note='near our count without the matmuls of attention; the row below, of the same backbone, has them',
         counted='printed is the backbone alone, without the embedding of patches',
     ),
     Printed('T2T module', 't2t_vit_c_14', 80.8, 21.3, 4.6),
@@ -142,11 +142,11 @@ ROWS = [
         'T2T module', 't2t_vit_14_wide', 78.8, 25.0, 5.4, note='5.0 is printed for the same model among the designs'
     ),
 ]
-PRINTED: dict[str, Printed] = {row.name: row for row in reversed(ROWS)}  # the first that a model is printed in
+PRINTED: dict[str, Printed] = {row.name: row for row in reversed(ROWS)}  # the first row of each model
 
 
 def measure_structure(row: Printed) -> Structure:
-    """Count a row's model, on no device."""
+    """Count a row's model, without allocating it."""
     with torch.device('meta'):
         model = timm.create_model(row.name)
     whole, learned = count_parameters(model)
@@ -170,7 +170,7 @@ HEAD = [
 
 
 def cells(row: Structure) -> list[str]:
-    """A row as it is shown."""
+    """Format a row."""
     printed = row.printed
     return [
         printed.name,
@@ -189,7 +189,7 @@ def cells(row: Structure) -> list[str]:
 
 def show_structures(rows: Sequence[Structure]) -> None:
     """Print the table."""
-    table = Table(*HEAD[:-1], title='Learned parameters and multiply-adds of one image; top-1 as published')
+    table = Table(*HEAD[:-1], title='Trainable parameters and multiply-adds of one image; top-1 as published')
     for row in rows:
         table.add_row(*cells(row)[:-1])
     console().print(table)
@@ -199,7 +199,7 @@ def show_structures(rows: Sequence[Structure]) -> None:
 
 
 def save_structures(rows: Sequence[Structure], folder: Path) -> None:
-    """structures.csv and structures.md, a table for each of the paper's."""
+    """Write structures.csv, and README.md with a table for each table of the paper."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / 'structures.csv').open('w', newline='') as file:
         writer = csv.writer(file)
@@ -236,13 +236,13 @@ def save_structures(rows: Sequence[Structure], folder: Path) -> None:
                 ]
             )
     lines = [
-        "# Structures: the paper's figures and ours",
+        "# Sizes of the paper's models: printed and counted",
         '',
-        'Parameters are the learned ones, in millions. Multiply-adds of one image, in billions, with the products '
-        'of attention, as the paper counts, and without ("weights only"). Top-1 is the published one on ImageNet.',
+        'Trainable parameters in millions. Multiply-adds of one image in billions, with the matmuls of attention, as '
+        'the paper counts, and without ("weights only"). Top-1 on ImageNet as published.',
         '',
     ]
     for table in dict.fromkeys(row.printed.table for row in rows):
         lines += [f'## {table}', '', '| ' + ' | '.join(HEAD) + ' |', '|' + '---|' * len(HEAD)]
         lines += ['| ' + ' | '.join(cells(row)) + ' |' for row in rows if row.printed.table == table] + ['']
-    (folder / 'structures.md').write_text('\n'.join(lines))
+    (folder / 'README.md').write_text('\n'.join(lines))

@@ -1,24 +1,23 @@
-"""What the runs say of each claim, by one stated test.
+"""Judge the paper's claims by the runs of a comparison.
 
-Top-1 behind the last epoch is compared, never the best epoch's. The test is a two-sided t test at 95 % on the
-difference of two arms' means over seeds, with one variance for all arms, pooled within them (one-way analysis of
-variance, Fisher's least significant difference):
+Top-1 after the last epoch is compared, never the best epoch's. The standard deviation s over seeds is pooled over all
+arms (one-way analysis of variance): s² = Σ (n_a − 1)·s_a² / ν with ν = Σ (n_a − 1) degrees of freedom. A pair of arms
+with n₁ and n₂ seeds has the difference of means d with the standard error s·√(1/n₁ + 1/n₂), and
 
-    d ± t(0.975, ν) · s · √(1/n₁ + 1/n₂),   s² = Σ (n_a − 1)·s_a² / ν,   ν = Σ (n_a − 1).
-
-It assumes that seeds scatter alike in all arms; with two or three seeds an arm this is what makes an interval of use at
-all. Claims are tested one by one, without a correction for their number, and on one validation set, whose own sampling
-the scatter over seeds does not hold. With ν < 3 that scatter is as good as unknown, and nothing is decided: the
-interval that is shown then is that of two proportions over the validation images (normal approximation), for
-orientation only.
-
-    first > second    holds: the whole interval is above 0; does not hold: it is below
+    first > second    t test of d = 0; holds if d is significantly positive, does not hold if it is negative
     first < second    the other way round
-    first = second    holds: the interval lies within ± MARGIN points; does not hold: it lies outside
+    first = second    TOST: two one-sided t tests of |d| ≥ MARGIN; holds if both are significant. It does not hold if d
+                      is significantly outside ±MARGIN
 
-An arm whose own interval reaches down to the share of the largest class has not learned, and decides nothing. A pair
-whose ratio of parameters is more than CLOSE off the published one is another comparison than the paper's, and is not
-judged.
+Holm's method corrects the p-values for the number of judged pairs, so that the probability of any wrong verdict is at
+most 5 %. The printed intervals are 95 % intervals of single pairs, without that correction.
+
+Assumptions: seeds vary equally in all arms. Sampling of the validation images is not part of the variation over seeds.
+With ν < 3 nothing is decided; the intervals are then those of two proportions over the validation images (normal
+approximation), for orientation only.
+
+A pair is not judged if an arm's interval reaches down to the fraction of the largest class (it did not learn), or if
+its ratio of parameters differs from the published one by more than SIZE_TOLERANCE (it is another comparison).
 """
 
 import math
@@ -26,19 +25,20 @@ from collections.abc import Sequence
 from statistics import fmean, variance
 from typing import Any, NamedTuple
 
+import numpy as np
 from scipy import stats
 
-from .arms import PAIRS, REFERENCE, Pair, published_share
+from .arms import PAIRS, REFERENCE, Pair, published_ratio
 
 MARGIN = 1.0  # points of top-1 that count as no difference
 CONFIDENCE = 0.95
-MIN_FREEDOM = 3  # degrees of it, below which the scatter over seeds is not known
-CLOSE = 0.05  # of a pair's published ratio of parameters
+MIN_FREEDOM = 3  # degrees of freedom below which the variation over seeds counts as unknown
+SIZE_TOLERANCE = 0.05  # of a pair's published ratio of parameters
 HOLDS, FAILS, OPEN = 'holds', 'does not hold', 'not decided by these runs'
 
 
 class Arm(NamedTuple):
-    """An arm's runs: top-1 in percent of each seed, and what they share."""
+    """Hold the runs of an arm: top-1 in percent for each seed, and what the seeds have in common."""
 
     name: str
     top1: list[float]
@@ -48,27 +48,28 @@ class Arm(NamedTuple):
     macs_weights: float
     images_per_second: float  # median
     val_images: int
-    own: bool
+    custom: bool
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """Return the mean top-1 over seeds."""
         return fmean(self.top1)
 
 
 class Verdict(NamedTuple):
-    """A pair's difference in points of top-1, first minus second, its interval and what follows; None without runs."""
+    """Hold a pair's difference in points of top-1 (first minus second) and the verdict; None without runs."""
 
     pair: Pair
     difference: float | None
-    half: float | None  # half of the interval's width
+    half: float | None  # half the width of the interval of this pair alone
+    p: float | None  # corrected by Holm's method; None if the pair is not judged
     size: float | None  # parameters, first over second
     text: str
     seeds: str
 
 
 def gather(results: Sequence[dict[str, Any]]) -> dict[str, Arm]:
-    """Arms by name, of the results of single runs."""
+    """Return the arms by name, from the results of single runs."""
     arms: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         arms.setdefault(result['arm'], []).append(result)
@@ -85,13 +86,13 @@ def gather(results: Sequence[dict[str, Any]]) -> dict[str, Arm]:
             rows[0]['macs_weights'],
             speeds[len(speeds) // 2],
             rows[0]['val_images'],
-            rows[0]['own'],
+            rows[0]['custom'],
         )
     return found
 
 
-def pooled(arms: Sequence[Arm]) -> tuple[float, int]:
-    """The standard deviation over seeds within arms, in points, and its degrees of freedom."""
+def pooled_std(arms: Sequence[Arm]) -> tuple[float, int]:
+    """Return the standard deviation over seeds within arms, in points, and its degrees of freedom."""
     freedom = sum(len(arm.top1) - 1 for arm in arms)
     if not freedom:
         return math.nan, 0
@@ -99,68 +100,94 @@ def pooled(arms: Sequence[Arm]) -> tuple[float, int]:
     return math.sqrt(squares / freedom), freedom
 
 
-def half_width(first: Arm, second: Arm | None, arms: Sequence[Arm]) -> float:
-    """Half of the interval of a difference of means, or of one mean where there is no second."""
-    deviation, freedom = pooled(arms)
-    both = [first] + ([second] if second else [])
+def standard_error(compared: Sequence[Arm], arms: Sequence[Arm]) -> float:
+    """Return the standard error of one arm's mean, or of the difference of two, with the std pooled over `arms`."""
+    return pooled_std(arms)[0] * math.sqrt(sum(1 / len(arm.top1) for arm in compared))
+
+
+def half_width(compared: Sequence[Arm], arms: Sequence[Arm]) -> float:
+    """Return half the width of the interval of one arm's mean, or of the difference of two."""
+    freedom = pooled_std(arms)[1]
     if freedom >= MIN_FREEDOM:
-        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
-        return quantile * deviation * math.sqrt(sum(1 / len(arm.top1) for arm in both))
-    spread = sum(arm.mean * (100 - arm.mean) / arm.val_images for arm in both)
-    return float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(spread)
+        return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * standard_error(compared, arms)
+    variances = sum(arm.mean * (100 - arm.mean) / arm.val_images for arm in compared)
+    return float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(variances)
 
 
-def obstacle(first: Arm, second: Arm, arms: Sequence[Arm], chance: float, relation: str) -> str | None:
-    """Why nothing can be said of a pair, whatever its difference; None where something can."""
-    if idle := [arm.name for arm in (first, second) if arm.mean - half_width(arm, None, arms) <= chance]:
+def obstacle(first: Arm, second: Arm, arms: Sequence[Arm], chance: float, relation: str) -> str:
+    """Return why a pair cannot be judged, or an empty string."""
+    if idle := [arm.name for arm in (first, second) if arm.mean - half_width([arm], arms) <= chance]:
         return f'{OPEN}: {" and ".join(idle)} did not learn'
     if relation != '?':
-        size, published = first.parameters / second.parameters, published_share(first.name, second.name)
-        if abs(size / published - 1) > CLOSE:
-            return f'not judged: {size:.2f} of the size, in the paper {published:.2f}'
-    if pooled(arms)[1] < MIN_FREEDOM:
+        size, published = first.parameters / second.parameters, published_ratio(first.name, second.name)
+        if abs(size / published - 1) > SIZE_TOLERANCE:
+            return f'not judged: size ratio {size:.2f}, in the paper {published:.2f}'
+    if pooled_std(arms)[1] < MIN_FREEDOM:
         return f'not decided ({"one seed" if min(len(first.top1), len(second.top1)) == 1 else "too few seeds"})'
-    return None
+    return ''
 
 
-def judge(difference: float, half: float, relation: str) -> str:
-    """What an interval says of a relation."""
-    low, high = difference - half, difference + half
+def p_value(difference: float, error: float, freedom: int, relation: str) -> float:
+    """Return the p-value of the hypothesis that the sign, or for '=' the size, of a difference points to."""
+    distance = abs(difference)
+    if relation != '=':
+        return float(2 * stats.t.sf(distance / error, freedom))
+    if distance < MARGIN:  # TOST: the larger of the two one-sided p-values
+        return float(stats.t.sf((MARGIN - distance) / error, freedom))
+    return float(2 * stats.t.sf((distance - MARGIN) / error, freedom))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected by Holm's step-down method, in the order given."""
+    order = np.argsort(p_values)
+    steps = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
+    corrected = np.empty(len(order))
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return corrected.tolist()
+
+
+def judge(difference: float, p: float, relation: str) -> str:
+    """Return the verdict on a relation."""
+    if p >= 1 - CONFIDENCE:
+        return OPEN
+    if relation == '?':
+        return 'better' if difference > 0 else 'worse'
     if relation == '=':
-        if low >= -MARGIN and high <= MARGIN:
-            return HOLDS
-        return FAILS if low > MARGIN or high < -MARGIN else OPEN
-    if relation == '<':
-        low, high = -high, -low
-    return HOLDS if low > 0 else FAILS if high < 0 else OPEN
+        return HOLDS if abs(difference) < MARGIN else FAILS
+    return HOLDS if (difference > 0) == (relation == '>') else FAILS
 
 
 def verdicts(arms: dict[str, Arm], chance: float) -> list[Verdict]:
-    """Of every pair of the paper's, and of every own design against T2T-ViT-14, whose relation nobody claims.
+    """Judge every pair of the paper, and every custom design against T2T-ViT-14.
 
-    `chance` is the top-1 of guessing the largest class, in percent.
+    Args:
+        arms: Arms by name.
+        chance: Top-1 of always answering the largest class, in percent.
     """
-    own = [Pair('your design', name, '?', REFERENCE, math.nan) for name, arm in arms.items() if arm.own]
-    found = []
-    for pair in [*PAIRS, *own]:
+    custom = [Pair('your design', name, '?', REFERENCE, math.nan) for name, arm in arms.items() if arm.custom]
+    everyone, freedom = list(arms.values()), pooled_std(list(arms.values()))[1]
+    found: list[Verdict] = []
+    for pair in [*PAIRS, *custom]:
         first, second = arms.get(pair.first), arms.get(pair.second)
         if first is None or second is None:
-            found.append(Verdict(pair, None, None, None, 'not run', '–'))
+            found.append(Verdict(pair, None, None, None, None, 'not run', '–'))
             continue
-        difference = first.mean - second.mean
-        half = half_width(first, second, list(arms.values()))
+        difference, half = first.mean - second.mean, half_width([first, second], everyone)
+        text = obstacle(first, second, everyone, chance, pair.relation)
+        error = standard_error([first, second], everyone)
+        p = None if text else p_value(difference, error, freedom, pair.relation)
         size = first.parameters / second.parameters
-        text = obstacle(first, second, list(arms.values()), chance, pair.relation) or ''
-        if not text and pair.relation == '?':
-            better, worse = (judge(difference, half, relation) == HOLDS for relation in '><')
-            text = 'better' if better else 'worse' if worse else OPEN
-        text = text or judge(difference, half, pair.relation)
-        found.append(Verdict(pair, difference, half, size, text, f'{len(first.top1)} and {len(second.top1)}'))
+        found.append(Verdict(pair, difference, half, p, size, text, f'{len(first.top1)} and {len(second.top1)}'))
+    corrected = iter(holm([v.p for v in found if v.p is not None]))
+    for i, v in enumerate(found):
+        if v.p is not None and v.difference is not None:
+            p = next(corrected)
+            found[i] = v._replace(p=p, text=judge(v.difference, p, v.pair.relation))
     return found
 
 
 def overall(found: Sequence[Verdict]) -> str:
-    """A claim's verdict of those of its pairs: it holds where all do, it does not where one does not."""
+    """Return the verdict on a claim: it holds if all of its pairs do, and does not hold if one of them does not."""
     texts = [verdict.text for verdict in found if verdict.difference is not None]
     if any(text.startswith(FAILS) for text in texts):
         return FAILS
