@@ -1,15 +1,16 @@
 # make quickstart   install, train on the embedded digits, evaluate, predict
-# make test         install what tests need, lint, check types, run all tests
-# make test-timm    timm's own tests of models, every test on every variant
+# make lint         ruff, codespell, mypy: what the pre-commit hooks run
+# make test         lint and all tests
+# make test-timm    every test of timm's own model tests on every variant
 # make test-browser the page in a browser; takes the screenshots of docs/explore.md
+# make test-export  export every registered model at its size to ONNX; compare in onnxruntime and OpenVINO (export.csv)
+# make test-oldest  the tests with the oldest supported versions, in another environment, without the optional extras
 # make load         a thousand requests to the page, good and bad
-# make torture      kill a run at a hundred random moments and compare with an unbroken one
-# make fuzz         ten thousand damaged and hostile inputs: each a clear error, a skip, or a result
-# make docs         the site, in .cache/site, without a warning
-# make test-export every registered model at its size to ONNX, run by onnxruntime and OpenVINO; results/export.csv
-# make test-oldest  the tests of all but the extras with the oldest versions declared, in an environment of their own
+# make torture      kill a run at a hundred random moments and compare with an uninterrupted one
+# make fuzz         ten thousand damaged and hostile inputs: the right answer or a clear error
+# make docs         build the site in .cache/site; a warning is an error
 
-# without bytecode every process compiles torch's and timm's sources again: 14 s to import instead of 5
+# without bytecode every process compiles torch and timm again: 14 s to import instead of 5
 unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ RUN := runs/digits-$(shell date +%Y%m%d-%H%M%S)
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# a stamp, so that a second call installs nothing
+# a stamp file, so that a second call installs nothing
 $(VENV)/.package: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-compile --editable .
 	touch $@
@@ -49,7 +50,7 @@ test: lint
 test-timm: $(VENV)/.tests
 	cd tests/models && $(abspath $(BIN))/python timm_suite.py --every -n 2
 
-# where there is no chromium, `playwright install chromium` fetches one
+# needs chromium; `playwright install chromium` downloads one
 test-browser: $(VENV)/.tests
 	$(BIN)/python -m pip install --quiet --no-compile playwright
 	$(BIN)/pytest tests/stress/browser.py -rs
@@ -72,8 +73,8 @@ docs: $(VENV)/.package
 test-export: $(VENV)/.tests
 	$(BIN)/python scripts/export_all.py
 
-# the extras (export, explore) ask for newer versions of what they share with the package, so their tests stay out;
-# old versions warn about each other: here warnings are no errors; the oldest Hub client does not take test_hub's server
+# the extras (export, explore) need newer versions than the oldest supported ones, so their tests are skipped; old versions
+# warn about each other, so warnings are not errors here; the oldest Hub client rejects the server of test_hub
 EXTRAS := backbone explore export fuzz hardening hub imports readme timm_suite
 test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest

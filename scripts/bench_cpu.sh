@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# The measurements of results/cpu-*: about half an hour on two cores, which nothing else may use meanwhile.
-#   scripts/bench_cpu.sh [FOLDER] [PART …]      parts: eager train tiny single sizes compiled; all by default
+# Measure speed and memory on a CPU, as in results/speed-epyc-*: about half an hour on two idle cores.
+#   scripts/bench_cpu.sh FOLDER [PART …]      parts: eager train tiny single sizes compiled family; by default all
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=${1:-results}
-shift || true
+out=${1:?usage: scripts/bench_cpu.sh FOLDER [PART …]}
+shift
 export PYTHONPATH=tests
-bench() {  # bench NAME OPTIONS: into FOLDER/cpu-NAME
+bench() {  # bench NAME OPTIONS: writes FOLDER/NAME
     local name=$1
     shift
-    "${PYTHON:-.venv/bin/python}" -m t2t_vit.cli bench "$@" --device cpu --output "$out/cpu-$name"
+    "${PYTHON:-.venv/bin/python}" -m t2t_vit.cli bench "$@" --device cpu --output "$out/$name"
 }
-[ $# -gt 0 ] || set -- eager train tiny single sizes compiled
+[ $# -gt 0 ] || set -- eager train tiny single sizes compiled family
 for name in "$@"; do
     case $name in
         eager) bench eager t2t_vit_7 t2t_vit_14 t2t_vit_t_14 deit_small_patch16_224 vit_little_patch16_reg1_gap_256 \
@@ -25,6 +25,8 @@ for name in "$@"; do
         sizes) bench sizes t2t_vit_14 t2t_vit_t_14 --batch_size 1 --modes '[infer]' --rounds 3 --seconds 0.2 \
             --img_sizes '[224,384,512,768,1024]' ;;
         compiled) bench compiled t2t_vit_14 t2t_vit_t_14 --compiled '[true]' --rounds 7 --seconds 0.4 ;;
+        family) OMP_NUM_THREADS=1 bench family t2t_vit_7 t2t_vit_10 t2t_vit_12 t2t_vit_14 t2t_vit_19 t2t_vit_24 t2t_vit_t_14 \
+            t2t_vit_t_19 t2t_vit_t_24 --modes '[train]' --threads 1 --batch_size 4 --rounds 3 --seconds 0.3 --memory false ;;
         *) echo "unknown part $name" >&2; exit 2 ;;
     esac
 done

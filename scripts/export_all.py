@@ -1,9 +1,9 @@
-"""Every registered model at its full size to ONNX, run by onnxruntime and OpenVINO: results/export.csv.
+"""Export every registered model at its full size to ONNX and compare it in onnxruntime and OpenVINO.
 
-    scripts/export_all.py [MODEL …] [-o results/export.csv]
+    scripts/export_all.py [MODEL …] [-o export.csv]
 
-Random weights, which all differ; eight windows of scikit-learn's photographs. A model that is in the table already is
-not done again: delete its row to do so.
+Weights are random and all different; images are eight windows of scikit-learn's photographs. Models that are in the
+table are skipped: delete a row to repeat it.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from t2t_vit.timing import device_name
 
 
 def row(name: str) -> dict[str, Any]:
-    """What became of one model in both runtimes; the relative difference is that of the worst image."""
+    """Compare one model in both runtimes; the relative difference is that of the worst image."""
     net, cfg, class_names = load(None, name)
     metadata = describe(net, class_names, cfg, 'float32', 'float', None, 'batch')
     images = [*batches(open_images('samples', 'val'), cfg, 4, 8, [])]
@@ -49,10 +49,10 @@ def row(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """All models, each into the table when it is done."""
+    """Compare all models and write each to the table when it is finished."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('models', nargs='*', default=[*VARIANTS])
-    parser.add_argument('-o', '--output', type=Path, default=Path('results/export.csv'))
+    parser.add_argument('-o', '--output', type=Path, default=Path('export.csv'))
     options = parser.parse_args()
     done = [*csv.DictReader(options.output.open())] if options.output.exists() else []
     for name in track([name for name in options.models if name not in {old['model'] for old in done}]):

@@ -1,4 +1,4 @@
-"""Exported files beside each other: images per second in interleaved rounds, and ratios to the first one's.
+"""Compare the speed of exported files in interleaved rounds, with ratios to the first file.
 
 scripts/exported_speed.py a.xml b.xml … [--batch_size 8] [--rounds 11] [--seconds 0.5] [--threads 2] [-o out.csv]
 """
@@ -15,7 +15,7 @@ from t2t_vit.timing import device_name, interleave, spread
 
 
 def main() -> None:
-    """Load, time in turn, print a table, and write it as CSV."""
+    """Load and time the files, print a table, and write it as CSV."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('files', nargs='+')
     parser.add_argument('--batch_size', type=int, default=8)

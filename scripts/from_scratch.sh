@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# From scratch on small photos: T2T-ViT and a ViT (hard split, no token layers) of the same budget, on CIFAR-10 at its
-# 32 pixels and Imagenette at 128, by one recipe each. A stopped run goes on where it was, a finished one is left alone.
+# Train T2T-ViT and a ViT (hard split, no token layers) of the same budget from scratch, on CIFAR-10 at its 32 pixels and
+# Imagenette at 128, with the same recipe. Interrupted runs resume, finished ones are skipped.
 #   scripts/from_scratch.sh [--minutes N] cpu|gpu FOLDER CIFAR10 IMAGENETTE [RUN…]
-# With --minutes it works so long, saves, and ends with 75 where runs are left; the next call goes on.
-# CIFAR10 and IMAGENETTE are what --data.root takes. RUNs: cifar10-t2t cifar10-vit imagenette-t2t imagenette-vit (all).
-# cpu: models of 0.6 to 0.8 million parameters, Imagenette at 64 pixels, few epochs: about two hours on a core by
-# the speed of its steps.
+# With --minutes it stops after that time with exit code 75 if runs are left; the next call resumes.
+# CIFAR10 and IMAGENETTE are values of --data.root. RUNs: cifar10-t2t cifar10-vit imagenette-t2t imagenette-vit (all).
+# cpu: models of 0.6 to 0.8 million parameters, Imagenette at 64 pixels, few epochs: estimated at two hours on a core.
 # gpu: t2t_vit_7, 80 epochs of CIFAR-10 and 60 of Imagenette.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -30,7 +29,7 @@ if [ "$kind" = cpu ]; then
     imagenette_epochs=(--epochs 20 --optimizer.warmup_epochs 2 --data.img_size 64)
 else
     t2t=()
-    vit=(--model_args.depth 8)  # the tokens-to-token module's budget
+    vit=(--model_args.depth 8)  # about as many parameters as with the tokens-to-token module
     common=(--precision bf16)
     cifar10_epochs=(--epochs 80 --optimizer.warmup_epochs 5)
     imagenette_epochs=(--epochs 60 --optimizer.warmup_epochs 5)

@@ -1,10 +1,10 @@
-"""How fast images come, without a model: small sets in memory and photos from disk, each beside timm's own loader.
+"""Measure data loading without a model: small images in memory and photos from disk, compared with timm's loader.
 
     python scripts/input_speed.py --data FOLDER --output results
 
-FOLDER is any data.root of small images, as CIFAR-10. Photos are drawn here: crops of scikit-learn's two sample photos,
-500×375 pixels as ImageNet's are on average, in JPEG. All loaders make the same batches of the ImageNet recipe; they are
-timed in turns, so that what else the machine does falls on all of them.
+FOLDER is any data.root of small images, such as CIFAR-10. The photos are crops of scikit-learn's two sample photos,
+500×375 pixels (ImageNet's average size), in JPEG. All loaders make the same batches of the ImageNet recipe. They are
+timed in turn, so that other load on the machine affects all of them.
 """
 
 import argparse
@@ -35,7 +35,7 @@ Loader = Callable[[float], float]  # seconds -> images per second
 
 
 class Images(Dataset[tuple[Image.Image, int]]):
-    """A source as timm's loader takes one."""
+    """Wrap a source for timm's loader."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.transform = source, None
@@ -49,7 +49,7 @@ class Images(Dataset[tuple[Image.Image, int]]):
 
 
 def draw_photos(folder: Path, count: int) -> None:
-    """Crops of the sample photos, in two class folders."""
+    """Write crops of the sample photos to two class folders."""
     chance = np.random.default_rng(0)
     for kind, photo in enumerate(load_sample_images().images):
         (folder / f'train/{kind}').mkdir(parents=True)
@@ -62,7 +62,7 @@ def draw_photos(folder: Path, count: int) -> None:
 
 
 def by_timm(source: Source, preprocessing: Preprocessing, batch_size: int, augment: Augment, workers: int) -> Loader:
-    """timm's loader with the same recipe."""
+    """Return timm's loader with the same recipe."""
     loader = create_loader(
         Images(source),
         (3, *preprocessing.size),
@@ -114,13 +114,13 @@ def loaders(args: argparse.Namespace, photos: Path) -> dict[str, tuple[int, int,
 
 
 def conditions(args: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
-    """What a figure is worth nothing without."""
+    """Describe the conditions of the measurement."""
     table = '\n'.join(
         f'| {row["loader"]} | {row["size"]} | {row["batch"]} | {row["workers"]} | {row["median"]:,.0f} | '
         f'{row["least"]:,.0f} to {row["most"]:,.0f} |'
         for row in rows
     )
-    return f"""# Images per second of the input side alone
+    return f"""# Images per second of data loading alone
 
 | loader | size | batch | workers | median | least to most |
 |---|---|---|---|---|---|

@@ -1,9 +1,9 @@
-"""How long the recipes for images of 224 pixels take on 1 to 512 GPUs: a model of compute and communication.
+"""Estimate how long the recipes for images of 224 pixels take on 1 to 512 GPUs, from compute and communication.
 
-    python scripts/scaling.py                              # from the training steps in results/gpu-eager
+    python scripts/scaling.py                              # from the training steps measured on an H200, in results/
     python scripts/scaling.py --speed t2t_vit_14=2900@256  # from images/s of a training step measured at that batch
 
-Prints the tables of docs/scaling.md. What goes in, and where it ends to hold, is said there.
+Prints the tables of docs/scaling.md, which explains the assumptions and limitations.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from t2t_vit.benchmark import count_macs  # noqa: E402
 from t2t_vit.models.listing import build, count_parameters  # noqa: E402
 from t2t_vit.settings import read_settings, recipes  # noqa: E402
 
-IMAGES = {'torch/cifar10': 50_000, 'torch/cifar100': 50_000}  # to train on; ImageNet's where it is none of these
+IMAGES = {'torch/cifar10': 50_000, 'torch/cifar100': 50_000}  # training images; other recipes use ImageNet
 IMAGENET = 1_281_167
 MODELS = (
     't2t_vit_7',
@@ -38,38 +38,37 @@ MODELS = (
 )
 RECIPES = [name for name in recipes() if name.startswith(('imagenet-', 'distill-', 'token-', 'cifar10-', 'cifar100-'))]
 GPUS = (1, 8, 64, 512)
-MEASURED = ROOT / 'results' / 'cpu-family' / 'bench.csv'
-MEASURED_GPU = ROOT / 'results' / 'gpu-eager' / 'bench.csv'
+MEASURED = ROOT / 'results' / 'speed-epyc-2026-11-24' / 'family' / 'bench.csv'
+MEASURED_GPU = ROOT / 'results' / 'speed-h200-2026-11-26' / 'eager' / 'bench.csv'
 
 
 class Machine(NamedTuple):
-    """A GPU's wires; the defaults are data sheet values of an H100 or H200 node, times what is usually reached."""
+    """Describe a GPU's connections; defaults are data sheet values of an H100 or H200 node, times usual efficiency."""
 
-    half: float = 64  # images a GPU and step at which half the full speed is reached (launching kernels takes the
-    # rest): an assumption
+    half: float = 64  # assumption: images per GPU and step that reach half of the full speed; launches take the rest
     inside: float = 450e9 * 0.8  # bytes/s a GPU sends within a node (NVLink)
     outside: float = 50e9 * 0.8  # bytes/s a GPU sends between nodes (400 Gb/s each)
     latency: float = 10e-6  # seconds for each of a ring's messages
     node: int = 8  # GPUs
-    hidden: float = 0.6  # share of the compute under which gradients travel: most of the backward pass
+    hidden: float = 0.6  # fraction of the compute that hides communication: most of the backward pass
 
 
 H100 = Machine()
 
 
 class Estimate(NamedTuple):
-    """Of one model on a number of GPUs."""
+    """Hold the times of one model on a number of GPUs."""
 
-    local: int  # images a GPU and step
+    local: int  # images per GPU and step
     compute: float  # seconds
     reduce: float
-    exposed: float  # what of it is not hidden
+    exposed: float  # the part that is not hidden
     hours: float
-    input: float  # images/s that each node's input side must deliver
+    input: float  # images/s that the loaders of each node must deliver
 
 
 def all_reduce(size: float, gpus: int, machine: Machine) -> float:
-    """Seconds for a ring to sum `size` bytes over all GPUs: each sends 2(n-1)/n of them, in 2(n-1) messages."""
+    """Return the seconds for a ring of n GPUs to sum `size` bytes: each sends 2(n-1)/n of them in 2(n-1) messages."""
     if gpus == 1:
         return 0.0
     wire = machine.inside if gpus <= machine.node else machine.outside
@@ -77,7 +76,7 @@ def all_reduce(size: float, gpus: int, machine: Machine) -> float:
 
 
 class Run(NamedTuple):
-    """What a recipe asks for."""
+    """Hold the cost of a recipe."""
 
     model: str
     images: int
@@ -88,19 +87,19 @@ class Run(NamedTuple):
     teacher: float = 0.0  # multiply-adds of one image, forward only
 
     @property
-    def alike(self) -> str:
-        """The measured model that this one's arithmetic is as fast as: of its token layer, and narrow or wide."""
+    def reference(self) -> str:
+        """Return the measured model that is assumed to be as fast per multiply-add: same token layer, similar width."""
         if self.model in ('t2t_vit_7', 't2t_vit_10', 't2t_vit_12'):
             return 't2t_vit_7'
         return 't2t_vit_t_14' if self.model.startswith('t2t_vit_t_') else 't2t_vit_14'
 
     def speed(self, speeds: dict[str, float]) -> float:
-        """Images/s at full batches; backward is twice the forward pass, a teacher has none."""
-        return speeds[self.alike] * count(self.alike, 224)[1] / (self.macs + self.teacher / 3)
+        """Return images/s at full batches; the backward pass counts twice, a teacher has none."""
+        return speeds[self.reference] * count(self.reference, 224)[1] / (self.macs + self.teacher / 3)
 
 
 def estimate(run: Run, speed: float, gpus: int, machine: Machine = H100) -> Estimate:
-    """For `speed` images/s on one GPU at full batches."""
+    """Estimate the times for `speed` images/s on one GPU at full batches."""
     local = run.batch // gpus
     compute = (local + machine.half) / speed
     reduce = all_reduce(run.size, gpus, machine)
@@ -111,27 +110,27 @@ def estimate(run: Run, speed: float, gpus: int, machine: Machine = H100) -> Esti
 
 
 def full_speed(measured: float, batch: float, machine: Machine = H100) -> float:
-    """Images/s at full batches, from a measurement at one batch."""
+    """Return images/s at full batches, from a measurement at one batch size."""
     return measured * (batch + machine.half) / batch
 
 
 @cache
 def count(name: str, img_size: int) -> tuple[int, float]:
-    """A model's learned parameters, and multiply-adds of an image."""
+    """Return a model's trainable parameters and the multiply-adds of an image."""
     with torch.device('meta'):
         model = build(name, img_size)
     return count_parameters(model)[1], count_macs(model, img_size)[0]
 
 
 def run_of(recipe: str) -> Run:
-    """A recipe's run."""
+    """Return the cost of a recipe."""
     settings: dict[str, Any] = {key: value for _, key, value in read_settings(recipes()[recipe])}
     learned, macs = count(settings['model'], settings.get('data.img_size', 224))
     teacher = str(settings.get('objective.teacher', '')).partition('.')[0]
     return Run(
         settings['model'],
         IMAGES.get(settings.get('data.root', ''), IMAGENET),
-        settings['epochs'] + settings['optimizer.cooldown_epochs'],
+        settings['epochs'],
         settings['batch_size'],
         macs,
         4 * learned,
@@ -140,7 +139,7 @@ def run_of(recipe: str) -> Run:
 
 
 def measured() -> dict[str, float]:
-    """Images/s at full batches of the models whose training step was timed on a GPU."""
+    """Read images/s at full batches of the models whose training step was timed on a GPU."""
     rows = csv.DictReader(MEASURED_GPU.read_text().splitlines())
     return {
         row['model']: full_speed(float(row['images_per_second']), int(row['batch_size']))
@@ -150,10 +149,10 @@ def measured() -> dict[str, float]:
 
 
 def tables(speeds: dict[str, float], names: Sequence[str] = RECIPES, machine: Machine = H100) -> list[str]:
-    """Markdown lines: the recipes with their hours, then the parts of a step of the nine models.
+    """Return the lines of two Markdown tables: hours of each recipe, then the parts of a step of the nine models.
 
-    `speeds` are images/s at full batches, by model, instead of what was measured; of distillation and 384 pixels they
-    are none.
+    `speeds` are images/s at full batches by model, which replace the measured ones; they do not apply to distillation
+    and 384 pixels.
     """
     speeds = {**measured(), **speeds}
     runs = {recipe: run_of(recipe) for recipe in names}
@@ -171,7 +170,7 @@ def tables(speeds: dict[str, float], names: Sequence[str] = RECIPES, machine: Ma
         core = f'{cores[run.model]:.1f}' if plain and run.model in cores else '–'
         lines.append(
             f'| {recipe} | {run.model} | {run.size / 1e6:.0f} | {run.macs / 1e9:.2f} | {core} | {speed:,.0f}'
-            f'{"" if plain and run.model in speeds else f" (as {run.alike})"} | '
+            f'{"" if plain and run.model in speeds else f" (as {run.reference})"} | '
             f'{" | ".join(f"{found[gpus].hours:.1f}" if gpus in found else "–" for gpus in GPUS)} |'
         )
         if recipe.startswith('imagenet-') and run.model in MODELS and plain:
@@ -191,13 +190,14 @@ def tables(speeds: dict[str, float], names: Sequence[str] = RECIPES, machine: Ma
 
 
 def read_speed(word: str) -> tuple[str, float]:
-    """MODEL=IMAGES_PER_SECOND@BATCH as the model and its speed at full batches."""
+    """Parse MODEL=IMAGES_PER_SECOND@BATCH into the model and its speed at full batches."""
     name, _, value = word.partition('=')
     measured, _, batch = value.partition('@')
     try:
         return name, full_speed(float(measured), int(batch))
     except ValueError:
-        raise SystemExit(f'--speed is MODEL=IMAGES_PER_SECOND@BATCH, as t2t_vit_14=2900@256; got {word}') from None
+        message = f'--speed must be MODEL=IMAGES_PER_SECOND@BATCH, such as t2t_vit_14=2900@256; got {word}'
+        raise SystemExit(message) from None
 
 
 if __name__ == '__main__':

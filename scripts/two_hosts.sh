@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Training on two hosts, on one machine: two network namespaces with an address each, a cable between them, gloo.
-# In the middle the second host is cut off and its processes die; it comes back, and the run goes on from the last state
-# saved and ends with the weights of an unbroken one, bit for bit.
+# Train on two hosts simulated on one machine: two network namespaces connected by a virtual cable, gloo. The second host is
+# cut off in the middle and its processes die. After it returns, the run resumes from the last saved state and must reach the
+# weights of an uninterrupted run, bit for bit.
 #   sudo scripts/two_hosts.sh [FOLDER]
-# Linux, root and iproute2; PYTHON names the interpreter, MINUTES (10) how long each part of it may take.
+# Needs Linux, root and iproute2. PYTHON names the interpreter, MINUTES (10) limits each part.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:-runs/two-hosts}")
@@ -37,7 +37,7 @@ host() {  # host NAME RANK FOLDER
         --model_args.depth 1 --save_minutes 0 --output "$3" --resume auto
 }
 
-both() {  # both FOLDER LOGS: a run of two hosts to its end, both of which must end well
+both() {  # both FOLDER LOGS: run two hosts to the end; both must succeed
     host a 0 "$1" > "$2a.log" 2>&1 & local first=$!
     host b 1 "$1" > "$2b.log" 2>&1 & local second=$!
     wait "$first" && wait "$second" && return
@@ -46,10 +46,10 @@ both() {  # both FOLDER LOGS: a run of two hosts to its end, both of which must 
     exit 1
 }
 
-echo 'unbroken: two hosts'
+echo 'uninterrupted: two hosts'
 both "$out/whole" "$out/whole-"
 
-echo 'broken: the second host is cut off after step 6'
+echo 'interrupted: the second host is cut off after step 6'
 host a 0 "$out/parts" > "$out/parts-a1.log" 2>&1 & first=$!
 host b 1 "$out/parts" > "$out/parts-b1.log" 2>&1 & second=$!
 deadline=$((SECONDS + ${MINUTES:-10} * 60))
@@ -64,7 +64,7 @@ done
 ip -n t2t_b link set t2t_vb down
 ip netns pids t2t_b | xargs -r kill -9
 wait "$second" || true
-# the first host waits for the second until the connection times out; who watches a cluster ends it sooner
+# the first host would wait until the connection times out; a cluster manager would end it sooner
 sleep 2
 ip netns pids t2t_a | xargs -r kill -9
 wait "$first" || true
@@ -85,7 +85,7 @@ from t2t_vit.train.state import load_state
 
 whole, parts = (load_state(Path(sys.argv[1]) / name / 'checkpoints')[0] for name in ('whole', 'parts'))
 same = all(torch.equal(whole['model'][key], parts['model'][key]) for key in whole['model'])
-print(f'{whole["processes"]} processes on two hosts: weights after the cut are',
-      'those of the unbroken run, bit for bit' if same else 'DIFFERENT')
+print(f'{whole["processes"]} processes on two hosts: weights after the interruption',
+      'equal those of the uninterrupted run, bit for bit' if same else 'DIFFER')
 sys.exit(not same)
 PYTHON
