@@ -124,7 +124,7 @@ def count(name: str, img_size: int) -> tuple[int, float]:
 
 def run_of(recipe: str) -> Run:
     """Return the cost of a recipe."""
-    settings: dict[str, Any] = {key: value for _, key, value in read_settings(recipes()[recipe])}
+    settings: dict[str, Any] = {key: value for _, key, value, _ in read_settings(recipes()[recipe])}
     learned, macs = count(settings['model'], settings.get('data.img_size', 224))
     teacher = str(settings.get('objective.teacher', '')).partition('.')[0]
     return Run(

@@ -33,8 +33,9 @@ def imports(module: str) -> Iterator[str]:
     package = parts if FILES[module].name == '__init__.py' else parts[:-1]
     for node in ast.walk(ast.parse(FILES[module].read_text(encoding='utf-8'))):
         if isinstance(node, ast.Import):
-            yield from (alias.name.removeprefix('t2t_vit.') for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+            names = (alias.name for alias in node.names if alias.name != 'timm')  # timm itself, not the runner
+            yield from (name.removeprefix('t2t_vit.') for name in names)
+        elif isinstance(node, ast.ImportFrom) and (node.level or node.module != 'timm'):
             parents = package[: len(package) + 1 - node.level] if node.level else []
             base = '.'.join([*parents, *([node.module] if node.module else [])])
             for alias in node.names:

@@ -2,12 +2,12 @@
 
 __version__ = '0.2.0'
 
+from .custom import trust
 from .models.blocks import Block
 from .models.checkpoints import CheckpointError, convert_state_dict, load_weights
 from .models.pyramid import Pyramid
 from .models.t2t_vit import PUBLISHED, VARIANTS, T2TViT
 from .models.tokens import TokenLayer
-from .reproduce import mobilenet as _registered  # noqa: F401  # so that the runs of a comparison load
 
 __all__ = [
     'PUBLISHED',
@@ -20,4 +20,5 @@ __all__ = [
     '__version__',
     'convert_state_dict',
     'load_weights',
+    'trust',
 ]

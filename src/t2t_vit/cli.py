@@ -1,152 +1,187 @@
-"""The command line: `t2t-vit COMMAND …`. Each command is one typed function, imported when it is called."""
+"""Run the commands of `t2t-vit`. Each is one typed function, which is imported when it is called."""
 
-import argparse
 import sys
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from t2t_vit_cli import COMMANDS, entry, main
 
-COMMANDS = {  # what it is for, where its function stands
-    'train': ('train a model, from scratch or from weights', 'train.run:train'),
-    'eval': ('score a trained model on labelled images', 'evaluate:evaluate'),
-    'predict': ('name what is in images', 'predict:predict'),
-    'embed': ('turn images into vectors', 'predict:embed'),
-    'push': ('publish a run on the Hub', 'hub:push'),
-    'models': ('list the models with their sizes', 'models.listing:models'),
-    'convert': ('turn a published checkpoint into safetensors', 'models.listing:convert'),
-    'export': ('write a model as ONNX, .pt2 or OpenVINO, and compare', 'export.command:export'),
-    'bench': ('compare models in speed, memory and size', 'benchmark:bench'),
-    'visualize': ('show what models see, and how runs went', 'look.visualize:visualize'),
-    'explore': ('open a page to look inside a model', 'explore.command:explore'),
-    'reproduce': ("the paper's tables and claims, again, at a scale of your own", 'reproduce.command:reproduce'),
+from . import custom
+from .options import format_help, known_options, required, split_words
+from .settings import (
+    Setting,
+    UsageError,
+    as_settings,
+    check_values,
+    nearest,
+    option_types,
+    parse_settings,
+    raise_problems,
+    read_settings,
+    recipes,
+    resolve,
+)
+
+__all__ = ['COMMANDS', 'entry', 'main', 'run']
+
+TRUST = ('--trust', 'execute the Python code that the files of a model or run name; off by default')
+SHORT = {'-o': 'output'}  # every other option has a long name only
+FAMILIAR = {'batch': 'batch_size', 'imgsz': 'img_size', 'bs': 'batch_size', 'weights': 'checkpoint'}  # of commands
+TRAIN_SPECIAL = (
+    ('--recipe NAME', 'A shipped configuration to start from; t2t-vit recipes lists them.'),
+    ('--config FILE', "A YAML file of the options below, such as a run folder's config.yaml; it overrides the recipe."),
+    (
+        '--resume RUN',
+        'Continue the run in this folder, or from this state file, with its own configuration; auto: continue the run '
+        'in --output if there is one.',
+    ),
+    ('--dry-run', 'Print what would be done, and stop.'),
+    ('--print-config', 'Print the resolved configuration as YAML, and stop.'),
+)
+TRAIN_TYPES = {'recipe': str, 'config': str, 'resume': str, 'dry_run': bool, 'print_config': bool}
+TRAIN_ALIASES = {  # accepted as they are
+    **SHORT,
+    'data': 'data.root',
+    'lr': 'optimizer.lr',
+    'batch': 'batch_size',
+    'imgsz': 'data.img_size',
+    'workers': 'data.workers',
 }
-INPUTS = {
-    'inputs': dict(
-        nargs='+', help='images: files, folders, patterns, tars, Parquet files, lists, digits, or samples (two photos)'
-    )
+ELSEWHERE = {  # names in timm's and ultralytics' training scripts that are not the last part of one of ours
+    'b': 'batch_size',
+    'bs': 'batch_size',
+    'j': 'data.workers',
+    'opt': 'optimizer.name',
+    'optimizer': 'optimizer.name',
+    'lr0': 'optimizer.lr',
+    'lr_base': 'optimizer.lr',
+    'lrf': 'optimizer.min_lr',
+    'momentum': 'optimizer.name',
+    'data_dir': 'data.root',
+    'dataset': 'data.root',
+    'dataset_download': 'data.download',
+    'input_size': 'data.img_size',
+    'img_size': 'data.img_size',
+    'image_size': 'data.img_size',
+    'in_chans': 'data.channels',
+    'model_ema': 'ema_decay',
+    'model_ema_decay': 'ema_decay',
+    'ema': 'ema_decay',
+    'amp': 'precision',
+    'half': 'precision',
+    'amp_dtype': 'precision',
+    'model_dtype': 'precision',
+    'drop': 'model_args.drop_rate',
+    'dropout': 'model_args.drop_rate',
+    'drop_path': 'model_args.drop_path_rate',
+    'model_kwargs': 'model_args',
+    'nbs': 'grad_accum_steps',
+    'degrees': 'augment.rotate',
+    'fliplr': 'augment.hflip',
+    'label_smoothing': 'augment.smoothing',
+    'train_interpolation': 'augment.interpolation',
+    'pretrained': 'weights',
+    'pretrained_path': 'weights',
+    'initial_checkpoint': 'weights',
+    'checkpoint': 'weights',
+    'experiment': 'output',
+    'project': 'output',
+    'name': 'output',
+    'checkpoint_hist': 'keep',
+    'recovery_interval': 'save_minutes',
+    'save_period': 'save_minutes',
+    'log_wandb': 'trackers',
+    'cache': 'data.memory',
+    'distill': 'objective.kind',
+    'kd_model_name': 'objective.teacher',
+    'train_split': 'data.root',
+    'val_split': 'data.root',
 }
-POSITIONAL: dict[str, dict[str, dict[str, Any]]] = {  # arguments that need no --name
-    'predict': INPUTS,
-    'embed': INPUTS,
-    'push': {'run': dict(help="a run's folder"), 'repo': dict(help='USER/NAME')},
-    'bench': {'models': dict(nargs='*', help='names that timm knows, or FILE.py:FUNCTION; by default a choice')},
-    'models': {'pattern': dict(nargs='?', default='*', help='only names that match, as t2t_vit_t_*')},
-    'reproduce': {
-        'what': dict(
-            choices=['structures', 'accuracy', 'report'],
-            help='structures: sizes beside the '
-            'printed ones; accuracy: train the arms and compare; report: tables of what is done',
-        )
-    },
-    'convert': {'file': dict(help='a checkpoint in any published layout')},
-    'visualize': {'images': {**INPUTS['inputs'], 'nargs': '*'}},
+NOT_NEEDED = {  # options elsewhere that have no counterpart, and why
+    'sched': 'the learning rate always follows a cosine; see --optimizer.warmup_epochs and --optimizer.min_lr',
+    'cos_lr': 'the learning rate always follows a cosine; see --optimizer.warmup_epochs and --optimizer.min_lr',
+    'num_classes': 'the data names the classes',
+    'class_map': 'the data names the classes',
+    'gpu': 'see --device, or start one process for each GPU with torchrun',
+    'local_rank': 'torchrun sets it in the environment',
 }
-SEVERAL = {  # options that take several words
-    'visualize': {
-        'models': 'run folders, names that timm knows, NAME=FILE, hf-hub:USER/NAME, or FILE.py:FUNCTION',
-        'runs': 'folders of runs whose curves to compare',
-    },
-    'explore': {'compare': 'more models, to be seen beside it: as visualize --models takes them'},
-}
-FLAGS = ('print_config', 'dry_run')
-SPECIAL = ('recipe', 'config', 'resume', *FLAGS)  # of train, beside its configuration
-SHORT = {'convert': {'output': '-o'}, 'export': {'output': '-o'}}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; gives 0, 1 for a failed check, 2 for a user's mistake, 130 for a run stopped and saved."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ('-h', '--help'):
-        print('usage: t2t-vit COMMAND [--help] …\n')
-        print('\n'.join(f'  {name:10}{purpose}' for name, (purpose, _) in COMMANDS.items()))
-        return 0
-    if argv[0] == '--version':
-        print(__version__)
-        return 0
-    from .settings import UsageError, nearest
+def run(command: str, argv: Sequence[str]) -> int:
+    """Run a command with its words and print mistakes as sentences.
 
+    Returns:
+        The exit code, see `main`.
+    """
+    words = [word for word in argv if word != '--trust']
     try:
-        if argv[0] not in COMMANDS:
-            raise UsageError(
-                f'unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; commands: {", ".join(COMMANDS)}'
-            )
-        return train(argv[1:]) if argv[0] == 'train' else call(argv[0], argv[1:])
+        with custom.trust(len(words) < len(argv)):
+            from .reproduce import mobilenet as _registered  # noqa: F401  # so that runs of a comparison open
+
+            if command == 'completion':
+                return completion(words)
+            return train(words) if command == 'train' else call(command, words)
     except (ValueError, OSError, FloatingPointError) as error:
         print('\n'.join(f't2t-vit: {line}' for line in str(error).splitlines()), file=sys.stderr)
-        return getattr(error, 'code', 2)  # 1: done, and not good enough
+        return getattr(error, 'code', 2)  # 1: finished, but a check failed
     except KeyboardInterrupt as stop:
         print(f't2t-vit: {stop}' if str(stop) else 't2t-vit: stopped, nothing to save', file=sys.stderr)
         return 130
 
 
-def call(command: str, argv: list[str]) -> int:
+def load_function(command: str) -> Callable[..., Any]:
+    """Import the function of a command."""
+    module, name = COMMANDS[command].function.split(':')
+    return getattr(import_module(f'.{module}', __package__), name)
+
+
+def aliases(function: Callable[..., Any]) -> dict[str, str]:
+    """Return the other names of a command's options."""
+    types = option_types(function)
+    familiar = {word: name for word, name in FAMILIAR.items() if word not in types and name in types}
+    return {**familiar, **{word: name for word, name in SHORT.items() if name in types}}
+
+
+def call(command: str, argv: Sequence[str]) -> int:
     """Run a command whose options are the arguments of its function."""
-    from jsonargparse import ArgumentParser
-
-    from .settings import UsageError, booleans, nearest, options, spell_out
-
-    module, name = COMMANDS[command][1].split(':')
-    function = getattr(import_module(f'.{module}', __package__), name)
-    argv = spell_out(argv, booleans(function))
-    parser = ArgumentParser(prog=f't2t-vit {command}', exit_on_error=False)
-    for argument, how in POSITIONAL.get(command, {}).items():
-        parser.add_argument(argument, type=str, **how)
-    for argument, short in SHORT.get(command, {}).items():
-        parser.add_argument(short, f'--{argument}', type=str, required=True)
-    for argument, text in SEVERAL.get(command, {}).items():
-        parser.add_argument(f'--{argument}', nargs='+', type=str, default=[], help=text)
-    special = {*POSITIONAL.get(command, {}), *SHORT.get(command, {}), *SEVERAL.get(command, {})}
-    parser.add_function_arguments(function, skip=special, as_positional=False)
-    known = [*vars(parser.get_defaults()), 'help']
-    unknown = [word[2:].partition('=')[0] for word in argv if word.startswith('--')]
-    problems = [f'unknown option --{key}{nearest(key, known)}' for key in unknown if key not in known]
-    if problems:
-        raise UsageError('\n'.join(problems))
-    try:
-        given = parser.parse_args(argv)
-    except argparse.ArgumentError as error:  # the first; then what is wrong with each option by itself
-        wrong = [' '.join(str(error).split())]
-        for key, value in options(argv)[0]:
-            try:
-                parser.parse_args([f'--{key}={value}'])
-            except argparse.ArgumentError as other:
-                message = ' '.join(str(other).split())
-                wrong += [message] * (f'"{key}"' in message and message not in wrong)
-        raise UsageError('\n'.join(wrong)) from None
-    function(**vars(given))
+    function, positional = load_function(command), COMMANDS[command].positional
+    types = option_types(function)
+    if '--help-all' in argv:
+        print(f'usage: t2t-vit {command} {COMMANDS[command].usage}\n\n{format_help(function, [TRUST])}')
+        return 0
+    settings, problems = split_words(argv, types, positional, aliases(function))
+    given = {setting.key for setting in settings}
+    tree, found = check_values(function, settings)
+    missing = [name if name in positional else f'--{name}' for name in required(function) if name not in given]
+    raise_problems([*problems, *found, *([f'missing: {", ".join(missing)}'] if missing else [])])
+    function(**tree)
     return 0
 
 
-def train(argv: list[str]) -> int:
-    """`t2t-vit train`: a recipe, then a configuration file, then options, each over the ones before."""
-    from jsonargparse import ArgumentParser
+def advise(key: str, known: Sequence[str]) -> str:
+    """Return the end of the message for an unknown option of train that other training scripts have."""
+    if key in NOT_NEEDED:
+        return f': {NOT_NEEDED[key]}'
+    if (name := ELSEWHERE.get(key)) and (name in known or name.startswith('model_args')):
+        return f', here it is --{name}'
+    return ''
 
-    from .settings import UsageError, booleans, nearest, options, read_settings, recipes, resolve, spell_out
+
+def train(argv: Sequence[str]) -> int:
+    """Run `t2t-vit train`: options override the configuration file, which overrides the recipe."""
     from .train.config import Config
 
-    if {'-h', '--help'} & set(argv):
-        parser = ArgumentParser(
-            prog='t2t-vit train',
-            description='Options go over the file, the file over the recipe. '
-            'A name may have - for _, --data is short for --data.root, and a flag needs no value.',
-        )
-        parser.add_argument('--recipe', help=f'a shipped configuration to begin with: {", ".join(recipes())}')
-        parser.add_argument('--config', help='a YAML file of the options below, as every run folder has one')
-        parser.add_argument(
-            '--resume',
-            help='the folder of a run, or a state file of one, to go on with, with its own '
-            'configuration; auto: what stands in --output where it holds a run, else a new one',
-        )
-        parser.add_argument('--dry_run', action='store_true', help='say what would be done, and stop')
-        parser.add_argument('--print_config', action='store_true', help='print the resolved configuration, and stop')
-        parser.add_class_arguments(Config)
-        parser.print_help()
+    if '--help-all' in argv:
+        usage = f'usage: t2t-vit train {COMMANDS["train"].usage}'
+        order = 'Options override --config, which overrides --recipe. A flag needs no value.'
+        print(f'{usage}\n\n{order}\n\n{format_help(Config, [*TRAIN_SPECIAL, TRUST])}')
         return 0
-    found, problems = options(spell_out(argv, [*FLAGS, *booleans(Config)]))
-    special = {key: value for key, value in found if key in SPECIAL and value != 'false'}
-    settings = []
+    types = option_types(Config)
+    words, problems = split_words(argv, {**types, **TRAIN_TYPES}, ['data.root'], TRAIN_ALIASES)
+    special = {word.key: word.value for word in words if word.key in TRAIN_TYPES and word.value != 'false'}
+    settings: list[Setting] = []
     if special.get('resume', 'auto') != 'auto':
         settings += saved_settings(Path(special['resume']))
     if 'recipe' in special:
@@ -158,44 +193,70 @@ def train(argv: list[str]) -> int:
         settings += read_settings(recipes()[special['recipe']])
     if 'config' in special:
         settings += read_settings(Path(special['config']))
-    settings += [
-        (f'--{key}', 'data.root' if key == 'data' else key, value) for key, value in found if key not in SPECIAL
-    ]
-    config = resolve(Config, settings, problems)
+    settings += [word for word in words if word.key not in TRAIN_TYPES]
+    config = resolve(Config, settings, problems, lambda key: advise(key, list(types)))
     if 'print_config' in special:
         print(config.to_yaml(), end='')
         return 0
 
-    from .train.run import train as run
+    from .train.run import train as run_training
     from .train.signals import Interrupted
 
     try:
-        run(config, special.get('resume'), 'dry_run' in special)
+        run_training(config, special.get('resume'), 'dry_run' in special)
     except Interrupted as stop:
         print(stop)
         return stop.code
     return 0
 
 
-def saved_settings(place: Path) -> list[Any]:
-    """What the run in a folder, or of a state file, was configured as; its own state is what it starts from.
-
-    Where it stood then is left out: a folder may have been moved.
-    """
-    from .settings import flatten, parse_settings, read_settings
+def saved_settings(path: Path) -> list[Setting]:
+    """Read the configuration of a run's folder or state file, except where the run started from and stood."""
     from .train.state import read_state
+    from .train.upgrade import upgrade
 
-    if place.is_file():
-        config = parse_settings(str(read_state(place).get('config')), str(place))
-        saved = [(f'{key} in {place}', key, value) for key, value in flatten(config)]
+    if path.is_file():
+        settings = as_settings(parse_settings(str(read_state(path).get('config')), str(path)), str(path))
     else:
-        saved = read_settings(place / 'config.yaml')
-    return [setting for setting in saved if setting[1] not in ('weights', 'output')]
+        settings = read_settings(path / 'config.yaml')
+    return [
+        setting for setting in upgrade(settings)[0] if setting.key not in ('weights', 'output')
+    ]  # a folder may have moved
 
 
-def entry() -> None:
-    """The console script."""
-    sys.exit(main())
+def completion(argv: Sequence[str]) -> int:
+    """Print a script that completes commands, options and their values in a shell."""
+    import argparse
+
+    import shtab
+
+    from .train.config import Config
+
+    if len(argv) != 1 or argv[0] not in shtab.SUPPORTED_SHELLS:
+        raise UsageError(f'expected one of {", ".join(shtab.SUPPORTED_SHELLS)}, got {" ".join(argv) or "nothing"}')
+    parser = argparse.ArgumentParser(prog='t2t-vit')
+    parser.add_argument('--version', action='store_true')
+    commands = parser.add_subparsers()
+    for name, command in COMMANDS.items():
+        one = commands.add_parser(name, help=command.summary)
+        one.add_argument('--help-all', action='store_true')
+        options = known_options(load_function(name)) if command.function else {}
+        if name == 'train':
+            options = {'recipe': list(recipes()), **dict.fromkeys(['config', 'resume'], []), **known_options(Config)}
+            options.update(dict.fromkeys([word for word in TRAIN_ALIASES if not word.startswith('-')], []))
+            options.update(dict.fromkeys(['dry-run', 'print-config'], []))
+        for option, values in options.items():
+            target = one.add_argument(f'--{option.replace("_", "-")}', choices=values or None)
+            if not values:
+                target.complete = shtab.FILE  # type: ignore[attr-defined]
+        if name in ('train', *(name for name, other in COMMANDS.items() if other.positional)):
+            one.add_argument('words', nargs='*').complete = shtab.FILE  # type: ignore[attr-defined]
+        elif name == 'recipes':
+            one.add_argument('words', nargs='*', choices=list(recipes()))
+        elif name == 'completion':
+            one.add_argument('words', choices=shtab.SUPPORTED_SHELLS)
+    print(shtab.complete(parser, argv[0]))
+    return 0
 
 
 if __name__ == '__main__':

@@ -1,106 +1,95 @@
-"""From YAML files and --dotted.options to a typed configuration; all that is wrong with them said at once."""
+"""Turn YAML files and options into typed configurations, and report all problems in one message."""
 
 import argparse
 import difflib
+import inspect
 import os
 import sys
-from collections.abc import Iterable, Sequence
+import types
+from collections import abc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, make_dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
 
+from . import custom
+
 T = TypeVar('T')
-MOST_VALUES = 10_000  # of a file
-Setting = tuple[str, str, Any]  # where it stands, its dotted key, its value
+MAX_VALUES = 10_000  # in one file
+MAX_PROBLEMS = 50  # in one message
 
 
 class UsageError(ValueError):
-    """What a user asked for cannot be understood; a line for every problem."""
+    """Report mistakes in a user's request, one a line. The command line prints them and exits with 2."""
+
+
+class Setting(NamedTuple):
+    """Hold one value of a configuration and where it comes from."""
+
+    source: str  # for messages: '--epochs', or 'epochs in config.yaml'
+    key: str  # dotted
+    value: Any
+    from_file: bool = False  # not typed by the user, so it must not name code
+
+
+def suggest(word: str, choices: Iterable[str]) -> str:
+    """Return the closest choice, or an empty string if none is close; a last component such as `lr` counts alone."""
+    choices = list(choices)
+    same = [choice for choice in choices if choice.rpartition('.')[2].lstrip('-') == word.rpartition('.')[2]]
+    return next(iter(same or difflib.get_close_matches(word, choices, n=1)), '')
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """', did you mean …?' where one of the choices is near, else nothing."""
-    near = difflib.get_close_matches(word, list(choices), n=1)
-    return f', did you mean {near[0]}?' if near else ''
+    """Return ', did you mean …?' with the closest choice, or an empty string if none is close."""
+    found = suggest(word, choices)
+    return f', did you mean {found}?' if found else ''
 
 
 def require(rules: Iterable[tuple[bool, str]]) -> None:
-    """UsageError with the sentence of every rule that does not hold."""
-    if problems := [sentence for holds, sentence in rules if not holds]:
+    """Check (condition, message) pairs.
+
+    Raises:
+        UsageError: with the message of every condition that is false.
+    """
+    if problems := [message for holds, message in rules if not holds]:
         raise UsageError('\n'.join(problems))
 
 
 def recipes() -> dict[str, Path]:
-    """The shipped recipes by name."""
+    """Return the shipped recipes by name."""
     files = Path(str(resources.files(__package__) / 'recipes')).glob('*.yaml')
     return {file.stem: file for file in sorted(files, key=lambda file: file.stem)}
 
 
-def booleans(kind: Any, prefix: str = '') -> list[str]:
-    """The dotted names of a dataclass's fields, or a function's arguments, that are true or false."""
-    names: list[str] = []
-    for name, hint in get_type_hints(kind).items():
-        if is_dataclass(hint):
-            names += booleans(hint, f'{prefix}{name}.')
-        elif hint in (bool, bool | None):
-            names.append(f'{prefix}{name}')
-    return names
-
-
-def spell_out(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """The words of a command with `_` for `-` in the options' names, and `true` for flags that stand alone."""
-    spelled: list[str] = []
-    for word, following in zip(argv, [*argv[1:], '']):
-        key, equals, value = word.partition('=')
-        if word.startswith('--'):
-            key = f'--{key[2:].replace("-", "_")}'
-            if key[2:] in flags and not equals and following.lower() not in ('true', 'false', 'null'):
-                equals, value = '=', 'true'
-        spelled.append(f'{key}{equals}{value}')
-    return spelled
-
-
-def options(argv: Sequence[str]) -> tuple[list[tuple[str, Any]], list[str]]:
-    """`--key value` and `--key=value` in their order; and what is wrong with them."""
-    found: list[tuple[str, Any]] = []
-    problems, words = [], list(argv)
-    while words:
-        word = words.pop(0)
-        key, equals, value = word[2:].partition('=')
-        if not word.startswith('--'):
-            problems.append(f'what is {word!r} for? options are --name value')
-        elif equals:
-            found.append((key, value))
-        elif words and not words[0].startswith('--'):
-            found.append((key, words.pop(0)))
-        else:
-            problems.append(f'--{key} has no value')
-    return found, problems
+# Files
 
 
 def read_settings(file: Path, above: Sequence[Path] = ()) -> list[Setting]:
-    """The leaves of a YAML file, behind those of the recipe that it names as its `base`.
+    """Read the settings of a YAML file, after those of the recipe that it names as its `base`.
 
-    `base` is a shipped recipe's name, or a file beside this one. `above` are the files on the way here.
+    Args:
+        file: The file, in UTF-8.
+        above: The files whose `base` led here.
 
     Raises:
-        UsageError: if it is not there, no YAML mapping, or its own base.
+        UsageError: if the file cannot be read, is not a YAML mapping, or is its own base.
     """
     try:
-        text = file.read_text()
-    except (OSError, ValueError) as error:  # ValueError: bytes that are no text, names that are no path
+        text = file.read_text(encoding='utf-8')
+    except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, names that are not a path
         raise UsageError(f'cannot read {str(file)[:200]}: {str(error)[:200]}') from None
     tree = parse_settings(text, str(file))
     base = tree.pop('base', None)
     settings: list[Setting] = []
     if base is not None:
         beside = file.parent / str(base)
-        if str(base) not in recipes() and not os.path.isfile(beside):  # Path.is_file raises where a name is too long
+        if str(base) not in recipes() and not os.path.isfile(beside):  # Path.is_file raises if a name is too long
             raise UsageError(
                 f'base in {file}: no recipe and no file {str(base)[:200]!r}{nearest(str(base), recipes())}'
             )
@@ -108,32 +97,41 @@ def read_settings(file: Path, above: Sequence[Path] = ()) -> list[Setting]:
         if source in (*above, file):
             raise UsageError(f'base in {file}: {base} leads back to itself')
         settings = read_settings(source, (*above, file))
-    return settings + [(f'{key} in {file}', key, value) for key, value in flatten(tree)]
+    return settings + as_settings(tree, str(file))
 
 
-def parse_settings(text: str, place: str) -> dict[str, Any]:
-    """A YAML mapping, with nothing executed; `place` is where it stands, for messages.
+def as_settings(tree: dict[str, Any], file: str) -> list[Setting]:
+    """Return the values of a configuration that was read from a file."""
+    return [Setting(f'{key} in {file}', key, value, from_file=True) for key, value in flatten(tree)]
+
+
+def parse_settings(text: str, file: str) -> dict[str, Any]:
+    """Parse a YAML mapping without executing anything.
+
+    Args:
+        text: The YAML text.
+        file: Where it was read, for messages.
 
     Raises:
-        UsageError: if it is none, or one that unfolds without measure.
+        UsageError: if it is not a mapping, or its aliases expand beyond `MAX_VALUES`.
     """
     try:
         tree = yaml.safe_load(text)
         count = count_values(tree, {})
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of dates and long numbers
-        raise UsageError(f'cannot read {place}: {" ".join(str(error).split())}') from None
-    if count > MOST_VALUES:
-        raise UsageError(f'{place} unfolds to {count:,} values; a configuration has at most {MOST_VALUES:,}')
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: invalid dates, very long numbers
+        raise UsageError(f'cannot read {file}: {" ".join(str(error).split())}') from None
+    if count > MAX_VALUES:
+        raise UsageError(f'{file} expands to {count:,} values; a configuration has at most {MAX_VALUES:,}')
     if not isinstance(tree, dict):
-        raise UsageError(f'{place} holds no settings: expected lines of key: value')
+        raise UsageError(f'{file} holds no settings: expected lines of key: value')
     return tree
 
 
 def count_values(node: Any, known: dict[int, int]) -> int:
-    """Values of nested dicts and lists, those behind YAML's aliases counted as often as they appear.
+    """Count the values in nested dicts and lists; a YAML alias counts each time it appears.
 
     Raises:
-        ValueError: if something holds itself, or a number is longer than Python will print.
+        ValueError: if a value contains itself, or a number is longer than 64 bits.
     """
     if isinstance(node, int) and node.bit_length() > 64:
         raise ValueError(f'a number of {node.bit_length():,} bits')
@@ -149,8 +147,8 @@ def count_values(node: Any, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-def flatten(tree: dict[str, Any], prefix: str = '') -> list[tuple[str, Any]]:
-    """{'a': {'b': 1}} -> [('a.b', 1)]."""
+def flatten(tree: Mapping[str, Any], prefix: str = '') -> list[tuple[str, Any]]:
+    """Return nested values with dotted keys: {'a': {'b': 1}} -> [('a.b', 1)]."""
     leaves: list[tuple[str, Any]] = []
     for key, value in tree.items():
         name = f'{prefix}{key}'
@@ -159,71 +157,193 @@ def flatten(tree: dict[str, Any], prefix: str = '') -> list[tuple[str, Any]]:
 
 
 def nest(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """Set `tree['a']['b']` for 'a.b'; gives the tree."""
+    """Set `tree['a']['b']` for the dotted key 'a.b' and return the tree."""
     *parents, name = key.split('.')
     branch = tree
     for parent in parents:
-        if not isinstance(branch.get(parent), dict):  # a later setting goes over a plain value
+        if not isinstance(branch.get(parent), dict):  # a later setting replaces a plain value
             branch[parent] = {}
         branch = branch[parent]
-    branch[name] = deepcopy(value)  # later settings may reach into it
+    branch[name] = deepcopy(value)  # later settings may change it
     return tree
 
 
-def use_new_name(setting: Setting, renamed: dict[str, str]) -> Setting:
+# Types
+
+
+def option_types(kind: Any, prefix: str = '') -> dict[str, Any]:
+    """Return the types of a dataclass's fields or a function's arguments by dotted name."""
+    found: dict[str, Any] = {}
+    names = inspect.signature(kind).parameters
+    for name, hint in get_type_hints(kind).items():
+        if name in names and is_dataclass(hint):
+            found.update(option_types(hint, f'{prefix}{name}.'))
+        elif name in names:
+            found[f'{prefix}{name}'] = hint
+    return found
+
+
+def alternatives(hint: Any) -> list[Any]:
+    """Return the types of a union except None, or the type itself."""
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return [part for part in parts if part is not type(None)]
+
+
+def is_flag(hint: Any) -> bool:
+    """Return whether an option of this type needs no value."""
+    return alternatives(hint) == [bool]
+
+
+def is_list(hint: Any) -> bool:
+    """Return whether an option of this type takes several words."""
+    return get_origin(alternatives(hint)[0]) in (list, abc.Sequence)
+
+
+def describe_type(hint: Any) -> str:
+    """Return a phrase for the values that a type accepts, such as 'a whole number >0 or null'."""
+    names = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text', type(None): 'null'}
+    if hint in names:
+        return names[hint]
+    if get_origin(hint) in (Union, types.UnionType):
+        return ' or '.join(map(describe_type, get_args(hint)))
+    if get_origin(hint) is Literal:
+        return ' or '.join(map(str, get_args(hint)))
+    if get_origin(hint) in (list, tuple, abc.Sequence):
+        items = [describe_type(item) for item in get_args(hint) if item is not ...]
+        return f'[{", ".join(items)}{", …" if get_origin(hint) is not tuple or ... in get_args(hint) else ""}]'
+    base = next((base for base in (int, float) if isinstance(hint, type) and issubclass(hint, base)), None)
+    if base and hint.__doc__:  # a restricted number type of jsonargparse: 'int restricted to be >0'
+        return f'{names[base]} {hint.__doc__.partition("restricted to be ")[2] or hint.__doc__}'
+    return 'key: value pairs' if get_origin(hint) is dict or hint is dict else 'a value'
+
+
+@cache
+def _parser(hint: Any) -> ArgumentParser:
+    """Return a parser of a single value of this type."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(make_dataclass('Option', [('value', hint)]))
+    return parser
+
+
+def convert(hint: Any, value: Any) -> Any:
+    """Return a value as the type says, parsed if it is text.
+
+    Raises:
+        ValueError: with a phrase for the expected values.
+    """
+    if value in (None, 'null') and (hint is Any or type(None) in get_args(hint)):
+        return None
+    try:
+        parsed = _parser(hint).parse_object({'value': 'null' if value is None else value}).value
+    except (argparse.ArgumentError, TypeError, AttributeError):
+        raise ValueError(f'expected {describe_type(hint)}, got {value!r:.200}') from None
+    return _plain(parsed)
+
+
+def _plain(value: Any) -> Any:
+    """Return plain numbers in place of those of jsonargparse's restricted types, which YAML cannot write."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value))
+    for base in (int, float):
+        if isinstance(value, base) and type(value) not in (bool, base):
+            return base(value)
+    return value
+
+
+# From settings to a configuration
+
+
+def use_new_name(setting: Setting, renamed: Mapping[str, str]) -> Setting:
     """Replace the old name of a setting, with a warning on stderr."""
-    place, key, value = setting
-    if key not in renamed:
+    if not (new := renamed.get(setting.key)):
         return setting
-    text = f'{place[:200]}: {key} is now {renamed[key]}; the old name will be removed'
+    text = f'{setting.source[:200]}: {setting.key} is now {new}; the old name will be removed'
     print(f't2t-vit: warning: {text}', file=sys.stderr)
-    return place, renamed[key], value
+    return setting._replace(key=new)
 
 
-def resolve(kind: type[T], settings: Sequence[Setting], problems: Sequence[str] = ()) -> T:
-    """A `kind` with these settings, later ones over earlier ones, and its defaults for the rest.
+def check_values(
+    kind: Any, settings: Iterable[Setting], advice: Callable[[str], str] | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """Convert settings to the types of a dataclass or function.
 
-    `kind` is a dataclass with a method `problems`, which names what is wrong with its values; `problems` are those
-    found before.
+    Args:
+        kind: The dataclass or function.
+        settings: Later ones replace earlier ones of the same key.
+        advice: Returns the end of the message for an unknown key, or an empty string; by default the nearest name.
+
+    Returns:
+        A tree of values, and a sentence for every unknown key, wrong type and untrusted name of code.
+    """
+    known = option_types(kind)
+    tree: dict[str, Any] = {}
+    problems: list[str] = []
+    refused: dict[str, str] = {}
+    for source, key, value, from_file in settings:
+        parent = next((name for name in parents(key) if name in known), key)
+        hint = known.get(key, Any if parent != key and get_origin(known[parent]) is dict else None)
+        refused = {name: text for name, text in refused.items() if name not in (key, *parents(key))}
+        if from_file and (text := custom.refusal(key, value, source.partition(' in ')[2] or source)):
+            refused[key] = text
+        elif any(name.startswith(f'{key}.') for name in known):
+            if value == {}:
+                continue
+            problems.append(f'{source} is a group of options, such as {group_example(key, known)}; got {value!r:.200}')
+        elif hint is None:
+            names = [f'--{name}' for name in known] if source.startswith('--') else known
+            below = f': {parent} is a single value' if parent != key else advice(key) if advice else ''
+            problems.append(f'unknown option {source[:200]}{below or nearest(key, names)}')
+        else:
+            try:
+                nest(tree, key, convert(hint, value))
+            except ValueError as error:
+                problems.append(f'{source}: {error}')
+    return tree, [*problems, *refused.values()]
+
+
+def parents(key: str) -> Iterator[str]:
+    """Yield the dotted keys above a key, the nearest first."""
+    while '.' in key:
+        key = key.rpartition('.')[0]
+        yield key
+
+
+def group_example(key: str, known: Iterable[str]) -> str:
+    """Return the first option of a group."""
+    return next(name for name in known if name.startswith(f'{key}.'))
+
+
+def resolve(
+    kind: type[T], settings: Sequence[Any], problems: Sequence[str] = (), advice: Callable[[str], str] | None = None
+) -> T:
+    """Build a dataclass from settings; later ones replace earlier ones, and its defaults fill the rest.
+
+    Args:
+        kind: A dataclass with a method `problems`, which returns a sentence for every impossible value, and optionally
+            a class variable `RENAMED`, old dotted names of fields and the present ones.
+        settings: `Setting`s, or tuples (source, key, value).
+        problems: Problems that were found before.
+        advice: See `check_values`.
 
     Raises:
         UsageError: with every unknown key, wrong type and impossible value in one message.
     """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, 'config')
-    known = [key.partition('.')[2] for key in vars(parser.get_defaults().as_flat())]
-
-    def parse(some: Sequence[Setting], defaults: bool = True) -> Any:
-        tree: dict[str, Any] = {}
-        for _, key, value in some:
-            nest(tree, f'config.{key}', value)
-        return parser.parse_object(tree, defaults=defaults)
-
-    def problem(setting: Setting) -> str:
-        place, key, _ = setting
-        if not any(key == name or key.startswith(f'{name}.') for name in known):
-            return f'unknown option {place[:200]}{nearest(key, known)}'
-        try:
-            parse([setting], defaults=False)
-        except argparse.ArgumentError as error:
-            return f'{place}: {" ".join(str(error).split()[3:])}'  # without jsonargparse's own name of it
-        return ''
-
-    problems = list(problems)
-    settings = [use_new_name(setting, getattr(kind, 'RENAMED', {})) for setting in settings]
-    settings = [(place, key, 'null' if value is None else value) for place, key, value in settings]  # type-checked so
-    try:
-        if any(name.startswith(f'{key}.') for _, key, _ in settings for name in known):
-            raise AttributeError('a plain value for a group of settings')
-        parsed = parse(settings)
-    except (argparse.ArgumentError, AttributeError):  # a wrong type, or options of what is no group of options
-        # one by one takes many times as long, and finds all that is wrong
-        found = [(problem(setting), setting) for setting in settings]
-        problems += [text for text, _ in found if text]
-        parsed = parse([setting for text, setting in found if not text])
-    config = parser.instantiate(parsed).config
-    problems += config.problems()
-    if problems:
-        more = [f'… and {len(problems) - 50} more'] if len(problems) > 50 else []
-        raise UsageError('\n'.join([*problems[:50], *more]))
+    renamed = getattr(kind, 'RENAMED', {})
+    tree, found = check_values(kind, [use_new_name(Setting(*setting), renamed) for setting in settings], advice)
+    config = build(kind, tree)
+    raise_problems([*problems, *found, *config.problems()])  # type: ignore[attr-defined]
     return config
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raise a `UsageError` that lists the problems, if there are any."""
+    if problems:
+        more = [f'… and {len(problems) - MAX_PROBLEMS} more'] if len(problems) > MAX_PROBLEMS else []
+        raise UsageError('\n'.join([*problems[:MAX_PROBLEMS], *more]))
+
+
+def build(kind: type[T], tree: Mapping[str, Any]) -> T:
+    """Build a dataclass, and those nested in it, from a tree of values."""
+    hints = get_type_hints(kind)
+    nested = {name: build(hints[name], value) for name, value in tree.items() if is_dataclass(hints[name])}
+    return kind(**{**tree, **nested})

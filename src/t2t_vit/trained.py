@@ -19,6 +19,7 @@ from timm.data import ImageNetInfo
 from timm.models import save_for_hf
 from torch import nn
 
+from .custom import UntrustedCodeError, refuse_code
 from .data import Preprocessing
 from .models.checkpoints import CheckpointError, convert_state_dict, few, read_checkpoint, save_weights
 from .models.listing import build_from_file, check_name
@@ -187,8 +188,10 @@ def build_trained(place: Path, config: dict[str, Any], weights: Path, ema: bool)
 
     Raises:
         CheckpointError: if something is missing, damaged, or does not belong together.
+        UntrustedCodeError: if the configuration names code to execute.
     """
     try:
+        refuse_code(config.get('model_args', {}), str(place))
         state_dict = read_weights(weights, ema)
         with torch.device('meta'):  # nothing is allocated before the weights are known to fit
             draft = create(config)
@@ -201,6 +204,8 @@ def build_trained(place: Path, config: dict[str, Any], weights: Path, ema: bool)
         net = create(config)
         net.load_state_dict(state_dict)
         return describe(net)
+    except UntrustedCodeError:
+        raise
     except CheckpointError as error:
         known = str(place.parent) in str(error)
         raise CheckpointError(str(error) if known else f'{weights}: {error}') from None

@@ -61,7 +61,7 @@ def test_it_trains(name, photos, tmp_path, teacher):
     small = {'data.root': str(photos), 'data.img_size': 32, 'model_args.depth': DENSE_GROUPS.get(whole.model, 1)}
     if whole.objective.kind != 'labels':
         small['objective.teacher'] = str(teacher)
-    if weights := [value for _, key, value in read_settings(recipes()[name]) if key == 'weights']:
+    if weights := [value for _, key, value, _ in read_settings(recipes()[name]) if key == 'weights']:
         assert weights == ['required']
         small['weights'] = None
     record = train(config(name, output=str(tmp_path), **SMOKE, **small))

@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+from json import dumps
 from typing import Any
 
 import timm
@@ -13,6 +14,8 @@ from ..console import console
 from .checkpoints import CheckpointError, PathLike, convert_state_dict, count_classes, read_checkpoint, save_weights
 from .own import load_own
 from .t2t_vit import PUBLISHED, VARIANTS
+
+KEYS = ('model', 'img_size', 'parameters', 'trainable', 'published_weights')
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -85,23 +88,29 @@ def build(name: str, img_size: int | tuple[int, int], **kwargs: Any) -> nn.Modul
         return timm.create_model(name, **kwargs)
 
 
-def models(pattern: str = '*') -> dict[str, tuple[int, int]]:
+def models(pattern: str = '*', json: bool = False) -> dict[str, tuple[int, int]]:
     """List the models: image size, parameters, and the tags of published weights.
 
     Args:
         pattern: Only names that match, as t2t_vit_t_*.
+        json: Print JSON.
     """
     table = Table(Column('model', no_wrap=True), 'image', 'parameters', 'learned', 'published weights')
     counts = {}
+    rows = []
     for name in fnmatch.filter(VARIANTS, pattern):
         with torch.device('meta'):
             model = timm.create_model(name)
         counts[name] = count_parameters(model)
         tags = [key.split('.')[1] for key in PUBLISHED if key.split('.')[0] == name]
+        rows.append((name, model.img_size[0], *counts[name], tags))
         table.add_row(name, str(model.img_size[0]), *(f'{n:,}' for n in counts[name]), ', '.join(tags))
     if not counts:
         raise ValueError(f'no model matches {pattern!r}; `t2t-vit models` lists all')
-    console().print(table)
+    if json:
+        print(dumps([dict(zip(KEYS, row)) for row in rows], indent=2))
+    else:
+        console().print(table)
     return counts
 
 

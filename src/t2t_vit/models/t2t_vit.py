@@ -28,6 +28,7 @@ from timm.models import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..custom import check_source
 from .blocks import BLOCKS, build_blocks
 from .checkpoints import convert_state_dict, load_weights, verify_file
 from .own import load_own
@@ -577,6 +578,7 @@ def build(name: str, pretrained: bool, **kwargs: Any) -> T2TViT:
     cfg = resolve_pretrained_cfg(
         name, pretrained_cfg=kwargs.get('pretrained_cfg'), pretrained_cfg_overlay=kwargs.get('pretrained_cfg_overlay')
     )
+    check_source(kwargs.get('pretrained_cfg'), kwargs)
     args = {**VARIANTS[name]._asdict(), 'img_size': tuple(cfg.input_size[-2:]), **kwargs}
     stages = len(args['splits']) - 1
     return build_model_with_cfg(

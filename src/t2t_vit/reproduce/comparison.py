@@ -19,9 +19,10 @@ from typing import Any
 
 import yaml
 
+from ..custom import refuse_code
 from ..settings import Setting, UsageError, flatten, nest, read_settings, recipes, resolve
 from ..train.config import Config
-from .arms import SPLITS, Inputs
+from .arms import ARMS, SPLITS, Inputs
 
 RESULT = 'result.json'
 
@@ -115,7 +116,7 @@ def read_plan(folder: Path) -> Plan:
 def read_recipe(recipe: str) -> str:
     """Return a shipped recipe or a recipe file, its base recipes merged into it, as YAML."""
     tree: dict[str, Any] = {}
-    for _, key, value in read_settings(recipes().get(recipe, Path(recipe))):
+    for _, key, value, _ in read_settings(recipes().get(recipe, Path(recipe))):
         nest(tree, key, value)
     return yaml.safe_dump(tree, sort_keys=False)
 
@@ -141,7 +142,10 @@ def custom_folder(folder: Path) -> str:
 
 def read_arm(folder: Path, name: str) -> dict[str, Any]:
     """Read an arm's `model`, `args` and `parameters`, with the absolute path of a custom design's file."""
-    arm = yaml.safe_load((folder / 'arms' / f'{name}.yaml').read_text(encoding='utf-8'))
+    file = folder / 'arms' / f'{name}.yaml'
+    arm = yaml.safe_load(file.read_text(encoding='utf-8'))
+    if name in ARMS:  # a custom one is only read after it was named on the command line
+        refuse_code(arm['args'], str(file))
     arm['args'] = {
         key: f'{folder.resolve()}/{value}' if '.py:' in str(value) else value for key, value in arm['args'].items()
     }
@@ -176,12 +180,12 @@ def run_config(
     }
     copy = folder / 'recipe.yaml'
     base = read_settings(copy if copy.is_file() else recipes().get(plan.recipe, Path(plan.recipe)))
-    settings: list[Setting] = [entry for entry in base if not entry[1].startswith('model')]
-    for _, key, values in base:  # of an RGB recipe for images of other channels: the mean, as for timm's models
+    settings = [setting for setting in base if not setting.key.startswith('model')]
+    for _, key, values, _ in base:  # of an RGB recipe for images of other channels: the mean, as for timm's models
         if key in ('data.mean', 'data.std') and len(values) != plan.in_chans:
             given[key] = [sum(values) / len(values)] * plan.in_chans
-    settings += [(key, key, value) for key, value in given.items()]
-    settings += [(f'model_args.{key}', f'model_args.{key}', value) for key, value in flatten(args)]
+    settings += [Setting(key, key, value) for key, value in given.items()]
+    settings += [Setting(f'model_args.{key}', f'model_args.{key}', value) for key, value in flatten(args)]
     return resolve(Config, settings)
 
 

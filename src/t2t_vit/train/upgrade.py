@@ -28,20 +28,21 @@ def upgrade(settings: Sequence[Setting], version: str | None = None) -> tuple[li
     Raises:
         UsageError: naming the unknown fields of a newer version.
     """
-    old_names = any(key in RENAMED for _, key, _ in settings)
+    old_names = any(setting.key in RENAMED for setting in settings)
     written = parse_version(version or ('0.1.0' if old_names else __version__))
-    values = {key: value for _, key, value in settings}
+    values = {setting.key: setting.value for setting in settings}
     if written < FIRST_WITH_TOTAL_EPOCHS and 'epochs' in values:
         total = values['epochs'] + (values.get('optimizer.cooldown_epochs') or 0)
-        settings = [(place, key, total if key == 'epochs' else value) for place, key, value in settings]
-    settings = [(place, RENAMED.get(key, key), value) for place, key, value in settings]
-    unknown = [setting for setting in settings if not is_known(setting[1])]
+        settings = [setting._replace(value=total) if setting.key == 'epochs' else setting for setting in settings]
+    settings = [setting._replace(key=RENAMED.get(setting.key, setting.key)) for setting in settings]
+    unknown = [setting for setting in settings if not is_known(setting.key)]
     if unknown and written > parse_version(__version__):
+        names = ', '.join(setting.source for setting in unknown)
         raise UsageError(
-            f'version {version} of t2t-vit wrote {", ".join(place for place, _, _ in unknown)}, which this version, '
-            f'{__version__}, does not know: install {version} or a later one'
+            f'version {version} of t2t-vit wrote {names}, which this version, {__version__}, does not know: '
+            f'install {version} or a later one'
         )
-    notes = [f'note      {place} is no longer known and is ignored' for place, _, _ in unknown]
+    notes = [f'note      {setting.source} is no longer known and is ignored' for setting in unknown]
     return [setting for setting in settings if setting not in unknown], notes
 
 

@@ -1,0 +1,353 @@
+"""The `t2t-vit` command: answer help, version and typing mistakes at once, and leave the rest to the package.
+
+Importing the package imports torch and timm, which takes seconds, so this module stands beside it and not in it.
+"""
+
+import difflib
+import sys
+from itertools import takewhile
+from pathlib import Path
+from typing import NamedTuple
+
+RECIPES = Path(__file__).parent / 't2t_vit' / 'recipes'
+USAGE = 'usage: t2t-vit COMMAND [options]     (t2t-vit COMMAND --help describes one)'
+
+
+class Command(NamedTuple):
+    """Describe a command in the form that `t2t-vit COMMAND --help` prints."""
+
+    summary: str
+    usage: str
+    options: str  # the ten or so that most people need, at most 80 columns wide
+    examples: tuple[str, ...]
+    function: str = ''  # MODULE:NAME in the package; its arguments are the options
+    positional: tuple[str, ...] = ()  # arguments that need no name, in their order
+
+
+TRAIN_OPTIONS = """
+  FOLDER              class folders, or train/ and val/ with class folders
+  --recipe NAME       start from a shipped configuration (t2t-vit recipes)
+  --model NAME        t2t-vit models lists them
+  --weights FILE      start from trained weights
+  --epochs N
+  --batch N           images in a step
+  --lr X              peak learning rate
+  --imgsz N           pixels
+  --workers N         processes that read images
+  --device NAME       auto or cpu
+  --output FOLDER     the run's folder; default: a new one in runs/
+  --resume FOLDER     continue a run; auto: continue the one in --output, if any
+  --dry-run           print the plan and stop
+"""
+
+COMMANDS = {
+    'train': Command(
+        'train a model on your images',
+        '[FOLDER] [options]',
+        TRAIN_OPTIONS,
+        ('photos --epochs 30', '--recipe small-images photos --imgsz 96', '--resume runs/photos'),
+    ),
+    'eval': Command(
+        'score a trained model on labelled images',
+        'RUN [options]',
+        """
+  RUN                 a run's folder, hf-hub:USER/NAME, or a file of weights
+  --model NAME        the model that a file of weights is for
+  --data FOLDER       labelled images
+  --split NAME        val or train
+  --output FOLDER     write scores.json and confusion.png
+  --batch-size N      images at a time
+  --workers N         processes that read images
+  --device NAME       auto, cpu, cuda or mps
+""",
+        (
+            'runs/photos --data photos',
+            'runs/photos --data photos --split train --output scores',
+            '81.5_T2T_ViT_14.pth.tar --model t2t_vit_14 --data imagenet',
+        ),
+        'evaluate:evaluate',
+        ('checkpoint',),
+    ),
+    'predict': Command(
+        'classify images',
+        'IMAGE… --checkpoint RUN [options]',
+        """
+  IMAGE…              files, folders, patterns, tar or Parquet files, lists
+  --checkpoint RUN    a run's folder, hf-hub:USER/NAME, an exported file, or
+                      a file of weights
+  --model NAME        the model that a file of weights is for
+  --output FILE       .csv, .jsonl or .parquet, or a folder for many images
+  --top-k N           classes to list for each image
+  --batch-size N      images at a time
+  --workers N         processes that read images
+  --device NAME       auto, cpu, cuda or mps
+  --precision NAME    no (float32), bf16 or fp16
+  --picture FILE      draw the first images with their classes as a PNG file
+""",
+        (
+            'photos/*.jpg --checkpoint runs/photos',
+            'photos --checkpoint runs/photos --output classes.csv',
+            'photo.jpg --checkpoint model.onnx --top-k 3',
+        ),
+        'predict:predict',
+        ('inputs',),
+    ),
+    'embed': Command(
+        'compute a feature vector for each image',
+        'IMAGE… --checkpoint RUN --output FILE [options]',
+        """
+  IMAGE…              files, folders, patterns, tar or Parquet files, lists
+  --checkpoint RUN    a run's folder, hf-hub:USER/NAME, an exported file, or
+                      a file of weights
+  --output FILE       .parquet or .npy, or a folder for many images
+  --kind NAME         features (what the head reads), class_token, pooled or
+                      pyramid
+  --model NAME        the model that a file of weights is for
+  --batch-size N      images at a time
+  --workers N         processes that read images
+  --device NAME       auto, cpu, cuda or mps
+  --precision NAME    no (float32), bf16 or fp16
+""",
+        (
+            'photos --checkpoint runs/photos --output vectors.parquet',
+            'photos --checkpoint runs/photos --output a.npy --kind pooled',
+            'shards --checkpoint hf-hub:USER/NAME --output vectors',
+        ),
+        'predict:embed',
+        ('inputs',),
+    ),
+    'push': Command(
+        'publish a run on the Hugging Face Hub',
+        'RUN USER/NAME [options]',
+        """
+  RUN                 a run's folder
+  USER/NAME           the repository, which is created if it does not exist
+  --license NAME      of the weights, such as apache-2.0
+  --private           create a private repository
+  --revision NAME     the branch
+  --message TEXT      describes the change
+""",
+        (
+            'runs/photos you/photos --license apache-2.0',
+            'runs/photos you/photos --private',
+            'runs/photos you/photos --revision next --message "Train longer"',
+        ),
+        'hub:push',
+        ('run', 'repo'),
+    ),
+    'models': Command(
+        'list the models with their sizes',
+        '[PATTERN] [--json]',
+        """
+  PATTERN             only names that match, such as t2t_vit_t_*
+  --json              print JSON
+""",
+        ('', "'t2t_vit_t_*'", '--json > models.json'),
+        'models.listing:models',
+        ('pattern',),
+    ),
+    'recipes': Command(
+        'list the shipped training recipes',
+        '[NAME]',
+        """
+  NAME                print the whole recipe, such as digits
+""",
+        ('', 'digits', 'small-images > mine.yaml'),
+    ),
+    'convert': Command(
+        'convert a published checkpoint to safetensors',
+        'FILE --model NAME -o FILE [options]',
+        """
+  FILE                a checkpoint in any published layout
+  --model NAME        the model that it is for
+  -o, --output FILE   the safetensors file to write
+  --ema false         take the raw weights if the file also has EMA weights
+  --num-classes N     a new head for N classes
+  --img-size N        resize the position embedding, in pixels
+""",
+        (
+            '81.5_T2T_ViT_14.pth.tar --model t2t_vit_14 -o a.safetensors',
+            'a.pth.tar --model t2t_vit_14 -o b.safetensors --num-classes 5',
+            'a.pth.tar --model t2t_vit_14 -o b.safetensors --img-size 384',
+        ),
+        'models.listing:convert',
+        ('file',),
+    ),
+    'export': Command(
+        'write a model as ONNX, .pt2 or OpenVINO and compare the results',
+        '-o FILE [--checkpoint RUN] [options]',
+        """
+  -o, --output FILE   .onnx, .pt2 or .xml
+  --checkpoint RUN    a run's folder, hf-hub:USER/NAME, or a file of weights
+  --model NAME        the model, for a file of weights or without one
+  --precision NAME    float32, fp16, bf16 or int8
+  --dynamic NAME      sizes that stay open: none, batch, or all
+  --pixels NAME       float, or uint8 images that the file normalises itself
+  --img-size N        pixels
+  --data FOLDER       images to compare on
+  --tolerance X       largest accepted difference
+""",
+        (
+            '--checkpoint runs/photos -o photos.onnx',
+            '--checkpoint runs/photos -o photos.xml --precision int8',
+            '--checkpoint a.pth.tar --model t2t_vit_14 -o t2t_vit_14.pt2',
+        ),
+        'export.command:export',
+    ),
+    'bench': Command(
+        'compare models in speed, memory and size',
+        '[MODEL…] [options]',
+        """
+  MODEL…              names that timm knows, or FILE.py:FUNCTION
+  --baseline MODEL    the model to compare with
+  --modes NAME…       infer, train
+  --precision NAME    float32, bf16 or fp16
+  --batch-size N      images at a time
+  --img-sizes N…      pixels
+  --device NAME       auto, cpu, cuda or mps
+  --threads N         of the CPU
+  --output FOLDER     write bench.csv and README.md
+""",
+        ('t2t_vit_14 vit_small_patch16_224', 't2t_vit_14 --modes train', 't2t_vit_14 --device cuda --output speed'),
+        'benchmark:bench',
+        ('models',),
+    ),
+    'visualize': Command(
+        'draw what models see, and curves of runs',
+        '[IMAGE…] [--models MODEL…] [--runs RUN…] [options]',
+        """
+  IMAGE…              files, folders, digits, or samples (two photos)
+  --models MODEL…     runs, names that timm knows, NAME=FILE, hf-hub:USER/NAME,
+                      or FILE.py:FUNCTION
+  --runs RUN…         runs whose curves to compare
+  --output FOLDER     default: looks
+  --pretrained        download the weights of models given by name
+  --img-size N        pixels
+  --device NAME       auto, cpu, cuda or mps
+""",
+        ('photo.jpg --models runs/photos', 'samples --models t2t_vit_14 resnet50 --pretrained', '--runs runs/a runs/b'),
+        'look.visualize:visualize',
+        ('images',),
+    ),
+    'explore': Command(
+        'open a web page that looks inside a model',
+        '[--checkpoint RUN] [options]',
+        """
+  --checkpoint RUN    a run, hf-hub:USER/NAME, a name that timm knows, or a file
+                      of weights; default: the last run, or a small new one
+  --model NAME        the model that a file of weights is for
+  --compare MODEL…    more models to show beside it
+  --pretrained        download the weights of models given by name
+  --port N            default: the first free one from 7860 on
+  --host ADDRESS      default: 127.0.0.1, this machine only
+  --device NAME       auto, cpu, cuda or mps
+  --browser           open the page in the browser
+""",
+        ('--browser', '--checkpoint runs/photos', '--checkpoint runs/photos --compare resnet50 --pretrained'),
+        'explore.command:explore',
+    ),
+    'reproduce': Command(
+        "repeat the paper's tables and claims at a smaller scale",
+        'structures|accuracy|report [options]',
+        """
+  structures          compare sizes with the printed ones
+  accuracy            train the models and compare them
+  report              write tables of the finished runs
+  --output FOLDER     for the runs and tables
+  --data FOLDER       as for train
+  --arms NAME…        models to train; default: all that the paper compares
+  --seeds N           runs of each model
+  --epochs N
+  --batch-size N      images in a step
+  --img-size N        pixels
+  --device NAME       auto or cpu
+  --minutes N         save and stop after this time; the same command continues
+""",
+        ('structures', 'accuracy --output compared --data photos', 'report --output compared'),
+        'reproduce.command:reproduce',
+        ('what',),
+    ),
+    'completion': Command(
+        'print a completion script for a shell',
+        'bash|zsh|tcsh',
+        '',
+        (
+            'bash > ~/.local/share/bash-completion/completions/t2t-vit',
+            'zsh > ~/.zfunc/_t2t-vit',
+            'tcsh > ~/.t2t-vit.tcsh',
+        ),
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code: 0, 1 for a failed check, 2 for a user's mistake, 130 for a run that was stopped and saved.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a character that the terminal lacks must not end a command
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='replace')
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ('-h', '--help', '--help-all', 'help'):
+        print('\n'.join([USAGE, '', *(f'  {name:12}{command.summary}' for name, command in COMMANDS.items())]))
+        return 0
+    if argv[0] in ('--version', '-V'):
+        print(version())
+        return 0
+    name, words = argv[0], argv[1:]
+    if name not in COMMANDS:
+        near = ''.join(f', did you mean {word}?' for word in difflib.get_close_matches(name, COMMANDS, n=1))
+        print(f't2t-vit: unknown command {name!r}{near}; commands: {", ".join(COMMANDS)}', file=sys.stderr)
+        return 2
+    if {'-h', '--help'} & set(words):
+        print(short_help(name))
+        return 0
+    if name == 'recipes':
+        return list_recipes(*words)
+    from t2t_vit.cli import run  # imports torch
+
+    return run(name, words)
+
+
+def version() -> str:
+    """Return the version of the package without importing it."""
+    text = (Path(__file__).parent / 't2t_vit' / '__init__.py').read_text(encoding='utf-8')
+    return next(line.split("'")[1] for line in text.splitlines() if line.startswith('__version__'))
+
+
+def short_help(name: str) -> str:
+    """Return the help of one command: its usage, its main options and three examples."""
+    command = COMMANDS[name]
+    examples = [f'  t2t-vit {name} {words}'.rstrip() for words in command.examples]
+    more = f'\nt2t-vit {name} --help-all describes all options.' if command.function or name in ('train',) else ''
+    return '\n'.join(
+        [f'usage: t2t-vit {name} {command.usage}', '', f'{command.summary[0].upper()}{command.summary[1:]}.']
+        + [command.options.rstrip('\n') or '', '\nexamples:', *examples]
+        + ([more] if more else [])
+    )
+
+
+def list_recipes(*names: str) -> int:
+    """Print the header of every recipe, or one whole recipe."""
+    files = {file.stem: file for file in sorted(RECIPES.glob('*.yaml'))}
+    if unknown := [name for name in names if name not in files]:
+        near = ''.join(f', did you mean {word}?' for word in difflib.get_close_matches(unknown[0], files, n=1))
+        print(f't2t-vit: unknown recipe {unknown[0]!r}{near}; recipes: {", ".join(files)}', file=sys.stderr)
+        return 2
+    for name in names:
+        print(files[name].read_text(encoding='utf-8'), end='')
+    for name, file in files.items() if not names else ():
+        lines = takewhile(lambda line: line.startswith('#'), file.read_text(encoding='utf-8').splitlines())
+        print(name, *(f'   {line[1:]}' for line in lines), sep='\n', end='\n\n')
+    return 0
+
+
+def entry() -> None:
+    """Run the console script."""
+    sys.exit(main())
+
+
+if __name__ == '__main__':
+    entry()
