@@ -15,9 +15,9 @@ bench() {  # bench NAME OPTIONS: writes FOLDER/NAME
 for name in "$@"; do
     case $name in
         eager) bench eager t2t_vit_7 t2t_vit_14 t2t_vit_t_14 deit_small_patch16_224 vit_little_patch16_reg1_gap_256 \
-            resnet50 mobilenetv2_100 tests/reference.py:plain_14 tests/reference.py:plain_t_14 \
+            resnet50 mobilenetv2_100 scripts/plain.py:plain_14 scripts/plain.py:plain_t_14 \
             --rounds 7 --seconds 0.4 ;;
-        train) bench train t2t_vit_14 t2t_vit_t_14 deit_small_patch16_224 tests/reference.py:plain_14 \
+        train) bench train t2t_vit_14 t2t_vit_t_14 deit_small_patch16_224 scripts/plain.py:plain_14 \
             --modes '[train]' --rounds 9 --seconds 3 ;;
         tiny) bench tiny t2t_vit_7 --baseline vit_tiny_patch16_224 --rounds 11 --seconds 0.4 ;;
         single) bench single t2t_vit_14 t2t_vit_t_14 --batch_size 1 --modes '[infer]' --rounds 15 --seconds 0.4 \

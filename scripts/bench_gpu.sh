@@ -17,7 +17,7 @@ import sys
 
 import timm
 import torch
-from reference import ReferenceT2TViT, fill, relative_error
+from filled import fill, relative_error
 
 import t2t_vit
 
@@ -35,9 +35,9 @@ def say(what, error, bound):
     print(f'{what}: {error:.1e}, at most {bound:.0e}', flush=True)
 
 
-for name, kind in (('t2t_vit_14', 'performer'), ('t2t_vit_t_14', 'transformer')):
+for name in ('t2t_vit_14', 't2t_vit_t_14'):
     model = fill(timm.create_model(name).eval())
-    plain = ReferenceT2TViT(token_layer=kind).double().eval()
+    plain = timm.create_model(name, fast=False).double().eval()
     plain.load_state_dict(model.state_dict())
     with torch.inference_mode():
         model = model.cuda()
@@ -45,7 +45,7 @@ for name, kind in (('t2t_vit_14', 'performer'), ('t2t_vit_t_14', 'transformer'))
             expected = plain(images.double())
             for tf32 in (False, True):
                 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-                bound = 5e-3 if tf32 or what == 'two flat halves' else 1e-5  # float32: tests/models/test_exact.py explains
+                bound = 5e-3 if tf32 or what == 'two flat halves' else 1e-5  # float32: tests/fast/test_forms.py explains
                 error = relative_error(model(images.cuda()).cpu().double(), expected)
                 say(f'{name}, {what}, {"tf32" if tf32 else "float32"}', error, bound)
             for precision, (dtype, bound) in HALF.items():
@@ -54,7 +54,7 @@ for name, kind in (('t2t_vit_14', 'performer'), ('t2t_vit_t_14', 'transformer'))
                 say(f'{name}, {what}, {precision}', error, bound)
 
     model = fill(timm.create_model(name, depth=2).eval())
-    plain = ReferenceT2TViT(token_layer=kind, depth=2).double().eval()
+    plain = timm.create_model(name, depth=2, fast=False).double().eval()
     plain.load_state_dict(model.state_dict())
     expected = torch.autograd.grad(plain(noise.double()).square().sum(), list(plain.parameters()))
     model = model.cuda()
@@ -91,7 +91,7 @@ status=0
 wait "$exact" || status=$?
 cat "$out/exact.txt"
 timed t2t_vit_14 t2t_vit_t_14 t2t_vit_7 vit_tiny_patch16_224 deit_small_patch16_224 resnet50 \
-    tests/reference.py:plain_14 tests/reference.py:plain_t_14 --output "$out/eager"
+    scripts/plain.py:plain_14 scripts/plain.py:plain_t_14 --output "$out/eager"
 timed "${compiled[@]}" --compiled '[true]' --output "$out/compiled"
 
 "$python" - "$out/eager/bench.csv" "$out/compiled/bench.csv" > "$out/ratios.txt" <<'PYTHON'
@@ -104,7 +104,7 @@ for row in rows:
     name = row['model'].removeprefix('t2t_vit_')
     if name not in ('14', 't_14'):
         continue
-    plain = [other for other in rows if other['model'] == f'tests/reference.py:plain_{name}'
+    plain = [other for other in rows if other['model'] == f'scripts/plain.py:plain_{name}'
              and other['mode'] == row['mode']]
     over = float(row['images_per_second']) / float(plain[0]['images_per_second']) if plain else float('nan')
     print(f"t2t_vit_{name}, {row['mode']}, compiled {row['compiled']}: {float(row['ratio']):.2f} of vit_small "

@@ -20,7 +20,7 @@ from pathlib import Path
 Path({marker!r}).touch()
 import torch
 from t2t_vit import Block
-from t2t_vit.models.tokens import TokenPerformer
+from t2t_vit.models.t2t_vit import TokenPerformer
 
 class Mine(Block):
     pass
@@ -166,7 +166,7 @@ def test_code_passed_in_python_is_used(foreign, trap):
 
 def test_a_class_in_python_replaces_the_name_in_a_folder(foreign, trap):
     net = timm.create_model(f'local-dir:{foreign}', block=t2t_vit.Block)
-    assert type(net.blocks[0]) is t2t_vit.Block and not trap.sprung()
+    assert isinstance(net.blocks[0], t2t_vit.Block) and not trap.sprung()
 
 
 def test_missing_file_or_name_is_refused(tmp_path):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from t2t_vit import cli, hub
 from t2t_vit.hub import Card, from_pretrained, licence_of, public, save_pretrained
-from t2t_vit.models.checkpoints import CheckpointError
+from t2t_vit.models.safe_load import CheckpointError
 from t2t_vit.settings import UsageError, flatten
 from t2t_vit.train.run import train
 from t2t_vit.train.state import read_state, saved_states

@@ -3,11 +3,13 @@
 __version__ = '0.2.0'
 
 from .custom import trust
-from .models.blocks import Block
-from .models.checkpoints import CheckpointError, convert_state_dict, load_weights
-from .models.pyramid import Pyramid
-from .models.t2t_vit import PUBLISHED, VARIANTS, T2TViT
-from .models.tokens import TokenLayer
+from .fast import optimize, plain
+from .models.checkpoints import convert_state_dict, load_weights
+from .models.published import PUBLISHED
+from .models.safe_load import CheckpointError
+from .models.t2t_vit import Block, T2TViT, TokenLayer
+from .models.timm_api import Pyramid, TimmT2TViT
+from .models.variants import VARIANTS
 
 __all__ = [
     'PUBLISHED',
@@ -16,9 +18,12 @@ __all__ = [
     'CheckpointError',
     'Pyramid',
     'T2TViT',
+    'TimmT2TViT',
     'TokenLayer',
     '__version__',
     'convert_state_dict',
     'load_weights',
+    'optimize',
+    'plain',
     'trust',
 ]

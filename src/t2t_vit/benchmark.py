@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .console import console
 from .models.listing import build, count_parameters
-from .models.t2t_vit import VARIANTS
+from .models.variants import VARIANTS
 from .plots import plot_sizes, plot_speed
 from .settings import require
 from .timing import device_name, interleave, keep_freed_memory, spread, synchronize

@@ -33,7 +33,7 @@ from .data import (
 )
 from .export import ExportedModel, files_of, is_exported, load_exported
 from .metrics import Measures, measure
-from .models.checkpoints import CheckpointError, hash_file
+from .models.safe_load import CheckpointError, hash_file
 from .settings import UsageError
 from .trained import Trained, describe, hash_weights, load_trained, nonfinite_tensors, pick_device, spoken_names
 from .vectors import Embedding, Head, Kind, TopK, finite_rows

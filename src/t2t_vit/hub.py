@@ -14,7 +14,7 @@ from torch import nn
 from . import __version__
 from .console import console
 from .models.listing import count_parameters
-from .models.t2t_vit import PUBLISHED
+from .models.published import PUBLISHED
 from .settings import UsageError, nest
 from .trained import CARD, CONFIG, WEIGHTS, check_folder, from_pretrained, save_folder
 

@@ -21,9 +21,10 @@ from torch import nn
 
 from .custom import UntrustedCodeError, refuse_code
 from .data import Preprocessing
-from .models.checkpoints import CheckpointError, convert_state_dict, few, read_checkpoint, save_weights
+from .models.checkpoints import convert_state_dict, few
 from .models.listing import build_from_file, check_name
-from .models.t2t_vit import VARIANTS
+from .models.safe_load import CheckpointError, read_checkpoint, save_weights
+from .models.variants import VARIANTS
 from .settings import UsageError
 
 WEIGHTS, CONFIG, CARD = 'model.safetensors', 'config.json', 'README.md'

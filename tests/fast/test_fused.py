@@ -1,34 +1,35 @@
-"""The token layers' kernels, held to the eager form in float64: values, gradients, dropout, and when they are used.
+"""Triton kernels against the eager form in float64: values, gradients, dropout, and when they are used.
 
-On a CPU they run in Triton's interpreter, which knows float16 and not bfloat16; on a GPU as they are, in both.
+On a CPU they run in Triton's interpreter, which has float16 and not bfloat16; on a GPU natively, in both.
 """
 
 import numpy as np
 import pytest
 import timm
 import torch
-from reference import fill, relative_error
+from filled import fill, relative_error
 from torch import nn
 
 import t2t_vit  # noqa: F401
-from t2t_vit.models import fused, tokens
-from t2t_vit.models.soft_split import Split, split_norm_linear
+from t2t_vit.fast import fused, operators
+from t2t_vit.fast.folded import split_norm_linear
+from t2t_vit.models.t2t_vit import Split
 
-pytestmark = pytest.mark.skipif(fused.kernels is None, reason='no Triton for this system')
+pytestmark = pytest.mark.skipif(operators.kernels is None, reason='no Triton for this system')
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 UNITS = {torch.float16: 2**-11, torch.bfloat16: 2**-8} if DEVICE == 'cuda' else {torch.float16: 2**-11}
-LAYERS = [tokens.TokenPerformer, tokens.TokenTransformer]
+LAYERS = [fused.FusedTokenPerformer, fused.FusedTokenTransformer]
 FIRST, LATER = Split(7, 4, 2), Split(3, 2, 1)
 
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    monkeypatch.setattr(fused, 'interpreted', DEVICE == 'cpu')
+    monkeypatch.setattr(operators, 'interpreted', DEVICE == 'cpu')
     torch.manual_seed(0)
 
 
 def filled(layer):
-    """Weights whose features are not all next to nothing."""
+    """Fill a layer with weights whose random features are not all nearly zero."""
     with torch.no_grad():
         for name, weight in layer.named_parameters():
             deviation = 0.3 if weight.ndim == 1 else weight.shape[-1] ** -0.5
@@ -41,7 +42,7 @@ def images_of(chans, height, width, memory_format=torch.contiguous_format):
 
 
 def step(layer, images, weight, dtype=None):
-    """Map and gradients of a layer, in float64 on the CPU; `dtype` is autocast's, float64 without."""
+    """Return map and gradients of a layer: under autocast to `dtype`, or in float64 on the CPU."""
     layer = layer.to(DEVICE if dtype else 'cpu', torch.float32 if dtype else torch.float64)
     images = images.to(layer.norm1.weight).requires_grad_()
     with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
@@ -68,7 +69,7 @@ def test_values_and_gradients(layer, chans, split, shape, dim, memory_format, dt
     weight = torch.randn(2, dim, *split.grid(*shape))
     expected = step(layer, images, weight)
     found = step(layer, images, weight, dtype)
-    monkeypatch.setattr(fused, 'kernels', None)
+    monkeypatch.setattr(operators, 'kernels', None)
     eager = step(layer, images, weight, dtype)
     names = ['map', 'image', *(name for name, _ in layer.named_parameters())]
     for name, ours, other, exact in zip(names, found, eager, expected):
@@ -97,30 +98,18 @@ def test_hard_windows(kind, dtype):
         images[..., 32:] = -2.1
     if kind == 'one bright channel':
         images[:, 1] -= 5
-    layer = filled(tokens.TokenPerformer(3, 64, FIRST)).double()
+    layer = filled(fused.FusedTokenPerformer(3, 64, FIRST)).double()
     with torch.no_grad():
-        expected = (
-            split_norm_linear(
-                images.double(),
-                layer.norm1.weight,
-                layer.norm1.bias,
-                layer.norm_eps,
-                layer.kqv.weight,
-                layer.kqv.bias,
-                *FIRST,
-            )
-            .flatten(2)
-            .transpose(1, 2)
-        )
+        expected = split_norm_linear(images.double(), layer.norm1, layer.kqv, FIRST).flatten(2).transpose(1, 2)
         layer = layer.float().to(DEVICE)
         with torch.autocast(DEVICE, dtype):
-            found = fused.split_norm_linear(images.to(DEVICE), layer.norm1, layer.kqv, FIRST)
+            found = operators.split_norm_linear(images.to(DEVICE), layer.norm1, layer.kqv, FIRST, dtype)
     assert found.dtype == dtype and relative_error(found.cpu(), expected) < 2 * UNITS[dtype]
 
 
 @pytest.mark.parametrize('name', ['t2t_vit_7', 't2t_vit_t_14'])
-def test_a_whole_model(name):
-    """Tokens, logits and gradients, with the rule's weights, whose features are about exp(-30)."""
+def test_whole_model_in_half_precision(name):
+    """Logits and gradients with the golden rule's weights, whose random features are about exp(-30)."""
     model = fill(timm.create_model(name, img_size=64, depth=1, num_classes=10).eval()).to(DEVICE)
     images = torch.randn(2, 3, 64, 64, device=DEVICE)
     results = []
@@ -135,7 +124,7 @@ def test_a_whole_model(name):
 
 
 @pytest.mark.parametrize('name', ['t2t_vit_7', 't2t_vit_t_14'])
-def test_compiles_into_one_graph_that_uses_them(name):
+def test_compiled_graph_uses_the_kernels(name):
     model = timm.create_model(name, img_size=32, depth=1)
     seen = []
 
@@ -148,7 +137,7 @@ def test_compiles_into_one_graph_that_uses_them(name):
         for batch in (2, 3, 4):  # the second makes the batch dynamic
             images = torch.randn(batch, 3, 32, 32, device=DEVICE)
             assert compiled(images).shape == (batch, 1000)
-    layer = ['behind', 'performer'][name == 't2t_vit_7']
+    layer = ['layer_output', 'performer'][name == 't2t_vit_7']
     assert {f't2t_vit.{op}.default' for op in ('pack', 'split_norm_linear', layer)} == set(seen)
     if DEVICE == 'cpu':  # with gradients through the compiler's own graphs
         torch._dynamo.reset()
@@ -159,7 +148,7 @@ def test_compiles_into_one_graph_that_uses_them(name):
 
 
 def test_dropout_draws_one_in_ten_and_the_backward_pass_the_same():
-    """With v zero, proj and the MLP's second Linear for themselves, the two masks can be read off."""
+    """With v zero, the projection and the second Linear of the MLP show the two masks."""
     dim, rows, chance = 64, 1024, 0.1
     y = torch.ones(2, rows, dim, dtype=torch.float16, device=DEVICE, requires_grad=True)
     v = torch.zeros(2, rows, dim, dtype=torch.float16, device=DEVICE)
@@ -168,7 +157,7 @@ def test_dropout_draws_one_in_ten_and_the_backward_pass_the_same():
     none, one = torch.zeros(dim, device=DEVICE), torch.ones(dim, device=DEVICE)
 
     def call(matrices, biases, seeds=seeds):
-        return fused._behind_op(y, v, torch.stack(matrices), torch.stack(biases), seeds, chance, 1e-5)
+        return operators._layer_output_op(y, v, torch.stack(matrices), torch.stack(biases), seeds, chance, 1e-5)
 
     first = call([eye, zero, zero], [none, none, none])
     second = call([zero, zero, zero], [none, none, one])
@@ -188,14 +177,14 @@ def test_dropout_draws_one_in_ten_and_the_backward_pass_the_same():
     (grad,) = torch.autograd.grad(first, y, weight)
     assert relative_error(grad, weight * first.detach()) < 2**-10
     biases = torch.stack([none, none, one]).requires_grad_()
-    out = fused._behind_op(y, v, torch.stack([zero, zero, zero]), biases, seeds, chance, 1e-5)
+    out = operators._layer_output_op(y, v, torch.stack([zero, zero, zero]), biases, seeds, chance, 1e-5)
     (found,) = torch.autograd.grad(out, biases, weight)
     expected = (weight.double() * torch.from_numpy(masks[1]).to(DEVICE)).sum((0, 1))
     assert relative_error(found[2], expected) < 2**-9
 
 
 def test_dropout_follows_torchs_seed():
-    layer = tokens.TokenPerformer(3, 32, LATER).to(DEVICE).train()
+    layer = fused.FusedTokenPerformer(3, 32, LATER).to(DEVICE).train()
     images = torch.randn(2, 3, 16, 16, device=DEVICE)
     maps = []
     for seed in (1, 1, 2):
@@ -206,21 +195,21 @@ def test_dropout_follows_torchs_seed():
 
 
 def used(layer, images, dtype=torch.float16):
-    """Whether a forward pass goes by the kernels."""
+    """Return True if a forward pass uses the kernels."""
     calls = []
-    wrapped = fused.split_norm_linear
+    wrapped = operators.split_norm_linear
 
     def spy(*args):
         calls.append(1)
         return wrapped(*args)
 
     with pytest.MonkeyPatch.context() as patch, torch.autocast(DEVICE, dtype or torch.bfloat16, enabled=bool(dtype)):
-        patch.setattr(fused, 'split_norm_linear', spy)
+        patch.setattr(operators, 'split_norm_linear', spy)
         layer(images)
     return bool(calls)
 
 
-def test_when_they_are_used(monkeypatch):
+def test_kernels_are_used_in_half_precision_on_intact_layers(monkeypatch):
     images = torch.randn(1, 3, 16, 16, device=DEVICE)
     layers = [layer(3, 32, LATER).to(DEVICE).eval() for layer in LAYERS]
     for layer in layers:
@@ -233,11 +222,11 @@ def test_when_they_are_used(monkeypatch):
             handle = part.register_forward_hook(lambda *_, heard=heard: heard.append(1))
             assert not used(layer, images) and heard
             handle.remove()
-    assert not used(tokens.TokenPerformer(3, 48, LATER).to(DEVICE), images)  # no power of two
-    assert not used(tokens.TokenPerformer(3, 128, LATER).to(DEVICE), images)
+    assert not used(fused.FusedTokenPerformer(3, 48, LATER).to(DEVICE), images)  # no power of two
+    assert not used(fused.FusedTokenPerformer(3, 128, LATER).to(DEVICE), images)
     layers[0].proj = nn.Sequential(layers[0].proj)  # as an adapter
     assert not used(layers[0], images)
-    monkeypatch.setattr(fused, 'kernels', None)
+    monkeypatch.setattr(operators, 'kernels', None)
     assert not used(layers[1], images)
 
 
@@ -250,16 +239,16 @@ def test_rows_of_tokens_are_exact():
         assert (row == some // cols).all()
 
 
-def test_which_gpus_serve(monkeypatch):
+def test_gpus_with_the_needed_instructions(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', {0: (8, 0), 1: (7, 5), 2: (12, 0)}.get)
-    assert [fused.capable(device) for device in range(3)] == [True, False, True]
-    compiled = torch.compile(lambda x: x + fused.capable(0), fullgraph=True, backend='eager')
+    assert [operators.capable(device) for device in range(3)] == [True, False, True]
+    compiled = torch.compile(lambda x: x + operators.capable(0), fullgraph=True, backend='eager')
     assert compiled(torch.zeros(1)) == 1
     monkeypatch.setattr(torch.version, 'hip', '6.4')
-    assert not fused.capable(0)
+    assert not operators.capable(0)
 
 
 def test_no_images():
-    layer = tokens.TokenPerformer(3, 32, LATER).to(DEVICE)
+    layer = fused.FusedTokenPerformer(3, 32, LATER).to(DEVICE)
     with torch.autocast(DEVICE, torch.float16):
         assert layer(torch.zeros(0, 3, 16, 16, device=DEVICE)).shape == (0, 32, 8, 8)

@@ -20,24 +20,19 @@ import torch
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 
-from t2t_vit.models.checkpoints import (
-    CheckpointError,
-    convert_state_dict,
-    load_weights,
-    read_checkpoint,
-    save_weights,
-    verify_file,
-)
-from t2t_vit.models.t2t_vit import PUBLISHED, T2TViT
+from t2t_vit.models.checkpoints import convert_state_dict, load_weights
+from t2t_vit.models.published import PUBLISHED
+from t2t_vit.models.safe_load import CheckpointError, read_checkpoint, save_weights, verify_file
+from t2t_vit.models.timm_api import TimmT2TViT
 
 GOLDEN = Path(__file__).parents[1] / 'golden'
 TOKEN_LAYERS = ('performer', 'transformer', 'convolution', 'none')
 
 
-def tiny(token_layer: str = 'performer', **kwargs) -> T2TViT:
+def tiny(token_layer: str = 'performer', **kwargs) -> TimmT2TViT:
     """The golden files' model, untrained."""
     splits = {'splits': ((16, 16, 0),)} if token_layer == 'none' else {}
-    return T2TViT(
+    return TimmT2TViT(
         token_layer=token_layer,
         **{
             **dict(token_dim=16, embed_dim=32, depth=2, num_heads=2, mlp_ratio=2, img_size=64, num_classes=10),
@@ -47,7 +42,7 @@ def tiny(token_layer: str = 'performer', **kwargs) -> T2TViT:
     ).eval()
 
 
-def perturbed(model: T2TViT) -> T2TViT:
+def perturbed(model: TimmT2TViT) -> TimmT2TViT:
     """The model with something in every parameter, biases and norms too."""
     torch.manual_seed(0)
     with torch.no_grad():
@@ -61,12 +56,12 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def golden_distance(model: T2TViT, figures: str) -> float:
+def golden_distance(model: TimmT2TViT, figures: str) -> float:
     golden = load_file(GOLDEN / figures)
     return distance(model(golden['input']), golden['logits'])
 
 
-def release_layout(model: T2TViT) -> dict:
+def release_layout(model: TimmT2TViT) -> dict:
     """A checkpoint as the official training saves it; the raw weights are zeros."""
     weights = model.state_dict()
     return {
@@ -205,7 +200,7 @@ def test_a_pickle_that_wants_more_is_not_executed(write, tmp_path):
 
 def test_a_pickled_model_is_named(tmp_path):
     torch.save(tiny(), tmp_path / 'whole.pth')
-    with pytest.raises(CheckpointError, match='asks for t2t_vit.models.t2t_vit.T2TViT'):
+    with pytest.raises(CheckpointError, match='asks for t2t_vit.models.timm_api.TimmT2TViT'):
         read_checkpoint(tmp_path / 'whole.pth')
 
 
@@ -446,7 +441,7 @@ class QuietHandler(SimpleHTTPRequestHandler):
         pass
 
 
-def perturbed_norms(model: T2TViT) -> T2TViT:
+def perturbed_norms(model: TimmT2TViT) -> TimmT2TViT:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -471,7 +466,7 @@ def release(tmp_path_factory):
     server.server_close()
 
 
-def pretrained(overlay: dict, cache_dir: Path, **kwargs) -> T2TViT:
+def pretrained(overlay: dict, cache_dir: Path, **kwargs) -> TimmT2TViT:
     return timm.create_model(
         't2t_vit_7', pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=cache_dir, **kwargs
     ).eval()

@@ -4,15 +4,15 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models import get_notrace_functions, get_notrace_modules
 from timm.optim import create_optimizer_v2
-from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from t2t_vit import VARIANTS, T2TViT
-from t2t_vit.models.blocks import BLOCKS, Block
-from t2t_vit.models.soft_split import Split
-from t2t_vit.models.tokens import TOKEN_LAYERS, TokenLayer
+from t2t_vit import VARIANTS, T2TViT, TimmT2TViT, optimize
+from t2t_vit.models.checks import token_grids
+from t2t_vit.models.t2t_vit import Split
+
+TOKEN_LAYERS = ('performer', 'transformer', 'convolution')
+BLOCKS = ('plain', 'se', 'ghost', 'dense')
 
 TINY = dict(img_size=64, num_classes=10, token_dim=16, embed_dim=32, depth=2, num_heads=2, mlp_ratio=3)
 
@@ -69,7 +69,7 @@ def seed():
 
 
 def tiny(**args):
-    return T2TViT(**{**TINY, **args}).eval()
+    return optimize(TimmT2TViT(**{**TINY, **args}).eval())
 
 
 def shallow(name, **args):
@@ -145,7 +145,7 @@ def test_grid_is_the_papers_formula_and_what_unfold_gives():
 @pytest.mark.parametrize('token_layer', TOKEN_LAYERS)
 def test_any_size(token_layer, size, train):
     model = tiny(token_layer=token_layer).train(train)
-    grid = model.tokens_to_token.grids(*size)[-1]
+    grid = token_grids(model.tokens_to_token.splits, *size)[-1]
     images = torch.randn(2, 3, *size)
     assert model.forward_features(images).shape == (2, 1 + grid[0] * grid[1], 32)
     assert model(images).isfinite().all()
@@ -168,7 +168,7 @@ def test_set_input_size_is_what_happens_at_run_time():
 
 
 def test_image_too_small():
-    with pytest.raises(ValueError, match='an image of 1×64 is too small: the splits .* leave no token'):
+    with pytest.raises(ValueError, match='an image of 1×64 is too small: no token is left after the splits'):
         tiny()(torch.randn(1, 3, 1, 64))
     with pytest.raises(ValueError, match='an image of 8×8 is too small'):
         tiny(token_layer='none', splits=((16, 16, 0),), img_size=8)
@@ -185,22 +185,14 @@ def test_wrong_channels(shape):
 
 def test_all_wrong_arguments_in_one_message():
     with pytest.raises(ValueError) as error:
-        tiny(
-            global_pool='max',
-            splits=((0, 1, 0), (3, 2, 1)),
-            token_layer='none',
-            embed_dim=33,
-            num_classes=-1,
-            drop_rate=1,
-        )
+        tiny(splits=((0, 1, 0), (3, 2, 1)), token_layer='none', embed_dim=33, num_classes=-1, drop_rate=1)
     for part in (
-        'global_pool is one of',
         'kernel and stride',
         'single split',
         '33 is not a multiple of num_heads 2',
         'must be even',
         'num_classes is at least 0',
-        'drop rates',
+        'drop_rate is at least 0 and below 1, got 1',
     ):
         assert part in str(error.value)
 
@@ -253,25 +245,74 @@ def test_ghost_takes_one_ratio():
         tiny(block='ghost', mlp_ratio=2)
 
 
-class PooledToken(TokenLayer):
-    def __init__(self, in_chans, token_dim, split):
-        super().__init__(in_chans, token_dim, split)
-        self.proj = nn.Conv2d(in_chans, token_dim, 1)
-
-    def forward(self, x):
-        return self.proj(F.avg_pool2d(x, self.kernel, self.stride, self.padding))
+def test_global_pool_must_exist():
+    with pytest.raises(ValueError, match="global_pool is one of .* got 'max'"):
+        tiny(global_pool='max')
 
 
-class ScaledBlock(Block):
-    def forward(self, x, class_only=False):
-        return 0.5 * super().forward(x, class_only)
+def test_plain_class_has_the_paper_and_nothing_of_timm():
+    model = T2TViT(**TINY).eval()
+    images = torch.randn(2, 3, 64, 64)
+    twin = tiny()
+    twin.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(images), twin(images))
+    assert not hasattr(model, 'forward_intermediates')
 
 
-def test_layers_of_ones_own():
-    model = tiny(token_layer=PooledToken, block=ScaledBlock)
-    assert isinstance(model.tokens_to_token.attention2, PooledToken)
-    assert isinstance(model.blocks[1], ScaledBlock)
-    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 10)
+def test_create_model_builds_the_fast_or_the_plain_form():
+    fast, plain = (timm.create_model('t2t_vit_4_16', fast=form, depth=1) for form in (True, False))
+    assert type(plain) is TimmT2TViT and type(fast) is not TimmT2TViT
+    assert [*plain.state_dict()] == [*fast.state_dict()]
+    assert type(timm.create_model('t2t_vit_4_16', scriptable=True, depth=1)) is TimmT2TViT
+
+
+# arguments of timm's ViT
+
+
+@pytest.mark.parametrize(
+    'args, part, kind',
+    [
+        (dict(norm_layer='rmsnorm'), 'blocks.0.norm2', 'RmsNorm'),
+        (dict(norm_layer=torch.nn.RMSNorm), 'norm', 'RMSNorm'),
+        (dict(act_layer='relu'), 'blocks.1.mlp.act', 'ReLU'),
+        (dict(init_values=1e-4), 'blocks.0.ls1', 'LayerScale'),
+    ],
+)
+def test_arguments_of_timm_exchange_parts(args, part, kind):
+    model = tiny(**args)
+    assert type(model.get_submodule(part)).__name__ == kind
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_qkv_bias_and_patch_drop_rate():
+    model = tiny(qkv_bias=True, patch_drop_rate=0.5, dynamic_img_size=True)
+    assert model.blocks[0].attn.qkv.bias is not None
+    images = torch.randn(2, 3, 64, 64)
+    assert model.forward_features(images).shape == (2, 17, 32)
+    assert model.train().forward_features(images).shape == (2, 9, 32)
+
+
+def test_unknown_argument_is_refused():
+    with pytest.raises(TypeError, match='foo'):
+        tiny(foo=1)
+
+
+@pytest.mark.parametrize('token_layer', TOKEN_LAYERS)
+def test_model_in_bfloat16(token_layer):
+    """By `dtype`, by the default dtype, and by conversion; then every tensor has that type."""
+    expected = tiny(token_layer=token_layer)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        by_default = tiny(token_layer=token_layer)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for model in (tiny(token_layer=token_layer, dtype=torch.bfloat16), by_default):
+        assert {t.dtype for t in model.state_dict().values()} == {torch.bfloat16}
+        model.load_state_dict(expected.state_dict())
+        images = torch.randn(2, 3, 64, 64)
+        found = model(images.bfloat16()).float()
+        torch.testing.assert_close(found, expected(images), rtol=0.1, atol=0.02)
 
 
 def test_stochastic_depth_grows_linearly():
@@ -390,7 +431,7 @@ def test_forward_intermediates_as_dict():
 
 
 @pytest.mark.parametrize('indices, last', [([0], 'attention1'), ([1], 'attention2'), ([0, 2], 'blocks.0')])
-def test_stop_early_computes_nothing_behind(indices, last):
+def test_stop_early_computes_nothing_after(indices, last):
     model, called = tiny(depth=3), []
     layers = {
         name: module
@@ -501,22 +542,7 @@ def test_torchscript(args):
 @pytest.mark.parametrize('args', KINDS)
 def test_fx(args):
     model, images = tiny(**args), torch.randn(2, 3, 64, 64)
-    tracer = dict(leaf_modules=list(get_notrace_modules()), autowrap_functions=list(get_notrace_functions()))
-    train, evaluate = (nodes[-1] for nodes in get_graph_node_names(model, tracer_kwargs=tracer))
-    traced = create_feature_extractor(
-        model, train_return_nodes=[train], eval_return_nodes=[evaluate], tracer_kwargs=tracer
-    )
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(images), model(images))
+    train, evaluate = (nodes[-1] for nodes in get_graph_node_names(model))
+    traced = create_feature_extractor(model, train_return_nodes=[train], eval_return_nodes=[evaluate])
     torch.testing.assert_close(traced.eval()(images)[evaluate], model(images))
-
-
-def test_an_adapter_in_the_place_of_qkv_is_used_by_every_block():
-    """As LoRA puts one there; the last block, of which the class token alone is read, is no exception."""
-
-    class Adapter(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) + x.sum(-1, keepdim=True)
-
-    model, images = tiny().eval(), torch.randn(1, 3, 64, 64)
-    attn = model.blocks[-1].attn
-    attn.qkv = Adapter(32, 96, bias=False)
-    torch.testing.assert_close(model(images), model.forward_head(model.forward_features(images)))

@@ -7,7 +7,7 @@ float16 is slow on a CPU, so the token transformer's 3,136² attention is run in
 import pytest
 import timm
 import torch
-from reference import fill, relative_error
+from filled import fill, relative_error
 
 from t2t_vit import VARIANTS
 

@@ -30,7 +30,7 @@ import matplotlib.font_manager  # noqa: F401  (it starts a process for its list 
 
 import t2t_vit
 from t2t_vit.data import DataError
-from t2t_vit.models.checkpoints import CheckpointError
+from t2t_vit.models.safe_load import CheckpointError
 from t2t_vit.settings import UsageError
 
 PACKAGE = str(Path(t2t_vit.__file__).parent)

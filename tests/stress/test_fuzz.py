@@ -9,7 +9,7 @@ from pathlib import Path
 import fuzz
 from fuzz import Case, run_kind
 
-from t2t_vit.models.checkpoints import CheckpointError
+from t2t_vit.models.safe_load import CheckpointError
 
 ENV = {**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)}  # for processes that import the tests' modules
 

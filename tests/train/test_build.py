@@ -7,7 +7,7 @@ from accelerate.tracking import GeneralTracker
 from accelerate.utils import LoggerType
 from conftest import digits_config
 
-from t2t_vit.models.recompute import Recompute
+from t2t_vit.fast.memory import Recompute
 from t2t_vit.settings import UsageError
 from t2t_vit.train.build import build_optimizer, check_groups, parameter_groups
 from t2t_vit.train.plan import plan

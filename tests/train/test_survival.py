@@ -19,7 +19,7 @@ from conftest import SMALLER, digits_config
 from test_run import SHORT, records, same_run
 
 from t2t_vit.cli import main
-from t2t_vit.models.checkpoints import CheckpointError
+from t2t_vit.models.safe_load import CheckpointError
 from t2t_vit.train.run import train
 from t2t_vit.train.signals import RESTART
 from t2t_vit.train.state import Position, load_state, save_state, saved_states

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..models.checkpoints import CheckpointError, PathLike, check_growth, claimed_size, unpacked_size
+from ..models.safe_load import CheckpointError, PathLike, check_growth, claimed_size, unpacked_size
 
 # the records that `t2t-vit export` writes: no compiled code, no objects but tensors
 EXPECTED = re.compile(

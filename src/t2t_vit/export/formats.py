@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..fast.export import prepare_for_export
 from ..settings import UsageError
-from .graph import rewrite
 from .metadata import CHANNELS_LAST, KEY, OUTPUTS, Metadata, kind
 from .preprocess import prepend_preprocessing
 from .runtime import need
@@ -48,7 +48,7 @@ class Exportable(nn.Module):
         super().__init__()
         cfg = metadata.preprocessing
         self.pixels, self.dtype = metadata.pixels, dtype
-        body: Any = rewrite(copy.deepcopy(model).eval().to(dtype))
+        body: Any = prepare_for_export(copy.deepcopy(model).eval().to(dtype))
         self.head = body.get_classifier()
         body.reset_classifier(0)
         self.model: nn.Module = body

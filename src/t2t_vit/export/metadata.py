@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..data import DataError, Preprocessing
-from ..models.checkpoints import CheckpointError, PathLike
+from ..models.safe_load import CheckpointError, PathLike
 from ..settings import nearest
 
 EXPORTED = {'.onnx': 'onnx', '.pt2': 'torch', '.xml': 'openvino'}  # the formats, by suffix

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..data import Preprocessing
-from ..models.checkpoints import CheckpointError, PathLike
+from ..models.safe_load import CheckpointError, PathLike
 from ..settings import UsageError
 from .archive import read_archive
 from .metadata import KEY, OUTPUTS, Metadata, kind

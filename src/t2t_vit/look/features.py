@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..models.soft_split import Split
-from ..models.tokens import TokensToToken
+from ..models.t2t_vit import Split, TokensToToken
 from .attention import Lattice
 from .trace import Trace
 

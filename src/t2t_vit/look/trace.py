@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..models.tokens import TokenPerformer
+from ..fast.folded import FoldedTokenPerformer
+from ..fast.rule import Fast
 from ..settings import UsageError, nearest
 from .attention import Attention, Lattice
 
@@ -224,13 +225,22 @@ class _Recorder(TorchFunctionMode):
     def attached(self) -> Iterator[None]:
         """Record while the context lasts; the model is unchanged afterwards."""
         with ExitStack() as stack:
+            # a fast form with a hook on one of its parts would run its plain form, which calls no fused attention
+            parts = {
+                f'{name}.{part}'.removeprefix('.')
+                for name, module in self.model.named_modules()
+                if isinstance(module, Fast)
+                for part in module.parts
+            }
             for name, module in self.model.named_modules():
+                if name in parts:
+                    continue
                 stack.callback(module.register_forward_pre_hook(partial(self.enter, name)).remove)
                 stack.callback(module.register_forward_hook(partial(self.leave, name)).remove)
                 if getattr(module, 'fused_attn', True) is False:  # timm's unfused path computes the same
                     module.fused_attn = True
                     stack.callback(setattr, module, 'fused_attn', False)
-                if isinstance(module, TokenPerformer):
+                if isinstance(module, FoldedTokenPerformer):
                     module.__dict__['kernel_attention'] = partial(self.overhear, name, module)
                     stack.callback(module.__dict__.pop, 'kernel_attention')
             stack.enter_context(self.grids)
@@ -250,7 +260,7 @@ class _Recorder(TorchFunctionMode):
             grid = (found[0].shape[-2], found[0].shape[-1])
             self.outputs[name] = (found[0].clone(), found[1].clone(), self.grids.lattice(grid))
 
-    def overhear(self, name: str, layer: TokenPerformer, kqv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def overhear(self, name: str, layer: FoldedTokenPerformer, kqv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """In the place of the Performer's kernel: keep its features, and do as it does."""
         k, q, v = kqv.chunk(3, dim=-1)
         self.keep(name, layer.features(q)[:, None], layer.features(k)[:, None], v[:, None], eps=layer.eps)

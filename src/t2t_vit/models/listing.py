@@ -1,4 +1,4 @@
-"""Models by name: their list with sizes, any model a user can name, and published checkpoints as safetensors."""
+"""Models by name: build them, list them, and convert published checkpoints to safetensors."""
 
 import difflib
 import fnmatch
@@ -11,20 +11,22 @@ from rich.table import Column, Table
 from torch import nn
 
 from ..console import console
-from .checkpoints import CheckpointError, PathLike, convert_state_dict, count_classes, read_checkpoint, save_weights
-from .own import load_own
-from .t2t_vit import PUBLISHED, VARIANTS
+from ..custom import load_code
+from .checkpoints import convert_state_dict, count_classes
+from .published import PUBLISHED
+from .safe_load import CheckpointError, PathLike, read_checkpoint, save_weights
+from .variants import VARIANTS
 
 KEYS = ('model', 'img_size', 'parameters', 'trainable', 'published_weights')
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Numbers of a model: all that its checkpoint holds, fixed tables included, and those that are learned."""
+    """Return the number of parameters in a model's checkpoint, fixed tables included, and of trainable ones."""
     return sum(t.numel() for t in model.state_dict().values()), sum(p.numel() for p in model.parameters())
 
 
 def check_name(model: str) -> None:
-    """ValueError unless it is the name of a model, or such a name and a tag."""
+    """Raise ValueError unless it is the name of a model, or a name and a tag."""
     name, _, tag = model.partition('.')
     if name not in VARIANTS:
         near = difflib.get_close_matches(name, VARIANTS, n=1)
@@ -44,7 +46,7 @@ def build_from_file(
     num_classes: int | None = None,
     **kwargs: Any,
 ) -> tuple[nn.Module, list[str]]:
-    """A registered model with the weights of any published file, and the names that keep their initial values.
+    """Build a registered model with the weights of a published file; also return the names that stay initialised.
 
     It has the classes of the file's head unless `num_classes` says otherwise; `kwargs` are timm's and the model's.
     Nothing is allocated before the file is known to fit.
@@ -68,15 +70,15 @@ def build_from_file(
 
 
 def build(name: str, img_size: int | tuple[int, int], **kwargs: Any) -> nn.Module:
-    """A model for this image size: any that `timm.create_model` knows, or FILE.py:FUNCTION, called with `img_size`.
+    """Build a model for this image size: any name that timm knows, or FILE.py:FUNCTION, called with `img_size`.
 
-    `kwargs`, as `pretrained`, are for timm's alone.
+    `kwargs`, as `pretrained`, are passed to timm only.
 
     Raises:
         ValueError: if there is no such model.
     """
     if '.py:' in name:
-        return load_own(name)(img_size=img_size)
+        return load_code(name)(img_size=img_size)
     if not name.startswith(('hf-hub:', 'local-dir:')) and not timm.models.is_model(name):
         raise ValueError(
             f'unknown model {name!r}; expected a name timm knows, hf-hub:USER/NAME, local-dir:FOLDER, '
@@ -84,7 +86,7 @@ def build(name: str, img_size: int | tuple[int, int], **kwargs: Any) -> nn.Modul
         )
     try:
         return timm.create_model(name, img_size=img_size, **kwargs)
-    except TypeError:  # convolutional networks take any size as they are
+    except TypeError:  # convolutional networks have no img_size
         return timm.create_model(name, **kwargs)
 
 
@@ -95,7 +97,7 @@ def models(pattern: str = '*', json: bool = False) -> dict[str, tuple[int, int]]
         pattern: Only names that match, as t2t_vit_t_*.
         json: Print JSON.
     """
-    table = Table(Column('model', no_wrap=True), 'image', 'parameters', 'learned', 'published weights')
+    table = Table(Column('model', no_wrap=True), 'image', 'parameters', 'trainable', 'published weights')
     counts = {}
     rows = []
     for name in fnmatch.filter(VARIANTS, pattern):
@@ -130,9 +132,9 @@ def convert(
         file: A checkpoint in any published layout.
         model: The registered name of its model.
         output: The safetensors file to write.
-        ema: Take the averaged weights where the file has them.
-        mmpretrain_1x: Whether mmpretrain 1.x trained it, which scales attention otherwise; by default as the file says.
-        num_classes: Leave room for another number of classes (the head is then new); by default the file's own.
+        ema: Take the EMA weights if the file has them.
+        mmpretrain_1x: If mmpretrain 1.x trained it, which scales attention differently; by default as the file says.
+        num_classes: Another number of classes (with a new head); by default the file's own.
         in_chans: Adapt the first layer to another number of channels.
         img_size: Resize the position table for another image size; by default the model's own.
     """
@@ -140,4 +142,6 @@ def convert(
     net, new = build_from_file(model, file, ema, mmpretrain_1x, num_classes, in_chans=in_chans, **size)
     save_weights(net.state_dict(), output, {'model': model})
     total, learned = count_parameters(net)
-    print(f'{output}: {model}, {total:,} parameters, {learned:,} learned' + (f'; new: {", ".join(new)}' if new else ''))
+    print(
+        f'{output}: {model}, {total:,} parameters, {learned:,} trainable' + (f'; new: {", ".join(new)}' if new else '')
+    )

@@ -21,7 +21,8 @@ import timm
 from torch import nn
 
 from ..models.listing import count_parameters
-from ..models.t2t_vit import PAPER_SPLITS, SPLITS_16, SPLITS_64, VARIANTS
+from ..models.t2t_vit import PAPER_SPLITS
+from ..models.variants import SPLITS_16, SPLITS_64, VARIANTS
 from ..settings import UsageError, nearest
 from .mobilenet import even
 from .structures import PRINTED

@@ -1,7 +1,6 @@
 """The configuration of a training run; recipes, YAML files and --dotted.options set its fields."""
 
 from dataclasses import asdict, dataclass, field
-from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +12,8 @@ from timm.models import is_model
 from timm.optim import list_optimizers
 
 from ..data import Augment, SplitOptions, is_color
-from ..models.t2t_vit import VARIANTS, T2TViT
+from ..models.timm_api import argument_names
+from ..models.variants import VARIANTS
 from ..settings import flatten, nearest
 
 REQUIRED = 'required'
@@ -353,7 +353,7 @@ class Config:
 
     def library_problems(self) -> list[str]:
         """Return what timm, accelerate and the model do not accept of the values meant for them."""
-        known = [name for name in signature(T2TViT).parameters if name not in ('img_size', 'in_chans', 'num_classes')]
+        known = [name for name in argument_names() if name not in ('img_size', 'in_chans', 'num_classes')]
         unknown = [name for name in self.model_args if name not in known] if self.family else []
         problems = [f'unknown option model_args.{name}{nearest(name, known)}' for name in unknown]
         installed = [kind.value for kind in get_available_trackers()]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..models.checkpoints import CheckpointError, check_growth, unpacked_size
+from ..models.safe_load import CheckpointError, check_growth, unpacked_size
 
 NAME = re.compile(r'step-(\d+)\.pt')
 

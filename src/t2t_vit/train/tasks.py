@@ -16,7 +16,7 @@ from timm.models import group_parameters
 from torch import nn
 
 from ..data import Augment, Batch, Preprocessing
-from ..models.t2t_vit import init_weights
+from ..models.init import init_weights
 from .config import Config
 from .teacher import Teacher, load_teacher
 from .token_labels import DenseLabels, LabelFiles, mix_tokens, token_grid

@@ -15,6 +15,7 @@ from torch import nn
 from torchvision.ops import roi_align
 
 from ..data import Batch, DataError
+from ..models.checks import token_grids
 from ..settings import UsageError
 
 Grid = tuple[int, int]
@@ -29,7 +30,7 @@ def token_grid(net: nn.Module, height: int, width: int) -> Grid:
     """
     cutter: Any
     if (cutter := getattr(net, 'tokens_to_token', None)) is not None:
-        return cutter.grids(height, width)[-1]
+        return token_grids(cutter.splits, height, width)[-1]
     if (cutter := getattr(net, 'patch_embed', None)) is not None and hasattr(cutter, 'dynamic_feat_size'):
         return cutter.dynamic_feat_size((height, width))
     raise UsageError(f'{type(net).__name__} has no tokens on a grid; expected a model of `t2t-vit models` or a ViT')

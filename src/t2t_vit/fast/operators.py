@@ -1,65 +1,50 @@
-"""The token layers in half precision on a GPU: Triton kernels in the place of many passes over memory.
+"""Parts of the token layers in half precision on a GPU, as torch operators that launch Triton kernels.
 
-What the GPU's memory moves decides there: the eager form writes and reads every map some twenty times. Here windows are
-gathered, normalised and multiplied without leaving the chip, the Performer takes one pass over k and v and one over q,
-and all that is behind the attention is one more. The maths are the eager form's, with its forward and backward pass;
-sums are float32, products have operands in half precision, and the Performer's exponents are as exact as float32 makes
-them of k and q. `tests/fast/test_fused.py` holds the kernels to float64, in Triton's interpreter where there is no GPU.
+A GPU's memory traffic is the bottleneck there: the eager form reads and writes every map some twenty times. The kernels
+gather, normalise and multiply windows on the chip; the Performer takes one pass over k and v and one over q, and
+everything after the attention one more. Forward and backward compute what the eager form does: sums are in float32,
+operands of matmuls in half precision, and the Performer's exponents as exact as float32 makes them from k and q.
+`tests/fast/test_fused.py` compares the kernels with float64, in Triton's interpreter if there is no GPU.
 
-Letters: B images, C channels, (H, W) the map, N tokens, D token_dim, m = D/2 random features, n = k·k·C a window.
+Shapes: B images, C channels, (H, W) map, N tokens, D token_dim, m = D/2 random features, n = k·k·C values of a window.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
 
-from .soft_split import Split, fold, full_precision
+from ..models.precision import full_precision
+from ..models.t2t_vit import Split
+from .folded import fold
 
 kernels: Any
 try:
     from . import kernels
-except ImportError:  # Triton is not for every system
+except ImportError:  # Triton does not support every system
     kernels = None
 
-interpreted = False  # tests: kernels on a CPU, with TRITON_INTERPRET=1
-LAUNCH = {  # tokens at a time and warps: the best of those timed in results/profile.md
+interpreted = False  # set by tests: run kernels on a CPU, with TRITON_INTERPRET=1
+LAUNCH = {  # tokens per tile and warps: the fastest measured, see results/profile.md
     'split': dict(M=64, num_warps=4),
     'split_weight': dict(M=64, BK=64, num_warps=4),
     'row': dict(M=64, num_warps=4),
 }
-WIDTHS = (32, 64)  # token_dim: a power of two whose half, the features, is at least a product's 16
-PROGRAMS = 528  # at once, where a kernel sums over tokens: four on each multiprocessor of an H100
-
-
-def serves(x: torch.Tensor, token_dim: int, norm: nn.Module, linears: Sequence[nn.Module]) -> bool:
-    """Whether the kernels may do what a layer of these parts does with `x`.
-
-    On a GPU, in half precision, where nothing else stands in a part's place, as an adapter, and nothing listens to it.
-    """
-    if kernels is None or token_dim not in WIDTHS or x.numel() == 0:
-        return False
-    if not (x.is_cuda and capable(x.device.index)) and not (interpreted and x.device.type == 'cpu'):
-        return False
-    if half_precision(x) is None:
-        return False
-    for part in linears:
-        if type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks:
-            return False
-    return type(norm) is nn.LayerNorm and not norm._forward_hooks and not norm._forward_pre_hooks
+WIDTHS = (32, 64)  # token_dim: a power of two; half of it, m, is at least 16, the smallest matmul of Triton
+PROGRAMS = 528  # programs that sum over tokens: four on each multiprocessor of an H100
 
 
 @torch.compiler.assume_constant_result
 def capable(device: int) -> bool:
-    """Whether a GPU has products in bfloat16 and TF32: NVIDIA's since Ampere."""
+    """Return True if a GPU has matmuls in bfloat16 and TF32: NVIDIA's since Ampere."""
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def half_precision(x: torch.Tensor) -> torch.dtype | None:
-    """float16 or bfloat16, if `x` is or autocast makes it of that type."""
+    """Return float16 or bfloat16 if `x` has that type or autocast gives it; otherwise None."""
     kind = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         kind = torch.get_autocast_dtype(x.device.type)
@@ -67,7 +52,7 @@ def half_precision(x: torch.Tensor) -> torch.dtype | None:
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Makes an operator of a function that launches kernels: on the device of its first argument."""
+    """Register a function that launches kernels as an operator; it runs on the device of its first argument."""
 
     def register(function: Callable[..., Any]) -> Any:
         @wraps(function)
@@ -81,34 +66,34 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 
-def shares(tiles: int, most: int) -> tuple[int, int]:
-    """Tiles among at most so many programs: how many programs, and how many tiles each."""
+def split_tiles(tiles: int, most: int) -> tuple[int, int]:
+    """Distribute tiles over at most `most` programs; return the number of programs and of tiles for each."""
     per = cdiv(tiles, max(most, 1))
     return cdiv(tiles, per), per
 
 
-def filled(chans: int) -> int:
-    """Channels with those that fill them up: a power of two, at least 4."""
+def padded_channels(chans: int) -> int:
+    """Return the channels padded to a power of two, at least 4."""
     return max(4, 1 << (chans - 1).bit_length())
 
 
 @operator('pack')
 def _pack_op(x: torch.Tensor) -> torch.Tensor:
     images, chans, height, width = x.shape
-    out = x.new_empty(images, height, width, filled(chans))
+    out = x.new_empty(images, height, width, padded_channels(chans))
     kernels.pack[(cdiv(height * width, 256), images)](
-        x, out, height * width, width, *x.stride(), C=chans, CP=filled(chans), BP=256
+        x, out, height * width, width, *x.stride(), C=chans, CP=padded_channels(chans), BP=256
     )
     return out
 
 
 @_pack_op.register_fake
 def _(x):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[3], filled(x.shape[1]))
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[3], padded_channels(x.shape[1]))
 
 
 def _keep_pack(ctx: Any, inputs: Any, output: Any) -> None:
@@ -123,7 +108,7 @@ _pack_op.register_autograd(_pack_backward, setup_context=_keep_pack)
 
 
 def half_operands(weight: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
-    """bfloat16, or float32 (TF32 in products) in the place of float16, in which pixels could overflow."""
+    """Return weights in bfloat16; in float32 (TF32 matmuls) instead of float16, in which pixels could overflow."""
     return weight.to(kind) if kind == torch.bfloat16 else weight
 
 
@@ -189,12 +174,12 @@ def _split_weight(
     stride: int,
     padding: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    images, height, width, filled_chans = x.shape
+    images, height, width, padded_chans = x.shape
     x, grad = x.contiguous(), grad.contiguous()
     _, cols = Split(kernel, stride, padding).grid(height, width)
-    tokens, size, launch = means.shape[1], kernel**2 * filled_chans, LAUNCH['split_weight']
+    tokens, size, launch = means.shape[1], kernel**2 * padded_chans, LAUNCH['split_weight']
     columns = cdiv(size, launch['BK'])
-    programs, per = shares(images * cdiv(tokens, launch['M']), PROGRAMS // columns)
+    programs, per = split_tiles(images * cdiv(tokens, launch['M']), PROGRAMS // columns)
     weight_sums = means.new_empty(programs, size, grad.shape[2])
     shift_sums = means.new_empty(programs, 16, grad.shape[2])
     kernels.split_norm_linear_weight[(columns, programs)](
@@ -211,7 +196,7 @@ def _split_weight(
         height,
         width,
         per,
-        CP=filled_chans,
+        CP=padded_chans,
         K=kernel,
         STRIDE=stride,
         PADDING=padding,
@@ -240,7 +225,7 @@ def _split_input(
     stride: int,
     padding: int,
 ) -> torch.Tensor:
-    images, height, width, filled_chans = x.shape
+    images, height, width, padded_chans = x.shape
     x, out, grad = x.contiguous(), out.contiguous(), grad.contiguous()
     rows, cols = Split(kernel, stride, padding).grid(height, width)
     scaled, slopes, offsets = torch.empty_like(grad), torch.empty_like(means), torch.empty_like(means)
@@ -283,7 +268,7 @@ def _split_input(
         cols,
         height,
         width,
-        CP=filled_chans,
+        CP=padded_chans,
         K=kernel,
         STRIDE=stride,
         PADDING=padding,
@@ -315,8 +300,8 @@ def _split_backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:
 _split.register_autograd(_split_backward, setup_context=_keep_split)
 
 
-@operator('behind')
-def _behind_op(
+@operator('layer_output')
+def _layer_output_op(
     y: torch.Tensor,
     v: torch.Tensor,
     matrices: torch.Tensor,
@@ -327,7 +312,7 @@ def _behind_op(
 ) -> torch.Tensor:
     y = y.contiguous()
     out, rows, launch = torch.empty_like(y), y.shape[0] * y.shape[1], LAUNCH['row']
-    kernels.behind[(cdiv(rows, launch['M']),)](
+    kernels.layer_output[(cdiv(rows, launch['M']),)](
         y,
         v,
         matrices.to(y.dtype),
@@ -345,12 +330,12 @@ def _behind_op(
     return out
 
 
-@_behind_op.register_fake
+@_layer_output_op.register_fake
 def _(y, v, matrices, biases, seeds, chance, eps):  # type: ignore[no-untyped-def]
     return y.new_empty(y.shape)
 
 
-def _behind_grads(
+def _layer_output_grads(
     y: torch.Tensor,
     v: torch.Tensor,
     matrices: torch.Tensor,
@@ -361,9 +346,9 @@ def _behind_grads(
     chance: float,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of y, matrices and biases; that of v goes where it is told."""
+    """Return the gradients of y, matrices and biases; that of v is written into `grad_v`."""
     dim, rows, launch = y.shape[2], y.shape[0] * y.shape[1], LAUNCH['row']
-    programs, per = shares(cdiv(rows, launch['M']), PROGRAMS)
+    programs, per = split_tiles(cdiv(rows, launch['M']), PROGRAMS)
     common = dict(DROP=seeds is not None, D=dim, **launch)
     matrices, grad_y = matrices.to(y.dtype), torch.empty_like(y)
     mlp = y.new_empty(programs, 2, dim, dim, dtype=torch.float32)
@@ -394,8 +379,8 @@ def _behind_grads(
     return grad_y, torch.cat([proj.sum(0), mlp.sum(0)]), torch.cat([proj_biases[:, 0].sum(0), mlp_biases[:, 0].sum(0)])
 
 
-@operator('behind_grad')
-def _behind_grad_op(
+@operator('layer_output_grad')
+def _layer_output_grad_op(
     y: torch.Tensor,
     v: torch.Tensor,
     matrices: torch.Tensor,
@@ -407,30 +392,30 @@ def _behind_grad_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     y, grad = y.contiguous(), grad.contiguous()
     grad_v = torch.empty_like(y)
-    grad_y, grad_matrices, grad_biases = _behind_grads(y, v, matrices, biases, seeds, grad, grad_v, chance, eps)
+    grad_y, grad_matrices, grad_biases = _layer_output_grads(y, v, matrices, biases, seeds, grad, grad_v, chance, eps)
     return grad_y, grad_v, grad_matrices, grad_biases
 
 
-@_behind_grad_op.register_fake
+@_layer_output_grad_op.register_fake
 def _(y, v, matrices, biases, seeds, grad, chance, eps):  # type: ignore[no-untyped-def]
     return y.new_empty(y.shape), y.new_empty(y.shape), torch.empty_like(matrices), torch.empty_like(biases)
 
 
-def _keep_behind(ctx: Any, inputs: Any, output: Any) -> None:
+def _keep_layer_output(ctx: Any, inputs: Any, output: Any) -> None:
     y, v, matrices, biases, seeds, ctx.chance, ctx.eps = inputs
     ctx.save_for_backward(y, v, matrices, biases, seeds)
 
 
-def _behind_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    grads = _behind_grad_op(*ctx.saved_tensors, grad, ctx.chance, ctx.eps)
+def _layer_output_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    grads = _layer_output_grad_op(*ctx.saved_tensors, grad, ctx.chance, ctx.eps)
     return (*grads, None, None, None)
 
 
-_behind_op.register_autograd(_behind_backward, setup_context=_keep_behind)
+_layer_output_op.register_autograd(_layer_output_backward, setup_context=_keep_layer_output)
 
 
 def _halves(w: torch.Tensor, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """w, (m, D), as a half-precision number and what that leaves of it, (D, m) each."""
+    """Split w, (m, D), into its half-precision value and the remainder, (D, m) each."""
     w = w.float().t().contiguous()
     high = w.to(kind)
     return high, (w - high.float()).to(kind)
@@ -452,7 +437,7 @@ def _performer(
     features, half_log = len(w), 0.5 * math.log(len(w))
     halves = _halves(w, kqv.dtype)
     launch = LAUNCH['row']
-    programs, per = shares(cdiv(tokens, launch['M']), PROGRAMS // images)
+    programs, per = split_tiles(cdiv(tokens, launch['M']), PROGRAMS // images)
     products = kqv.new_empty(images, programs, features, dim, dtype=torch.float32)
     sums = kqv.new_empty(images, programs, features, dtype=torch.float32)
     kernels.key_sums[(images, programs)](
@@ -463,7 +448,7 @@ def _performer(
     kernels.attend[(cdiv(tokens, launch['M']), images)](
         kqv, *halves, products, sums, y, tokens, eps, half_log, D=dim, F=features, **launch
     )
-    return _behind_op(y, kqv[..., 2 * dim :], matrices, biases, seeds, chance, norm_eps), y, products, sums
+    return _layer_output_op(y, kqv[..., 2 * dim :], matrices, biases, seeds, chance, norm_eps), y, products, sums
 
 
 @_performer.register_fake
@@ -498,11 +483,11 @@ def _performer_grad(
     features, half_log = len(w), 0.5 * math.log(len(w))
     halves, w = _halves(w, kqv.dtype), w.float().contiguous()
     grad_kqv = torch.empty_like(kqv)
-    grad_y, grad_matrices, grad_biases = _behind_grads(
+    grad_y, grad_matrices, grad_biases = _layer_output_grads(
         y, kqv[..., 2 * dim :], matrices, biases, seeds, grad, grad_kqv[..., 2 * dim :], chance, norm_eps
     )
     launch = LAUNCH['row']
-    programs, per = shares(cdiv(tokens, launch['M']), PROGRAMS // images)
+    programs, per = split_tiles(cdiv(tokens, launch['M']), PROGRAMS // images)
     grad_products = kqv.new_empty(images, programs, features, dim, dtype=torch.float32)
     grad_sums = kqv.new_empty(images, programs, features, dtype=torch.float32)
     kernels.attend_grad[(images, programs)](
@@ -547,17 +532,20 @@ def _performer_backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Any, ...
 _performer.register_autograd(_performer_backward, setup_context=_keep_performer)
 
 
-def split_norm_linear(x: torch.Tensor, norm: nn.LayerNorm, linear: nn.Linear, split: Split) -> torch.Tensor:
-    """Soft split, LayerNorm over each window, Linear to q, k and v: (B, C, H, W) -> (B, N, 3·D) in half precision."""
-    kind, chans = half_precision(x), x.shape[1]
-    assert kind is not None  # `serves` has seen to it
+def split_norm_linear(
+    x: torch.Tensor, norm: nn.LayerNorm, linear: nn.Linear, split: Split, kind: torch.dtype
+) -> torch.Tensor:
+    """Soft split, LayerNorm over each window, Linear to q, k and v: (B, C, H, W) -> (B, N, 3·D) of type `kind`."""
+    chans = x.shape[1]
     with full_precision(x):
         weight, shift = fold(norm.weight.float(), norm.bias.float(), linear.weight.float(), linear.bias)
         weight = weight.unflatten(1, (-1, split.kernel, split.kernel)).permute(2, 3, 1, 0)  # (k, k, C, 3·D)
-        if filled(chans) > chans:
-            weight = torch.cat([weight, weight.new_zeros(*weight.shape[:2], filled(chans) - chans, len(shift))], 2)
+        if padded_channels(chans) > chans:
+            weight = torch.cat(
+                [weight, weight.new_zeros(*weight.shape[:2], padded_channels(chans) - chans, len(shift))], 2
+            )
         weight = weight.reshape(-1, len(shift))
-        if filled(chans) == chans and x.is_contiguous(memory_format=torch.channels_last):
+        if padded_channels(chans) == chans and x.is_contiguous(memory_format=torch.channels_last):
             x = x.permute(0, 2, 3, 1)
         else:
             x = _pack_op(x)
@@ -567,7 +555,7 @@ def split_norm_linear(x: torch.Tensor, norm: nn.LayerNorm, linear: nn.Linear, sp
 def _stack(
     proj: nn.Linear, first: nn.Linear, second: nn.Linear, norm: nn.LayerNorm
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What stands behind the attention, the norm's weight and bias in the MLP's first Linear: (3, D, D) and (3, D)."""
+    """Stack projection and MLP, norm folded into the MLP's first Linear: weights (3, D, D) and biases (3, D)."""
     weight = first.weight.float()
     bias = nn.functional.linear(norm.bias.float(), weight, first.bias.float())
     return (
@@ -576,12 +564,12 @@ def _stack(
     )
 
 
-def behind(
+def layer_output(
     y: torch.Tensor, v: torch.Tensor, proj: nn.Linear, first: nn.Linear, second: nn.Linear, norm: nn.LayerNorm
 ) -> torch.Tensor:
-    """z + MLP(LN(z)) with z = v + proj(y): what a token layer does behind its attention, (B, N, D) -> (B, N, D)."""
+    """Return z + MLP(LN(z)) with z = v + proj(y), a token layer after its attention: (B, N, D) -> (B, N, D)."""
     with full_precision(y):
-        return _behind_op(y, v, *_stack(proj, first, second, norm), None, 0.0, norm.eps)
+        return _layer_output_op(y, v, *_stack(proj, first, second, norm), None, 0.0, norm.eps)
 
 
 def performer(
@@ -594,7 +582,14 @@ def performer(
     norm: nn.LayerNorm,
     dropout: float,
 ) -> torch.Tensor:
-    """The kernel attention of (B, N, 3·D) with features w, and what is behind it: (B, N, D)."""
+    """Return a token Performer's output from k, q, v, (B, N, 3·D), and features w: (B, N, D)."""
     seeds = torch.randint(2**31, (4,), device=kqv.device) if dropout else None
     with full_precision(kqv):
         return _performer(kqv, w, *_stack(proj, first, second, norm), seeds, dropout, eps, norm.eps)[0]
+
+
+def usable(x: torch.Tensor, token_dim: int) -> bool:
+    """Return True if there are kernels for the device of `x` and for this width."""
+    if kernels is None or token_dim not in WIDTHS or x.numel() == 0:
+        return False
+    return (x.is_cuda and capable(x.device.index)) or (interpreted and x.device.type == 'cpu')

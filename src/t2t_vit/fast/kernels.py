@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def pack(x, out, pixels, width, sb, sc, sh, sw, C: tl.constexpr, CP: tl.constexpr, BP: tl.constexpr):
-    """(B, C, H, W) to (B, H, W, CP), the channels filled up with zeros."""
+    """Copy (B, C, H, W) to (B, H, W, CP), the channels padded with zeros."""
     image = tl.program_id(1).to(tl.int64)
     pixel = (tl.program_id(0) * BP + tl.arange(0, BP))[:, None]
     c = tl.arange(0, CP)[None, :]
@@ -22,14 +22,14 @@ def pack(x, out, pixels, width, sb, sc, sh, sw, C: tl.constexpr, CP: tl.constexp
 
 @triton.jit
 def _corners(token, cols, inverse, STRIDE: tl.constexpr, PADDING: tl.constexpr):
-    """Where the windows of tokens begin, (M,) rows and columns; `inverse` is 1 / cols, and exact up to 4M tokens."""
+    """Return the top row and left column of windows, (M,); `inverse` is 1 / cols, exact up to 4M tokens."""
     row = ((token.to(tl.float32) + 0.5) * inverse).to(tl.int32)
     return row * STRIDE - PADDING, (token - row * cols) * STRIDE - PADDING
 
 
 @triton.jit
 def _windows(x, top, left, index, valid, height, width, CP: tl.constexpr, K: tl.constexpr):
-    """Values of windows of (H, W, CP), (M, BK), by their index in the order rows, columns, channels."""
+    """Load values of windows of (H, W, CP), (M, BK); `index` counts in the order rows, columns, channels."""
     tap = index // CP
     y = top[:, None] + (tap // K)[None, :]
     z = left[:, None] + (tap % K)[None, :]
@@ -61,7 +61,9 @@ def split_norm_linear(
     M: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """weight (k·k·CP, 3·D), its sums and shift (3·D,) -> out (B, N, 3·D), each window's mean and (var + eps)^-1/2.
+    """Split, normalise and project: weight (k·k·CP, 3·D), its sums and shift (3·D,) -> out (B, N, 3·D).
+
+    Also writes each window's mean and (var + eps)^-1/2.
 
     One pass: everything is of differences to the window's middle value, which is at most √n deviations from the
     mean, so that a flat window loses no digits; what is left of the mean goes at the end.
@@ -132,7 +134,7 @@ def split_norm_linear_weight(
     M: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """The gradients of weight, (programs, k·k·CP, 3·D), and shift, (programs, 16, 3·D), over `per` tiles each."""
+    """Sum the gradients of weight, (programs, k·k·CP, 3·D), and shift, (programs, 16, 3·D), over `per` tiles each."""
     SIZE: tl.constexpr = K * K * CP
     index = tl.program_id(0) * BK + tl.arange(0, BK)
     program = tl.program_id(1)
@@ -180,7 +182,7 @@ def split_norm_linear_weight(
 
 @triton.jit
 def scaled_grad(grad, out, shift, means, scales, scaled, slopes, offsets, rows, size, D: tl.constexpr, M: tl.constexpr):
-    """grad·scale, and what each window gives to the gradient of its values by its variance: slope·x - offset."""
+    """Compute grad·scale, and slope and offset of the gradient through each window's variance, slope·x - offset."""
     row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     valid = row < rows
     scale = tl.load(scales + row, mask=valid, other=0.0)
@@ -215,7 +217,7 @@ def window_grad(
     PADDING: tl.constexpr,
     M: tl.constexpr,
 ):
-    """spread - x·(sum of slopes) + (sum of offsets), the sums over the windows that a pixel is in; (B, H, W, CP)."""
+    """Compute spread - x·(sum of slopes) + (sum of offsets) over the windows of each pixel: (B, H, W, CP)."""
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * M + tl.arange(0, M)
     valid = pixel < height * width
@@ -240,21 +242,21 @@ def window_grad(
 
 @triton.jit
 def _halves(high, low, D: tl.constexpr, F: tl.constexpr):
-    """w as `_features` takes it."""
+    """Load the two parts of w for `_features`."""
     place = tl.arange(0, D)[:, None] * F + tl.arange(0, F)[None, :]
     return tl.load(high + place), tl.load(low + place)
 
 
 @triton.jit
 def _features(x, high, low, half_log):
-    """φ of (M, D): exp(w·x - |x|²/2 - log(m)/2), (M, m); w, (D, m), is a half-precision number and its remainder."""
+    """Return φ of (M, D): exp(w·x - |x|²/2 - log(m)/2), (M, m); w, (D, m), is a half value and a remainder."""
     half_norm = 0.5 * tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
     return tl.exp(tl.dot(x, high) + tl.dot(x, low) - (half_norm + half_log)[:, None])
 
 
 @triton.jit
 def key_sums(kqv, high, low, products, sums, tokens, per, half_log, D: tl.constexpr, F: tl.constexpr, M: tl.constexpr):
-    """Σ φ(k)ᵀv and Σ φ(k) of `per` tiles of an image, (B, programs, m, D) and (B, programs, m)."""
+    """Sum φ(k)ᵀv and φ(k) over `per` tiles of an image: (B, programs, m, D) and (B, programs, m)."""
     image = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
     d, f = tl.arange(0, D), tl.arange(0, F)
@@ -279,7 +281,7 @@ def key_sums(kqv, high, low, products, sums, tokens, per, half_log, D: tl.conste
 def attend(
     kqv, high, low, products, sums, out, tokens, eps, half_log, D: tl.constexpr, F: tl.constexpr, M: tl.constexpr
 ):
-    """φ(q)·products / (φ(q)·sums + eps), (B, N, D)."""
+    """Compute φ(q)·products / (φ(q)·sums + eps): (B, N, D)."""
     image = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * M + tl.arange(0, M)
     valid = (token < tokens)[:, None]
@@ -314,7 +316,7 @@ def attend_grad(
     F: tl.constexpr,
     M: tl.constexpr,
 ):
-    """The gradient of q, into its place, and each program's share of those of products and sums."""
+    """Write the gradient of q, and each program's partial sums of the gradients of products and sums."""
     image = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
     d, f = tl.arange(0, D), tl.arange(0, F)
@@ -359,7 +361,7 @@ def key_grad(
     F: tl.constexpr,
     M: tl.constexpr,
 ):
-    """The gradients of k, into its place, and of v, added to what stands there."""
+    """Write the gradient of k, and add to the gradient of v."""
     image = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * M + tl.arange(0, M)
     valid = (token < tokens)[:, None]
@@ -382,7 +384,7 @@ def key_grad(
 
 @triton.jit
 def _kept(seeds, row, d, chance, D: tl.constexpr):
-    """Dropout's factors, (M, D), 0 with the chance, else 1 / (1 - chance), from a hash of the place and two seeds.
+    """Return dropout's factors, (M, D): 0 or 1 / (1 - chance), from a hash of the position and two seeds.
 
     Philox's draws take longer than all the rest of these kernels (results/profile.md).
     """
@@ -395,16 +397,16 @@ def _kept(seeds, row, d, chance, D: tl.constexpr):
 
 @triton.jit
 def _matrices(matrices, D: tl.constexpr):
-    """The three weights behind the attention as they lie, (out, in): projection, the MLP's first and second."""
+    """Load the three weights after the attention, (out, in) each: projection, the MLP's first and second."""
     place = matrices + tl.arange(0, D)[:, None] * D + tl.arange(0, D)[None, :]
     return tl.load(place), tl.load(place + D * D), tl.load(place + 2 * D * D)
 
 
 @triton.jit
-def behind(
+def layer_output(
     y, v, matrices, biases, seeds, out, rows, sv, chance, eps, DROP: tl.constexpr, D: tl.constexpr, M: tl.constexpr
 ):
-    """z = v + proj(y), then z + MLP(LN(z)), the norm's weight and bias being in the first matrix and its bias."""
+    """Compute z + MLP(LN(z)) of z = v + proj(y); the norm's weight and bias are folded into the first matrix."""
     row = tl.program_id(0) * M + tl.arange(0, M)
     valid = (row < rows)[:, None]
     d = tl.arange(0, D)
@@ -446,7 +448,7 @@ def mlp_grad(
     D: tl.constexpr,
     M: tl.constexpr,
 ):
-    """The gradient of z, which is v's, and each program's share of those of the MLP's matrices and biases."""
+    """Write the gradient of z, which is also v's, and each program's partial sums of those of the MLP."""
     program = tl.program_id(0)
     d = tl.arange(0, D)
     kind = y.dtype.element_ty
@@ -509,7 +511,7 @@ def proj_grad(
     D: tl.constexpr,
     M: tl.constexpr,
 ):
-    """The gradient of y from that of z, and each program's share of those of the projection and its bias."""
+    """Write the gradient of y from that of z, and each program's partial sums of those of the projection."""
     program = tl.program_id(0)
     d = tl.arange(0, D)
     kind = y.dtype.element_ty

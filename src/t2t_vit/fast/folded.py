@@ -1,0 +1,201 @@
+"""Soft split, LayerNorm and Linear folded into one convolution, and the token layers that use it (Sec. 3.1).
+
+Windows are never written to memory. For a window p with mean m and r = (var + eps)^-1/2, and W' = W·diag(gamma) with
+the mean of each row subtracted,
+
+    LN(p)·Wᵀ + b = (W'·p)·r + (W·beta + b):
+
+one convolution, a few one-channel means and one multiplication instead of N·n values written and read three times.
+Maps are kept in channels_last memory, in which (B, D, h, w) and (B, N, D) are the same bytes.
+
+Shapes: B images, C channels, (H, W) map, (h, w) grid after the split, k kernel, n = C·k·k values of a window, O output
+channels, N = h·w tokens, D token_dim, m random features.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.precision import full_precision
+from ..models.t2t_vit import TokenAttention, TokenPerformer, TokensToToken, TokenTransformer
+from .memory import recomputed, scale_shift
+from .rule import Fast
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, N, C); a view if the map is channels_last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def to_map(x: Tensor, height: int, width: int) -> Tensor:
+    """(B, N, C) -> (B, C, h, w), a channels_last view: re-structurization without a copy."""
+    return x.reshape(x.shape[0], height, width, x.shape[2]).permute(0, 3, 1, 2)
+
+
+def as_kernel(weight: Tensor, kernel: int) -> Tensor:
+    """Return a Linear's weight over windows, (O, n), as that of a channels_last convolution, (O, C, k, k)."""
+    return weight.view(weight.shape[0], -1, kernel, kernel).contiguous(memory_format=torch.channels_last)
+
+
+def as_tf32(weight: Tensor) -> Tensor:
+    """Round float32 to TF32's ten bits of mantissa, as an accelerator's convolution does; the gradient passes."""
+    bits = weight.detach().contiguous().view(torch.int32)
+    return weight + (((bits + 0x1000) & -0x2000).view(torch.float32) - weight).detach()
+
+
+def rounds_to_tf32(x: Tensor) -> bool:
+    """Return True if convolutions of `x` may use TF32: on a GPU unless it is switched off, or if that is unknown."""
+    if x.device.type == 'cpu' or x.dtype != torch.float32:
+        return False
+    try:
+        return torch.compiler.is_compiling() or torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # set through the newer names, which this one contradicts
+        return True
+
+
+def window_values(x: Tensor, dim: int, kernel: int, stride: int) -> Tensor:
+    """Stack the k values under each window along one dimension: (…, L, …) -> (k, …, l, …)."""
+    last = x.shape[dim] - kernel
+    parts = [x.narrow(dim, i, last + 1) for i in range(kernel)]
+    return torch.stack([part[:, :, ::stride] if dim == 2 else part[:, :, :, ::stride] for part in parts])
+
+
+def window_mean_var(x: Tensor, kernel: int, stride: int) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of the n values of every window of a padded map, (B, 1, h, w) each.
+
+    The variance is gathered over channels, columns and rows: the variance of a union of equal groups is the mean of
+    their variances plus the variance of their means. Each step subtracts its mean before it squares, so flat bright
+    windows lose no digits, as E[p²] - E[p]² would; and only one-channel maps are cut into windows.
+    """
+    mean = x.mean(1, keepdim=True)
+    var = (x - mean).square().mean(1, keepdim=True)
+    for dim in (3, 2):
+        means = window_values(mean, dim, kernel, stride)
+        mean = means.mean(0)
+        deviations = means - mean
+        var = window_values(var, dim, kernel, stride).mean(0) + (deviations * deviations).mean(0)
+    return mean, var
+
+
+def fold(norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Fold LayerNorm's weight and bias, (n,), into the Linear after it: W' (O, n) and W·beta + b (O,)."""
+    scaled = weight * norm_weight
+    shift = F.linear(norm_bias, weight, None if bias is None else bias.to(weight.dtype))
+    return scaled - scaled.mean(1, keepdim=True), shift
+
+
+def split_norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, split: tuple[int, int, int]) -> Tensor:
+    """Soft split, LayerNorm over each window, Linear: (B, C, H, W) -> (B, O, h, w) in float32, or float64 if x is.
+
+    In flat windows r is large, up to eps^-1/2, and enlarges the rounding of W'·p. Two terms that are zero in exact
+    arithmetic keep that small: the image's own mean is subtracted first, which LayerNorm does not see, and m·(W'·1) at
+    the end, on accelerators whose convolutions may round W' to a short mantissa (TF32): W' is rounded beforehand, so
+    that the effect of rounding on its row sums is known.
+    """
+    kernel, stride, padding = split
+    with full_precision(x):
+        x = x if x.dtype == torch.float64 else x.float()
+        scaled, shift = fold(norm.weight.to(x.dtype), norm.bias.to(x.dtype), linear.weight.to(x.dtype), linear.bias)
+        x = F.pad(x, [padding] * 4) - x.detach().mean((1, 2, 3), keepdim=True)
+        mean, var = window_mean_var(x, kernel, stride)
+        short = rounds_to_tf32(x)
+        if short:
+            scaled = as_tf32(scaled)
+        out = F.conv2d(x, as_kernel(scaled, kernel), stride=stride)
+        if short:
+            out = out - (mean * scaled.sum(1).view(1, -1, 1, 1)).detach()
+        return scale_shift(out, (var + norm.eps).rsqrt(), shift.view(1, -1, 1, 1))
+
+
+def fast_dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Dropout that draws 16 bits for each value on a CPU, four values from one random number.
+
+    torch draws one number for each value, one after the other. The probability is a multiple of 2^-16, 0.10001 for 0.1.
+    """
+    if not training or x.device.type != 'cpu' or torch.compiler.is_compiling():
+        return F.dropout(x, p, training)
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    kept = bits[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+    return x * kept.to(x.dtype).mul_(1 / (1 - p))
+
+
+class FoldedTokenTransformer(Fast, TokenTransformer):
+    """`TokenTransformer` without windows in memory, and with fused attention."""
+
+    parts = {
+        'norm1': nn.LayerNorm,
+        'attn': TokenAttention,
+        'attn.qkv': nn.Linear,
+        'attn.attn_drop': nn.Dropout,
+        'norm2': nn.LayerNorm,
+    }
+
+    def fast_forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D, h, w)."""
+        qkv = split_norm_linear(x, self.norm1, self.attn.qkv, (self.kernel, self.stride, self.padding)).to(x.dtype)
+        height, width = qkv.shape[-2], qkv.shape[-1]
+        q, k, v = to_tokens(qkv).unsqueeze(1).chunk(3, dim=-1)  # (B, 1, N, D) each
+        drop = self.attn.attn_drop.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.attn.scale)
+        x = v.squeeze(1) + self.attn.proj(y.squeeze(1))
+        y = self.norm2(x)
+        with recomputed(y, self.norm2.forward, x):
+            return to_map(x + self.mlp(y), height, width)
+
+
+class FoldedTokenPerformer(Fast, TokenPerformer):
+    """`TokenPerformer` without windows in memory."""
+
+    parts = {
+        'norm1': nn.LayerNorm,
+        'kqv': nn.Linear,
+        'proj_drop': nn.Dropout,
+        'norm2': nn.LayerNorm,
+        'mlp': nn.Sequential,
+        'mlp.1': nn.GELU,
+        'mlp.3': nn.Dropout,
+    }
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return φ(x), (B, N, D) -> (B, N, m); the factor 1/√m is in the exponent."""
+        half_norm = 0.5 * torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+        return F.linear(x, self.w.to(x.dtype)).sub_(half_norm + 0.5 * math.log(len(self.w))).exp_()
+
+    def kernel_attention(self, kqv: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 or float64 (B, N, 3·D) -> attention's output and v, (B, N, D) each."""
+        k, q, v = kqv.chunk(3, dim=-1)
+        k, q = self.features(k), self.features(q)
+        weights = q @ k.sum(1).unsqueeze(-1) + self.eps  # (B, N, 1)
+        return (q / weights) @ (k.transpose(1, 2) @ v), v  # m is half of D: half the divisions
+
+    def fast_forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D, h, w)."""
+        kqv = split_norm_linear(x, self.norm1, self.kqv, (self.kernel, self.stride, self.padding))
+        height, width = kqv.shape[-2], kqv.shape[-1]
+        with full_precision(x):
+            y, v = self.kernel_attention(to_tokens(kqv))
+        x = v.to(x.dtype) + fast_dropout(self.proj(y.to(x.dtype)), self.proj_drop.p, self.training)
+        del kqv, v, y
+        y = self.norm2(x)
+        with recomputed(y, self.norm2.forward, x):
+            hidden = self.mlp[0](y)
+        y = self.mlp[1](hidden)
+        with recomputed(y, self.mlp[1].forward, hidden):
+            y = self.mlp[2](y)
+        return to_map(x + fast_dropout(y, self.proj_drop.p, self.training), height, width)
+
+
+class FoldedTokensToToken(Fast, TokensToToken):
+    """`TokensToToken` whose last split and Linear are one convolution, since unfold orders a window (C, k, k)."""
+
+    parts = {'project': nn.Linear}
+    forward = TokensToToken.forward
+
+    def last_split(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D, h, w)."""
+        if not self.runs_fast(x):
+            return super().last_split(x)
+        weight = as_kernel(self.project.weight, self.kernel)
+        return F.conv2d(x, weight, self.project.bias, stride=self.stride, padding=self.padding)
