@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LIBC = ctypes.CDLL(None) if sys.platform == 'linux' else None
+
 
 class Stack(ctypes.Structure):
     """Mirror `stack_t` of Linux's <signal.h>."""
@@ -20,12 +22,12 @@ def keep_signal_stack() -> Iterator[None]:
     left with the unmapped stack of the first, and the next signal (SIGCHLD of a subprocess is enough) kills the process
     without a message.
     """
-    if sys.platform != 'linux':
+    if LIBC is None:
         yield
         return
-    libc, before = ctypes.CDLL(None), Stack()
-    libc.sigaltstack(None, ctypes.byref(before))
+    before = Stack()
+    LIBC.sigaltstack(None, ctypes.byref(before))
     try:
         yield
     finally:
-        libc.sigaltstack(ctypes.byref(before), None)
+        LIBC.sigaltstack(ctypes.byref(before), None)

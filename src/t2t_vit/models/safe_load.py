@@ -72,6 +72,7 @@ def read_pickle(path: PathLike) -> Mapping[str, Any]:
     """Read a file of torch.save that holds `SAFE_TYPES` only."""
     try:
         check_growth(path, unpacked_size(path))
+        check_checksums(path)
         with torch.serialization.safe_globals(SAFE_TYPES):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         check_growth(path, claimed_size(checkpoint))
@@ -88,6 +89,17 @@ def read_pickle(path: PathLike) -> Mapping[str, Any]:
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f'{path} holds a {type(checkpoint).__name__}; expected a dict of tensors by name')
     return checkpoint
+
+
+def check_checksums(path: PathLike) -> None:
+    """Raise CheckpointError if a record of a zip archive does not match its checksum, which torch.load ignores."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise CheckpointError(
+                    f'{path} is damaged: {damaged} in it does not match its checksum; copy or download the file again '
+                    '(or save it again, if torch.serialization.set_crc32_options(False) was used)'
+                )
 
 
 def unpacked_size(path: PathLike) -> int:
