@@ -55,7 +55,7 @@ test-browser: $(VENV)/.tests
 	$(BIN)/python -m pip install --quiet --no-compile playwright
 	$(BIN)/pytest tests/stress/browser.py -rs
 
-STRESS := PYTHONPATH=..:../models:../train:../explore
+STRESS := PYTHONPATH=..:../models:../train:../explore:../export
 RUN_OF_LOAD ?= $(lastword $(sort $(wildcard runs/*)))
 load: $(VENV)/.tests
 	cd tests/stress && $(STRESS) $(abspath $(BIN))/python load.py $(abspath $(RUN_OF_LOAD))

@@ -1,11 +1,12 @@
-"""Damaged and hostile inputs, thousands of them: `make fuzz`. What they are made of: fuzz_inputs.py.
+"""Feed the package thousands of damaged and hostile inputs (`make fuzz`). fuzz_inputs.py lists the kinds.
 
-    python tests/fuzz.py [--count 10000] [--seed 0] [--kinds checkpoints images …] [--only KIND/INDEX]
+    python tests/stress/fuzz.py [--count 10000] [--seed 0] [--kinds checkpoints images …] [--only KIND/INDEX]
 
-Every input must end as a valid result or as an error of this package that says what is wrong, within limits of time
-and memory. Nothing in it may be executed: no process may be started and no address looked up, which an audit hook
-watches, and no file may be left, anywhere in a home and a temporary folder of its own. Inputs are used in a forked
-process, which may die of them without ending the run. KIND/INDEX and the seed give an input again.
+Every input must end in a result or in an error of this package that says what is wrong, within limits of time and
+memory. Where the right result is known (fuzz_twins.py), another result counts as a finding. Nothing in an input may be
+executed: an audit hook watches for new processes and network addresses, and no file may be left behind in a temporary
+home and work folder. Inputs run in a forked process, so that a crash does not end the run. KIND/INDEX and the seed
+repeat an input.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.font_manager  # noqa: F401  (it starts a process for its list of fonts)
+import matplotlib.font_manager  # noqa: F401  (starts a process to list fonts)
 
 import t2t_vit
 from t2t_vit.data import DataError
@@ -35,14 +36,14 @@ from t2t_vit.settings import UsageError
 
 PACKAGE = str(Path(t2t_vit.__file__).parent)
 OURS = (UsageError, DataError, CheckpointError)
-CAUGHT = (ValueError, OSError, FloatingPointError)  # what the command line turns into a line for people
-# a configuration takes half a second
+CAUGHT = (ValueError, OSError, FloatingPointError)  # the command line prints these as one line
+# inputs per kind, in proportion; a configuration takes half a second
 SHARES = {'checkpoints': 8, 'images': 6, 'sources': 3, 'configs': 3, 'exported': 3}
-SECONDS = 10.0  # of the processor, for one input
-PATIENCE = 120.0  # seconds after which an input that does not end is given up
+SECONDS = 10.0  # CPU time of one input
+PATIENCE = 120.0  # seconds after which an input counts as hanging
 MEMORY = 1 << 30  # bytes that an input may add to the process
-CEILING = 6 << 30  # bytes of addresses, behind which an allocation fails
-LONGEST = 5000  # letters of a message
+CEILING = 6 << 30  # bytes of address space, beyond which allocations fail
+LONGEST = 5000  # characters of a message
 FORBIDDEN = (
     'os.system',
     'os.exec',
@@ -63,18 +64,24 @@ FORBIDDEN = (
 
 
 class Case(NamedTuple):
-    """One input: what was done to it, how it is used, and what may be left beside it."""
+    """One input: what was done to it, how to use it, which files it may leave, and which result is right."""
 
     what: str
     use: Callable[[], object]
     leaves: tuple[str, ...] = ()
+    expected: str | None = None  # the only result allowed, if known
+    refusable: bool = True  # an error is allowed instead
 
 
 Maker = Callable[[random.Random, Path], Case]  # writes an input into an empty folder
 
 
 class Outcome(NamedTuple):
-    """`fine`, `refused`, or what was wrong: `leaked` (another's error), `executed`, `left`, `slow`, `large`, `died`."""
+    """How an input ended: `fine`, `refused`, or a finding.
+
+    Findings: `changed` (a wrong result), `leaked` (an error of another package), `executed`, `left`, `slow`, `large`,
+    `died`.
+    """
 
     status: str
     what: str
@@ -84,7 +91,7 @@ class Outcome(NamedTuple):
 
 
 class Watch:
-    """An audit hook that notes what no input may do, while it is armed. A hook stays as long as its process."""
+    """Record forbidden events through an audit hook while armed. A hook stays as long as its process."""
 
     def __init__(self) -> None:
         self.armed, self.seen = False, []
@@ -100,7 +107,7 @@ def tree(*folders: Path) -> set[str]:
 
 
 def peak() -> int:
-    """The most memory that was in use since `forget_peak`, in bytes."""
+    """Return the peak of resident memory since `forget_peak`, in bytes."""
     line = next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith('VmHWM'))
     return int(line.split()[1]) * 1024
 
@@ -111,7 +118,7 @@ def forget_peak() -> int:
 
 
 def ours(error: BaseException) -> bool:
-    """Whether this package said it on purpose: by its own kinds of error, or by a `raise` of its own."""
+    """Return whether this package raised an error on purpose: by its class, or by a `raise` in its code."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     raised = last.filename.startswith(PACKAGE) and (last.line or '').lstrip().startswith('raise ')
     return isinstance(error, OURS) or (isinstance(error, CAUGHT) and raised)
@@ -124,19 +131,23 @@ def silence() -> Iterator[None]:
 
 
 def judge(case: Case, watch: Watch, places: Sequence[Path]) -> Outcome:
-    """Use an input and say how that ended."""
+    """Use an input and return how that ended."""
     before, base, start = tree(*places), forget_peak(), time.process_time()
     status, message = 'fine', ''
     watch.seen, watch.armed = [], True
     try:
         with silence():
-            case.use()
+            result = case.use()
+        if case.expected is not None and result != case.expected:
+            status, message = 'changed', f'{result} instead of {case.expected}'[:300]
     except BaseException as error:
         message = str(error)
         status = 'refused' if ours(error) else 'leaked'
         if status == 'leaked' or not message or len(message) > LONGEST:
             where = [f'{Path(f.filename).name}:{f.lineno}' for f in traceback.extract_tb(error.__traceback__)]
             status, message = 'leaked', f'{type(error).__name__}: {message[:300]} at {" > ".join(where[-6:])}'
+        elif not case.refusable:
+            status = 'changed'
     watch.armed = False
     seconds, grown = time.process_time() - start, peak() - base
     left = {path for path in tree(*places) - before if not path.endswith(case.leaves or ('/\0',))}
@@ -152,7 +163,7 @@ def judge(case: Case, watch: Watch, places: Sequence[Path]) -> Outcome:
 
 
 def work(pipe: Connection, maker: Maker, kind: str, seed: int, indices: Sequence[int], room: Path) -> None:
-    """The forked process: one input after another, each told before and after."""
+    """Use one input after another in the forked process; report each before and after."""
     home, temporary, folder = room / 'home', room / 'tmp', room / 'case'
     os.environ.update(HOME=str(home), TMPDIR=str(temporary), XDG_CACHE_HOME=str(home / '.cache'))
     tempfile.tempdir = str(temporary)
@@ -160,7 +171,7 @@ def work(pipe: Connection, maker: Maker, kind: str, seed: int, indices: Sequence
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.simplefilter('ignore')
     watch, nowhere = Watch(), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)  # libraries in C complain there
+    os.dup2(nowhere, 2)  # C libraries write there
     for index in indices:
         for place in (home, temporary, folder):
             shutil.rmtree(place, ignore_errors=True)
@@ -169,7 +180,7 @@ def work(pipe: Connection, maker: Maker, kind: str, seed: int, indices: Sequence
         try:
             case = maker(random.Random(f'{seed}/{kind}/{index}'), folder)
         except Exception:
-            pipe.send((index, Outcome('died', 'while it was made', traceback.format_exc())))
+            pipe.send((index, Outcome('died', 'the fuzz run failed to make it', traceback.format_exc())))
             continue
         pipe.send((index, case.what))
         pipe.send((index, judge(case, watch, (home, temporary, folder))))
@@ -183,7 +194,7 @@ def virtual() -> int:
 def run_kind(
     maker: Maker, kind: str, seed: int, indices: Sequence[int], patience: float = PATIENCE
 ) -> Iterator[tuple[int, Outcome]]:
-    """How each input of a kind ended; a process that dies or hangs is followed by another for the rest."""
+    """Yield how each input of a kind ended; if the process dies or hangs, another one takes the rest."""
     context, rest = multiprocessing.get_context('fork'), list(indices)
     while rest:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as room:
@@ -195,7 +206,7 @@ def run_kind(
             while rest:
                 try:
                     ended = not mine.poll(patience)
-                    told = None if ended else mine.recv()[1]
+                    report = None if ended else mine.recv()[1]
                 except EOFError:
                     ended = True
                 if ended:
@@ -205,10 +216,10 @@ def run_kind(
                     how = f'no end in {patience:.0f} s' if alive else f'exit code {process.exitcode}'
                     yield rest.pop(0), Outcome('died', what, how)
                     break
-                if isinstance(told, Outcome):
-                    yield rest.pop(0), told
+                if isinstance(report, Outcome):
+                    yield rest.pop(0), report
                 else:
-                    what = told
+                    what = report
             process.join()
             mine.close()
 
@@ -216,7 +227,7 @@ def run_kind(
 def fuzz(
     makers: dict[str, Maker], count: int, seed: int = 0, say: Callable[[str], None] = lambda line: None
 ) -> tuple[Counter, list[str]]:
-    """`count` inputs, shared out among the kinds by `SHARES`; how many ended how, and a line for each finding."""
+    """Use `count` inputs of the given kinds in proportion to SHARES; return counts, and a line per finding."""
     ended: Counter = Counter()
     findings: list[str] = []
     total = sum(SHARES.get(kind, 1) for kind in makers)
@@ -231,8 +242,8 @@ def fuzz(
         mine = {status: n for (name, status), n in ended.items() if name == kind}
         say(
             f'{kind}: {sum(mine.values())} inputs in {time.monotonic() - start:.0f} s, '
-            f'{", ".join(f"{n} {status}" for status, n in sorted(mine.items()))}; the slowest {worst[0]:.1f} s of '
-            f'the processor, the largest {worst[1]:.0f} MiB'
+            f'{", ".join(f"{n} {status}" for status, n in sorted(mine.items()))}; slowest {worst[0]:.1f} s of CPU '
+            f'time, largest {worst[1]:.0f} MiB'
         )
     return ended, findings
 
@@ -244,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--count', type=int, default=10_000)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--kinds', nargs='*', choices=[*KINDS], default=[*KINDS])
-    parser.add_argument('--only', help='KIND/INDEX: one input, in this process, its error as it is')
+    parser.add_argument('--only', help='KIND/INDEX: use one input in this process, and show its error')
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as seeds:
         if args.only:

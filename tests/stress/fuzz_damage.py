@@ -1,4 +1,4 @@
-"""What is done to the bytes and to the trees of an input."""
+"""Damage bytes and nested trees."""
 
 import copy
 import math
@@ -49,48 +49,48 @@ NASTY: list[Any] = [
 
 
 def mangle(rng: random.Random, content: bytes, others: Sequence[bytes] = (b'\0' * 64,)) -> tuple[bytes, str]:
-    """Damage in one to four places, half of them near an end, where headers and directories are."""
+    """Damage bytes in one to four places, half of them near the ends, where headers and directories are."""
     done = []
     for _ in range(rng.choice((1, 1, 2, 4))):
         size = len(content)
-        place = rng.randrange(size + 1)
+        position = rng.randrange(size + 1)
         if rng.random() < 0.5:
-            place = (
+            position = (
                 rng.randrange(min(size, 600) + 1) if rng.random() < 0.6 else size - rng.randrange(min(size, 600) + 1)
             )
         span = rng.choice((1, 4, 16, 200, max(1, size // 3)))
         kind = rng.choice(('flip', 'flip', 'cut', 'drop', 'double', 'insert', 'fill', 'number', 'swap', 'graft'))
         if kind == 'flip' and size:
             changed = bytearray(content)
-            for at in [place % size, *(rng.randrange(size) for _ in range(rng.choice((0, 0, 1, 8))))]:
+            for at in [position % size, *(rng.randrange(size) for _ in range(rng.choice((0, 0, 1, 8))))]:
                 changed[at] ^= 1 << rng.randrange(8)
             content = bytes(changed)
         elif kind == 'cut':
-            content = content[:place]
+            content = content[:position]
         elif kind == 'drop':
-            content = content[:place] + content[place + span :]
+            content = content[:position] + content[position + span :]
         elif kind == 'double':
-            content = content[: place + span] + content[place:]
+            content = content[: position + span] + content[position:]
         elif kind == 'insert':
-            content = content[:place] + rng.randbytes(span) + content[place:]
+            content = content[:position] + rng.randbytes(span) + content[position:]
         elif kind == 'fill':
-            content = content[:place] + rng.choice((b'\0', b'\xff', b'A')) * span + content[place + span :]
+            content = content[:position] + rng.choice((b'\0', b'\xff', b'A')) * span + content[position + span :]
         elif kind == 'number':
             value = rng.choice((0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 20))
             packed = struct.pack(rng.choice('<>') + rng.choice('IQ'), value)
-            content = content[:place] + packed + content[place + len(packed) :]
+            content = content[:position] + packed + content[position + len(packed) :]
         elif kind == 'swap':
             other = rng.randrange(size + 1)
-            content = content[:place] + content[other : other + span] + content[place + span :]
+            content = content[:position] + content[other : other + span] + content[position + span :]
         else:
             donor = rng.choice(others)
-            content = content[:place] + donor[rng.randrange(len(donor)) :]
-        done.append(f'{kind} at {place}')
+            content = content[:position] + donor[rng.randrange(len(donor)) :]
+        done.append(f'{kind} at {position}')
     return content, ', '.join(done)
 
 
 def mangle_tree(rng: random.Random, tree: Any) -> tuple[Any, str]:
-    """One to three nodes of nested dicts and lists dropped, doubled under another name, renamed, nested or replaced."""
+    """Drop, rename, nest or replace one to three nodes of nested dicts and lists."""
     tree, done = copy.deepcopy(tree), []
     for _ in range(rng.choice((1, 1, 2, 3))):
         node, key = tree, None
@@ -111,6 +111,6 @@ def mangle_tree(rng: random.Random, tree: Any) -> tuple[Any, str]:
                 parent[key] = rng.choice(({str(key): parent[key]}, [parent[key]]))
         else:
             kind = 'value'
-            parent[key] = copy.deepcopy(rng.choice(NASTY))  # it may be mangled next
+            parent[key] = copy.deepcopy(rng.choice(NASTY))  # the next turn may change it
         done.append(f'{kind} of {str(key)[:40]!r}')
     return tree, ', '.join(done)

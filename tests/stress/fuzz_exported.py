@@ -1,4 +1,4 @@
-"""Exported files: the records and the JSON of a .pt2, the bytes of an .onnx, the text and the weights of an .xml."""
+"""Make damaged exported files: records and JSON of a .pt2, bytes of an .onnx, text and weights of an .xml."""
 
 import io
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from fuzz import Case
 from fuzz_damage import mangle, mangle_tree
+from fuzz_twins import digest
 
 from t2t_vit.export import load_exported
 
@@ -41,32 +42,35 @@ RECORDS = (
 
 
 class Exported:
-    """Files of a small model, damaged as bytes, as trees and as archives, loaded and called on an image."""
+    """Damage files of a small model as bytes, trees and archives; load them and call them on an image."""
 
     def __init__(self, seeds: Path) -> None:
-        import onnxruntime  # noqa: F401  (before inputs are watched)
+        import onnxruntime  # noqa: F401  (before the audit hook is armed)
         import openvino  # noqa: F401
 
-        # the converters start threads, which a process that forks must not have
+        # in a new process: the converters start threads, which do not survive a fork
         subprocess.run([sys.executable, __file__, str(seeds)], check=True, capture_output=True)
         self.seeds = {file.suffix: file.read_bytes() for file in seeds.iterdir()}
         with zipfile.ZipFile(seeds / 'model.pt2') as archive:
             self.records = [(name, archive.read(name)) for name in archive.namelist()]
+        self.answer = use(seeds / 'model.pt2')
 
     def make(self, rng: random.Random, folder: Path) -> Case:
-        """One input."""
+        """Make one input."""
         suffix = rng.choice(('.pt2', '.pt2', '.pt2', '.onnx', '.xml'))
         changed = '.bin' if suffix == '.xml' and rng.random() < 0.3 else suffix
-        if suffix == '.pt2' and rng.random() < 0.8:
+        checked = suffix == '.pt2' and rng.random() < 0.2  # its checksums show any damage
+        if suffix == '.pt2' and not checked:
             content, what = self.archive(rng)
         else:
             content, what = mangle(rng, self.seeds[changed], [*self.seeds.values()])
         for kind in {suffix, changed, *(['.bin'] if suffix == '.xml' else [])}:
             (folder / f'model{kind}').write_bytes(content if kind == changed else self.seeds[kind])
-        return Case(f'{changed}, {what}', lambda: use(folder / f'model{suffix}'))
+        expected = self.answer if checked else None
+        return Case(f'{changed}, {what}', lambda: use(folder / f'model{suffix}'), expected=expected)
 
     def archive(self, rng: random.Random) -> tuple[bytes, str]:
-        """The .pt2 with a tree or a record of it changed."""
+        """Change a tree or a record of the .pt2."""
         records: list[tuple[str, bytes]] = [*self.records]
         trees = [i for i, (name, _) in enumerate(records) if name.endswith(('.json', 'extra/t2t_vit'))]
         kind = rng.choice(('tree', 'tree', 'text', 'text', 'add', 'drop', 'bytes'))
@@ -76,7 +80,7 @@ class Exported:
         if kind == 'tree':
             tree, what = mangle_tree(rng, json.loads(content))
             records[place] = name, json.dumps(tree, default=str).encode(errors='replace')
-        elif kind == 'text':  # of a value, wherever one like it stands
+        elif kind == 'text':  # a value, in all its places
             words = [word for word in content.split(b'"')[1::2] if word]
             old, new = rng.choice(words), rng.choice(HOSTILE)
             what = f'{old!r} as {new}'
@@ -96,11 +100,11 @@ class Exported:
         return file.getvalue(), f'{kind} of {name[:60]} {what}'[:300]
 
 
-def use(file: Path) -> None:
+def use(file: Path) -> str:
+    """Load an exported file and return a digest of its logits for a black image; an empty string if it is large."""
     exported = load_exported(file, threads=1)
     channels, (height, width) = exported.preprocessing.channels, exported.preprocessing.size
-    if channels * height * width < 1 << 16:
-        exported(torch.zeros(1, channels, height, width))
+    return digest(exported(torch.zeros(1, channels, height, width))) if channels * height * width < 1 << 16 else ''
 
 
 if __name__ == '__main__':

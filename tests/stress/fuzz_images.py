@@ -1,4 +1,4 @@
-"""Images, and the tars and tables that hold them."""
+"""Make damaged and hostile images, and tars and tables of them."""
 
 import io
 import json
@@ -15,12 +15,14 @@ import pyarrow.parquet as pq
 import timm
 from fuzz import Case
 from fuzz_damage import mangle, mangle_tree
+from fuzz_twins import digest, random_image
 from fuzz_weights import SMALL
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from t2t_vit import cli
 from t2t_vit.data import Augment, DiskBatches, Preprocessing, open_source
+from t2t_vit.data.decode import decode_image
 from t2t_vit.trained import save_folder
 
 
@@ -29,7 +31,7 @@ def drawn() -> Image.Image:
 
 
 def png(width: int, height: int, depth: int = 8, color: int = 2, pixels: bool = False, chunks: bytes = b'') -> bytes:
-    """A PNG that claims a size; with its pixels, all black, or with next to none."""
+    """Write a PNG that claims a size, with all its pixels black or with hardly any."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
@@ -49,7 +51,7 @@ def png(width: int, height: int, depth: int = 8, color: int = 2, pixels: bool = 
 
 
 def bombs() -> dict[str, bytes]:
-    """Small files that claim, or hold, enormous images."""
+    """Return small files that claim or contain enormous images."""
     deflated = zlib.compress(bytes(1 << 28), 9)
     text = b'Comment\0\0' + deflated
     profile = b'icc\0\0' + deflated
@@ -103,7 +105,7 @@ def bombs() -> dict[str, bytes]:
 
 
 class Images:
-    """Image files of every format that is read, whole, damaged, or made to take all memory."""
+    """Make image files of every format: intact, damaged, or built to exhaust memory."""
 
     def __init__(self, seeds: Path) -> None:
         image, self.seeds = drawn(), []
@@ -143,7 +145,9 @@ class Images:
         self.preprocessing = Preprocessing((32, 32), 3, (0.5,) * 3, (0.5,) * 3)
 
     def make(self, rng: random.Random, folder: Path) -> Case:
-        """One input."""
+        """Make one input."""
+        if rng.random() < 0.3:
+            return self.twin(rng, folder)
         format, content = rng.choice(self.seeds)
         if rng.random() < 0.08:
             what = rng.choice([*self.bombs])
@@ -170,15 +174,29 @@ class Images:
             lambda: batches(str(folder / 'data'), self.preprocessing, augment),
         )
 
+    def twin(self, rng: random.Random, folder: Path) -> Case:
+        """Make an intact image in an unusual encoding, whose pixels are known."""
+        content, format, what, shown = random_image(rng)
+        if trailing := format in ('png', 'gif', 'bmp', 'ppm') and rng.random() < 0.3:  # readers ignore it there
+            content += rng.randbytes(rng.randrange(1, 40))
+        file = folder / f'1.{rng.choice((format, "jpg", "png", "tif"))}'
+        file.write_bytes(content)
+        return Case(
+            f'decode, {what}{", trailing bytes" if trailing else ""}, as {file.name}',
+            lambda: digest(decode_image(str(file))),
+            expected=digest(shown),
+            refusable=False,
+        )
+
 
 def batches(root: str, preprocessing: Preprocessing, augment: Any = None) -> int:
-    """Open every image of a source; how many were good."""
+    """Decode every image of a source; return how many were good."""
     loader = DiskBatches(open_source(root, 'val'), preprocessing, 1, augment, workers=0)
     return sum(len(images) for images, *_ in loader.epoch()) if augment is None or len(loader.source.labels) > 0 else 0
 
 
 class Sources:
-    """Tars of both layouts and Parquet files, with labels that may be anything."""
+    """Make tars of both layouts and Parquet files, with labels of any kind."""
 
     def __init__(self, seeds: Path) -> None:
         drawn().resize((12, 10)).save(file := io.BytesIO(), 'png')
@@ -190,7 +208,7 @@ class Sources:
         self.tables = [table, table.replace_schema_metadata(named)]
 
     def make(self, rng: random.Random, folder: Path) -> Case:
-        """One input."""
+        """Make one input."""
         content, suffix, what = (self.tar if rng.random() < 0.6 else self.parquet)(rng)
         if not what or rng.random() < 0.3:
             content, how = mangle(rng, content)

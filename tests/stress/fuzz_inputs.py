@@ -1,4 +1,4 @@
-"""The inputs of the fuzz run: seeds of every kind that the package reads, and what is done to them."""
+"""List the kinds of input of the fuzz run, and make recipes and options."""
 
 import json
 import random
@@ -18,7 +18,7 @@ from t2t_vit.settings import recipes
 
 
 class Configs:
-    """Recipes and files of settings, damaged as text and as trees, and options in any form."""
+    """Make recipes and configuration files, damaged as text and as trees, and options of any form."""
 
     def __init__(self, seeds: Path) -> None:
         self.recipes = [file.read_bytes() for file in recipes().values()]
@@ -96,7 +96,7 @@ class Configs:
         ]
 
     def make(self, rng: random.Random, folder: Path) -> Case:
-        """One input."""
+        """Make one input."""
         file, kind = folder / 'base.yaml', rng.choice(('bytes', 'tree', 'tree', 'options', 'options', 'text'))
         if kind == 'options':
             argv = self.options(rng)
@@ -156,7 +156,7 @@ KINDS: dict[str, Any] = {
 
 
 def makers(seeds: Path, chosen: Sequence[str] = tuple(KINDS)) -> dict[str, Maker]:
-    """The chosen kinds of input, with their seeds made in a folder."""
+    """Return the makers of the chosen kinds of input, which write their seeds to a folder."""
     for name in chosen:
         (seeds / name).mkdir()
     return {name: KINDS[name](seeds / name).make for name in chosen}

@@ -1,4 +1,4 @@
-"""Checkpoints in every published layout, run folders and states of runs, damaged and hostile."""
+"""Make damaged and hostile checkpoints of every published layout, run folders and training states."""
 
 import argparse
 import copy
@@ -19,6 +19,7 @@ import timm
 import torch
 from fuzz import Case
 from fuzz_damage import NASTY, mangle, mangle_tree
+from fuzz_twins import LAYOUTS, digest, encode_weights
 from safetensors.torch import save as save_safetensors
 from test_checkpoints import GOLDEN, release_layout, tiny
 
@@ -27,11 +28,11 @@ from t2t_vit.models.checkpoints import load_weights
 from t2t_vit.train.state import load_state
 from t2t_vit.trained import load_model, save_folder
 
-SMALL = dict(depth=1, token_dim=16, num_classes=3)  # of t2t_vit_4_16, which loads in no time
+SMALL = dict(depth=1, token_dim=16, num_classes=3)  # a t2t_vit_4_16 that loads quickly
 
 
 class Payload:
-    """Pickles as a call that leaves a file, or worse, when it is read by anything that executes pickles."""
+    """Pickle as a call, which leaves a file or does worse if a reader executes pickles."""
 
     def __init__(self, call: Callable[..., Any], *arguments: Any) -> None:
         self.call, self.arguments = call, arguments
@@ -75,7 +76,7 @@ def payloads() -> list[Payload]:
 
 
 def mangle_weights(rng: random.Random, weights: dict[Any, Any]) -> tuple[dict[Any, Any], str]:
-    """One to three tensors of a state dict lost, renamed, exchanged, reshaped, retyped, or made absurd."""
+    """Drop, rename, exchange, reshape, convert or enlarge one to three tensors of a state dict."""
     weights, done = dict(weights), []
     for _ in range(rng.choice((1, 1, 2, 3))):
         name = rng.choice([*weights] or [''])
@@ -155,7 +156,7 @@ def mangle_weights(rng: random.Random, weights: dict[Any, Any]) -> tuple[dict[An
 
 
 def rewrite_zip(rng: random.Random, content: bytes, donor: bytes) -> tuple[bytes, str]:
-    """An archive with one record changed, dropped, renamed, doubled, or packed to a thousandth of its size."""
+    """Change, drop, rename, repeat or compress one record of an archive; its checksums stay right."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         records = [(info.filename, archive.read(info)) for info in archive.infolist()]
     pickles = [i for i, (name, _) in enumerate(records) if name.endswith('.pkl')]
@@ -190,7 +191,7 @@ def rewrite_zip(rng: random.Random, content: bytes, donor: bytes) -> tuple[bytes
 
 
 def rewrite_header(rng: random.Random, content: bytes) -> tuple[bytes, str]:
-    """A safetensors file with another header, of a right or a wrong length."""
+    """Change the header of a safetensors file, with a right or a wrong length."""
     size = int.from_bytes(content[:8], 'little')
     header, what = mangle_tree(rng, json.loads(content[8 : 8 + size]))
     text = json.dumps(header, default=str).encode()
@@ -205,7 +206,7 @@ def written(obj: Any, old: bool = False) -> bytes:
 
 
 class Checkpoints:
-    """Files of weights and run folders, in every layout that was published, and states of runs."""
+    """Make files of weights in every published layout, run folders, and training states."""
 
     def __init__(self, seeds: Path) -> None:
         torch.manual_seed(0)
@@ -235,9 +236,10 @@ class Checkpoints:
         ]
 
     def make(self, rng: random.Random, folder: Path) -> Case:
-        """One input."""
+        """Make one input."""
         return rng.choice(
             (
+                self.twin,
                 self.damaged,
                 self.damaged,
                 self.other_weights,
@@ -259,6 +261,24 @@ class Checkpoints:
         else:
             content, what = mangle(rng, content, others)
         return self.used(rng, folder, content, layer, f'{name}: {what}')
+
+    def twin(self, rng: random.Random, folder: Path) -> Case:
+        """Make the same weights in another layout, or an archive whose damage its checksums show."""
+        weights, model = self.weights['performer'], copy.deepcopy(self.models['performer'])
+        layout, damaged = rng.choice(LAYOUTS), rng.random() < 0.5
+        content, what = encode_weights(weights, layout, rng, old=not damaged and rng.random() < 0.3), layout
+        if damaged and layout != 'safetensors':  # it has no checksums
+            content, what = mangle(rng, content)
+        else:
+            damaged = False
+        file = folder / 'model.pth'
+        file.write_bytes(content)
+
+        def use() -> str:
+            load_weights(model, file)
+            return digest(model.state_dict())
+
+        return Case(f'same weights, {what}', use, expected=digest(weights), refusable=damaged)
 
     def other_weights(self, rng: random.Random, folder: Path) -> Case:
         layer = rng.choice([*self.weights])
@@ -290,7 +310,7 @@ class Checkpoints:
                 'text': self.text(rng),
                 'pickle': lambda: pickle.dumps(obj, rng.randrange(5)),
             }[kind]()
-        except (TypeError, pickle.PicklingError):  # it holds what no pickle can
+        except (TypeError, pickle.PicklingError):  # its content cannot be pickled
             content = pickle.dumps(Payload(os.system, 'touch executed'))
         return self.used(
             rng, folder, content, 'performer', f'{kind} of {getattr(payload.call, "__name__", payload.call)}'
