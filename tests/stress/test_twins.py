@@ -13,7 +13,8 @@ from hypothesis.extra.numpy import arrays
 from test_checkpoints import tiny
 
 from t2t_vit.data.decode import decode_image
-from t2t_vit.models.checkpoints import CheckpointError, load_weights
+from t2t_vit.models.checkpoints import load_weights
+from t2t_vit.models.safe_load import CheckpointError
 
 ENCODINGS = [(mode, format) for mode, formats in MODES.items() for format in formats]
 PIXELS = arrays(np.uint8, st.tuples(st.integers(2, 24), st.integers(2, 24), st.just(4)))
