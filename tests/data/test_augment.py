@@ -1,4 +1,4 @@
-"""Augmentation of batches: crops and erasing as told, colours and shapes as timm's for single images."""
+"""Augmentation of batches: crops, padding and erasing; colours and shapes compared with timm's for single images."""
 
 import math
 import random
@@ -41,18 +41,18 @@ def resampled(images: torch.Tensor, augment: Augment, chances: torch.Tensor) -> 
 
 
 @pytest.mark.parametrize('rows, cols', [(9, 9), (8, 12)])
-def test_resampling_by_nothing_is_the_image(rows, cols):
+def test_identity_resampling_returns_the_image(rows, cols):
     images, chances = images_and_chances(rows=rows, cols=cols)
     torch.testing.assert_close(resampled(images, STILL, chances), images)
 
 
-def test_mirror():
+def test_mirroring():
     images, chances = images_and_chances()
     mirrored = resampled(images, Augment(**{**vars(STILL), 'hflip': 1.0}), chances)
     torch.testing.assert_close(mirrored, images.flip(-1))
 
 
-def test_rotation_by_the_largest_angle_either_way():
+def test_rotation_reaches_the_largest_angle_both_ways():
     images, chances = images_and_chances(2)
     chances[:, 2] = torch.tensor([0.0, 1.0])
     turned = resampled(images, Augment(**{**vars(STILL), 'rotate': 90.0}), chances)
@@ -60,7 +60,7 @@ def test_rotation_by_the_largest_angle_either_way():
     torch.testing.assert_close(turned[1], images[1].rot90(1, (1, 2)))
 
 
-def test_crop_keeps_to_the_image_and_to_its_share():
+def test_crop_stays_inside_and_keeps_its_fraction():
     ramp = torch.linspace(0, 1, 64).expand(1000, 1, 64, 64)
     chances = torch.rand(1000, 12, generator=torch.Generator().manual_seed(0))
     cropped = resampled(ramp, Augment(**{**vars(STILL), 'scale': (0.25, 0.25)}), chances)
@@ -70,7 +70,7 @@ def test_crop_keeps_to_the_image_and_to_its_share():
 
 
 @pytest.mark.parametrize('mode', ['pixel', 'rand', 'const'])
-def test_erased_share(mode):
+def test_erased_fraction(mode):
     images, chances = torch.full((2000, 1, 32, 32), 7.0), images_and_chances(2000)[1]
     erased = erase(images, Augment(reprob=0.25, remode=mode), chances) != 7
     touched = erased.flatten(1).any(1)
@@ -79,13 +79,13 @@ def test_erased_share(mode):
     assert shares.min() > 0.01 and shares.max() < 0.37 and abs(shares.mean() - 0.175) < 0.02
 
 
-def test_erasing_nothing_is_the_image():
+def test_erasing_with_probability_zero_changes_nothing():
     images, chances = images_and_chances()
     assert erase(images, STILL, chances) is images
 
 
-def test_boxes_say_what_is_seen():
-    """On an image whose two channels hold their places."""
+def test_boxes_match_the_visible_region():
+    """The two channels of the image hold row and column."""
     size, augment = 64, Augment(**PLAIN, scale=(0.1, 0.5), pad=6, reprob=0.0)
     place = (torch.arange(size) + 0.5) / size
     images = torch.stack([place[:, None].expand(size, size), place.expand(size, size)]).expand(200, 2, size, size)
@@ -101,7 +101,7 @@ def test_boxes_say_what_is_seen():
     assert 0.3 < mirrored.mean() < 0.7
 
 
-def test_padding_is_black_and_every_window_can_be_seen():
+def test_padding_is_black_and_every_window_occurs():
     images = torch.ones(4000, 1, 4, 4)
     boxes = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0]).expand(4000, 5)
     seen, found = pad_and_crop(images, 2, boxes, torch.rand(4000, 2, generator=torch.Generator().manual_seed(0)))
@@ -150,8 +150,8 @@ def by_us(name: str, pictures: list[Image.Image], magnitude: float, negate: bool
 @pytest.mark.parametrize('negate', [False, True])
 @pytest.mark.parametrize('magnitude', [0.0, 3.0, 6.5, 10.0])
 @pytest.mark.parametrize('name', sorted({*OPERATIONS} - {*SHAPES}))
-def test_colours_are_those_of_timm(name, magnitude, negate, pictures, monkeypatch):
-    """On every pixel, to one shade in 255: PIL reckons in another order and precision."""
+def test_colour_operations_match_timm(name, magnitude, negate, pictures, monkeypatch):
+    """On every pixel, to 1 in 255: Pillow computes in another order and precision."""
     expected = by_timm(name, pictures, magnitude, negate, monkeypatch)
     found = by_us(name, pictures, magnitude, negate)
     assert (found - expected).abs().max() <= 1
@@ -162,7 +162,7 @@ def test_colours_are_those_of_timm(name, magnitude, negate, pictures, monkeypatc
 @pytest.mark.parametrize('negate', [False, True])
 @pytest.mark.parametrize('magnitude', [0.0, 3.0, 6.5, 10.0])
 @pytest.mark.parametrize('name', SHAPES)
-def test_shapes_are_those_of_timm(name, magnitude, negate, monkeypatch):
+def test_geometric_operations_match_timm(name, magnitude, negate, monkeypatch):
     """To one shade, with bilinear resampling on both sides, on all but 0.5 % of the pixels.
 
     Those are at the border, where rounding decides whether a place is outside and takes the fill.
@@ -173,7 +173,7 @@ def test_shapes_are_those_of_timm(name, magnitude, negate, monkeypatch):
     assert torch.equal(found, found.round().clamp(0, 255))
 
 
-def test_shapes_of_images_that_are_not_square(monkeypatch):
+def test_geometric_operations_on_non_square_images(monkeypatch):
     wide = [picture.resize((48, 32)) for picture in PICTURES]
     for name in SHAPES:
         expected, found = by_timm(name, wide, 9.0, False, monkeypatch), by_us(name, wide, 9.0, False)
@@ -181,8 +181,8 @@ def test_shapes_of_images_that_are_not_square(monkeypatch):
 
 
 @pytest.mark.parametrize('policy', ['rand-m9-mstd0.5-inc1', 'rand-m7-n3-p0.3', 'rand-m15-mmax20-mstd101-inc1'])
-def test_what_is_drawn_is_what_timm_draws(policy, monkeypatch):
-    """How often each operation is applied, and with what on average, over twenty thousand images."""
+def test_policies_draw_as_timm_does(policy, monkeypatch):
+    """Frequency and mean argument of each operation, over twenty thousand images."""
     calls: list[tuple[str, float]] = []
     theirs = rand_augment_transform(policy, {})
     for op in theirs.ops:
@@ -205,7 +205,7 @@ def test_what_is_drawn_is_what_timm_draws(policy, monkeypatch):
         assert np.std(one) == pytest.approx(np.std(other), rel=0.1, abs=1e-6)
 
 
-def test_weighted_policies_draw_without_putting_back():
+def test_weighted_policies_draw_without_replacement():
     ours = RandAugment('rand-m9-n3-p1-tweights')
     drawn: list[torch.Tensor] = []
     ours.operations = [
@@ -216,8 +216,8 @@ def test_weighted_policies_draw_without_putting_back():
     assert sum(counts) == 27_000 and max(counts) == counts[0] <= 9000 and counts[0] > 3 * counts[5]
 
 
-def test_jitter_is_that_of_torchvision():
-    """Its mean and spread over many images, and the factors' order."""
+def test_colour_jitter_matches_torchvision():
+    """Mean and spread over many images, and the order of the factors."""
     images = tensor_of(PICTURES[:1])
     chances = torch.rand(2000, 4, generator=torch.Generator().manual_seed(0))
     found = jitter(images.repeat(2000, 1, 1, 1), 0.4, chances, torch.zeros(3, 1, 1))
@@ -228,7 +228,7 @@ def test_jitter_is_that_of_torchvision():
     assert found.std(0).mean().item() == pytest.approx(expected.std(0).mean().item(), rel=0.1)
 
 
-def test_policies_for_single_images_only():
+def test_policies_without_batch_operations_are_recognised():
     assert [
         in_memory(Augment(aa=policy))
         for policy in (None, 'rand-m9-mstd0.5-inc1', 'rand-m9-tweights', 'rand-m9-t3a', 'v0', 'augmix-m3')
@@ -237,7 +237,7 @@ def test_policies_for_single_images_only():
 
 @pytest.mark.parametrize('channels', [1, 3])
 @pytest.mark.parametrize('changes', [{}, dict(aa=None, color_jitter=0.4, pad=4)], ids=['rand', 'jitter'])
-def test_an_image_does_not_depend_on_its_batch(channels, changes):
+def test_image_does_not_depend_on_its_batch(channels, changes):
     images = tensor_of(PICTURES if channels == 3 else GREYS).byte()
     mean, std = torch.full((2, 1, channels, 1, 1), 99.0)
     augment = BatchAugment(Augment(**changes), mean, std)

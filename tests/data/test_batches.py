@@ -1,4 +1,4 @@
-"""Batches, whose randomness depends on nothing but seed, epoch and sample; what is shared out; what is measured."""
+"""Batches: randomness by seed, epoch and sample only; sharing among processes; workers; speed; preprocessing."""
 
 import random
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ def same(found: list[Batch], expected: list[Batch]) -> bool:
 
 
 def break_some(folder: Path) -> list[str]:
-    """Cut one image short and add a text that calls itself an image; gives their names."""
+    """Truncate one image and add a text file named as an image; return their names."""
     torn, text = sorted(folder.rglob('*.jpg'))[0], folder / CLASSES[0] / 'text.png'
     torn.write_bytes(torn.read_bytes()[:200])
     text.write_text('not an image')
@@ -49,7 +49,7 @@ def break_some(folder: Path) -> list[str]:
 
 @pytest.fixture
 def damaged(photos: Path, tmp_path: Path) -> tuple[Folder, list[str]]:
-    """The photos to train on, two of them damaged, and the names of these."""
+    """The training photos, two of them damaged, and the names of these."""
     for file in sorted(path for path in (photos / 'train').rglob('*') if path.is_file()):
         copy = tmp_path / file.relative_to(photos)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -72,14 +72,14 @@ def memory_of_digits() -> MemoryBatches:
 
 
 @pytest.mark.parametrize('make', [batches_of, lambda photos: memory_of_digits()], ids=['disk', 'memory'])
-def test_batches_do_not_depend_on_where_an_epoch_is_entered(photos, make):
+def test_batches_do_not_depend_on_where_an_epoch_starts(photos, make):
     batches = make(photos)
     assert same(list(batches.epoch(1, start=2)), list(make(photos).epoch(1))[2:])
 
 
 @pytest.mark.parametrize('make', [batches_of, lambda photos: memory_of_digits()], ids=['disk', 'memory'])
-def test_every_epoch_is_another(photos, make):
-    """In its order, and in what is done to each image."""
+def test_epochs_differ(photos, make):
+    """In their order and in the augmentation of each image."""
     batches = make(photos)
     first, second = (
         {index: image for batch in batches.epoch(epoch) for index, image in zip(batch.indices.tolist(), batch.images)}
@@ -89,7 +89,7 @@ def test_every_epoch_is_another(photos, make):
     assert not [index for index in {*first} & {*second} if torch.equal(first[index], second[index])]
 
 
-def test_training_leaves_out_the_incomplete_last_batch(photos):
+def test_training_drops_the_incomplete_last_batch(photos):
     sizes = [len(labels) for _, labels, *_ in batches_of(photos).epoch()]
     assert sizes == [7, 7, 7] and len(batches_of(photos)) == 3
 
@@ -151,10 +151,10 @@ def test_damaged_training_images_leave_no_gap(damaged, workers):
 
 
 @pytest.mark.parametrize('loader', [DiskBatches, MemoryBatches])
-def test_only_damaged_images(tmp_path, loader):
+def test_only_damaged_images_are_rejected(tmp_path, loader):
     (tmp_path / 'a').mkdir()
     (tmp_path / 'a' / '1.png').write_text('not an image')
-    with pytest.raises(DataError, match='not one'):
+    with pytest.raises(DataError, match='none of'):
         list(loader(Folder(tmp_path), SMALL, 1, Augment(**PLAIN), workers=0).epoch())
 
 
@@ -163,11 +163,11 @@ def test_only_damaged_images(tmp_path, loader):
     [
         (Augment(aa='augmix-m3'), True, 'aa augmix-m3 has operations for single images only'),
         (Augment(aa='rand-m9-t3a'), True, 'aa rand-m9-t3a has operations for single images only'),
-        (Augment(aa='v0', rotate=5.0), None, 'rotate works on sets held in memory only'),
-        (Augment(**PLAIN, rotate=5.0), False, 'rotate works on sets held in memory only'),
+        (Augment(aa='v0', rotate=5.0), None, 'rotate needs a set held in memory'),
+        (Augment(**PLAIN, rotate=5.0), False, 'rotate needs a set held in memory'),
     ],
 )
-def test_augmentation_that_a_loader_does_not_have(photos, augment, memory, message):
+def test_unavailable_augmentation_is_rejected(photos, augment, memory, message):
     with pytest.raises(DataError, match=message):
         open_batches(open_source(str(photos), 'train'), SMALL, 4, augment, memory)
 
@@ -185,17 +185,17 @@ def test_augmentation_that_a_loader_does_not_have(photos, augment, memory, messa
     ],
 )
 def test_small_images_are_held_in_memory(photos, size, augment, kind):
-    """And to train on, only where they are not made much smaller by that."""
+    """Training images only if they are not reduced much."""
     preprocessing = Preprocessing((size, size), 3, (0.5,) * 3, (0.25,) * 3)
     assert type(open_batches(open_source(str(photos), 'val'), preprocessing, 4, augment, None)) is kind
 
 
-# what a batch says of its samples
+# what a batch holds beside images
 
 
 @pytest.mark.parametrize('loader', [DiskBatches, MemoryBatches])
 @pytest.mark.parametrize('augment', [None, Augment()], ids=['val', 'train'])
-def test_samples_know_their_place_in_the_source(damaged, loader, augment):
+def test_samples_know_their_index_in_the_source(damaged, loader, augment):
     source, names = damaged
     for _, labels, indices, boxes in loader(source, SMALL, 4, augment, workers=0).epoch():
         assert [source.labels[i] for i in indices] == labels.tolist()
@@ -203,8 +203,8 @@ def test_samples_know_their_place_in_the_source(damaged, loader, augment):
         assert boxes.shape == (len(labels), 5)
 
 
-def test_one_image_is_transformed_as_timm_does_it(photos):
-    """Bit for bit, with the same random numbers; so a run from disk is what it was before boxes were told."""
+def test_training_transform_equals_timm(photos):
+    """Bit for bit, with the same random numbers."""
     source = open_source(str(photos), 'train')
     augment = Augment()
     ours = TrainTransform(SMALL, augment)
@@ -231,7 +231,7 @@ def test_one_image_is_transformed_as_timm_does_it(photos):
 
 
 class Places:
-    """Images whose red is the column and whose green is the row, from 0 to 255."""
+    """Images whose red value is the column and whose green value is the row, from 0 to 255."""
 
     classes, labels = ['place'], [0] * 40
 
@@ -248,8 +248,8 @@ class Places:
     'augment, crop_mode',
     [(Augment(**PLAIN, reprob=0.0, pad=4), ''), (None, 'center'), (None, 'squash'), (None, 'border')],
 )
-def test_boxes_are_what_is_seen(loader, augment, crop_mode):
-    """Read off the pixels in the middle, to 2 % of the image."""
+def test_boxes_match_the_visible_pixels(loader, augment, crop_mode):
+    """Read from the pixels in the middle, to 2 % of the image."""
     preprocessing = Preprocessing((64, 64), 3, (0.0,) * 3, (1.0,) * 3, crop_mode=crop_mode or 'center')
     for images, _, _, boxes in loader(Places(), preprocessing, 10, augment, workers=0).epoch():
         top, left, height, width, mirrored = boxes.unbind(1)
@@ -261,7 +261,7 @@ def test_boxes_are_what_is_seen(loader, augment, crop_mode):
         assert augment is not None or not mirrored.any()
 
 
-# shared out over processes
+# processes
 
 
 @pytest.mark.parametrize('loader', [DiskBatches, MemoryBatches])
@@ -294,19 +294,19 @@ def test_processes_validate_every_image_once(photos, loader, batch_size, world):
     assert {len(batches) for batches in loaders} == {-(-12 // (batch_size * world))}
 
 
-def test_ranks_that_are_none(photos):
-    with pytest.raises(ValueError, match='rank is at least 0 and below world, got rank 2 of world 2'):
+def test_invalid_rank_is_rejected(photos):
+    with pytest.raises(ValueError, match='rank must be at least 0 and below world, got rank 2 of world 2'):
         DiskBatches(open_source(str(photos), 'val'), SMALL, 4, rank=2, world=2)
 
 
-# workers that stay
+# workers
 
 
 def workers_of(batches: DiskBatches) -> list[int]:
     return [worker.pid for worker in batches.loader._iterator._workers]
 
 
-def test_workers_stay_for_all_epochs(photos):
+def test_workers_persist_for_all_epochs(photos):
     batches = batches_of(photos, workers=2)
     first, pids = list(batches.epoch(0)), workers_of(batches)
     second = list(batches.epoch(1))
@@ -314,8 +314,8 @@ def test_workers_stay_for_all_epochs(photos):
     assert same(first, list(batches_of(photos).epoch(0))) and same(second, list(batches_of(photos).epoch(1)))
 
 
-def test_an_epoch_that_was_broken_off(photos):
-    """Nothing of it is left in the workers' pipes."""
+def test_interrupted_epoch_leaves_no_batches(photos):
+    """The workers' queues are empty when the next one starts."""
     batches = batches_of(photos, workers=2)
     next(batches.epoch(0))
     assert same(list(batches.epoch(1, start=1)), list(batches_of(photos).epoch(1, start=1)))
@@ -332,13 +332,13 @@ def test_damaged_images_are_named_once(damaged):
 # speed
 
 
-def test_input_is_measured(photos):
+def test_input_speed_is_measured(photos):
     assert measure_input(batches_of(photos), 0.05) > 0
     few = batches_of(photos, workers=1).smaller(3)
     assert measure_input(few, 9, [0]) > 0 and len(few) == 8  # until its one epoch is over
     few.close()
     assert few.loader._iterator is None and measure_input(batches_of(photos).smaller(24), 9, [0]) == 0
-    with pytest.raises(DataError, match='make no batch of 99'):
+    with pytest.raises(DataError, match='do not fill a batch of 99'):
         measure_input(DiskBatches(open_source(str(photos), 'train'), SMALL, 99, Augment(), 0), 0.05)
 
 
@@ -385,12 +385,12 @@ def test_impossible_preprocessing_is_rejected(change, message):
         Preprocessing(**{**vars(SMALL), **change})
 
 
-def test_statistics_of_a_colour_model_made_grey():
+def test_mean_and_std_of_a_colour_model_made_grey():
     cfg = dict(input_size=(1, 8, 8), mean=(0.2, 0.4, 0.6), std=(0.1, 0.2, 0.3), interpolation='bicubic', crop_pct=1.0)
     grey = Preprocessing.of(cfg)
     assert (grey.mean, grey.std) == (pytest.approx((0.4,)), pytest.approx((0.2,)))
 
 
-def test_grey_and_colour_of_one_image():
+def test_image_is_converted_to_the_channels_of_the_model():
     image = Image.new('RGBA', (4, 4), 'red')
     assert (SMALL.convert(image).mode, GREY.convert(image).mode) == ('RGB', 'L')

@@ -1,9 +1,9 @@
-"""Augmentation of whole batches on their device, by the recipes and the definitions that timm has for single images.
+"""Augment whole batches on their device, by the policies and definitions that timm has for single images.
 
-Images are floats (B, C, H, W) that hold whole shades, 0 to 255. What is random comes in as numbers in [0, 1), a row
-for each image, and each operation is applied to the images of a batch that drew it: no loop goes over images.
+Images are floats (B, C, H, W) with whole values from 0 to 255. Random numbers in [0, 1) come from the caller, a row for
+each image, and each operation is applied to the images of a batch that drew it, without a loop over images.
 
-Two things differ from timm: everything is resampled bilinearly, and a crop is taken of the image at the model's size.
+Two things differ from timm: resampling is always bilinear, and crops are taken from the image at the model's size.
 """
 
 import itertools
@@ -19,14 +19,14 @@ from timm.data.auto_augment import rand_augment_transform
 
 @dataclass
 class Augment:
-    """What is done to training images.
+    """Augmentation of training images.
 
     Args:
-        scale: Share of the image's area that the random crop keeps, least and most; 1 and 1 for no crop.
-        ratio: Aspect of the crop, least and most.
-        pad: Black pixels put around the image at the model's size, from which a window of that size is cut.
-        hflip: Chance of a mirror image; 0 for digits and letters.
-        rotate: Largest random rotation, degrees either way (small sets held in memory only).
+        scale: Smallest and largest fraction of the image's area that the random crop keeps; 1 and 1 for no crop.
+        ratio: Smallest and largest aspect ratio of the crop.
+        pad: Black pixels added around the image at the model's size before a window of that size is cut.
+        hflip: Probability of a horizontal flip; 0 for digits and letters.
+        rotate: Largest random rotation in degrees, either way (only for small sets held in memory).
         color_jitter: Strength of brightness, contrast and saturation jitter (not with aa).
         aa: timm's auto-augment policy, as rand-m9-mstd0.5-inc1.
         interpolation: bilinear, bicubic or random; always bilinear for sets held in memory.
@@ -56,13 +56,13 @@ class Augment:
     smoothing: float = 0.1
 
 
-# Operations: images, an argument for each (B, 1, 1, 1), and the colour that fills what comes in from outside (C, 1, 1).
+# Operations take images, an argument for each (B, 1, 1, 1), and the colour of pixels from outside the image (C, 1, 1).
 
 Operation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def grey(images: torch.Tensor) -> torch.Tensor:
-    """Luminance, (B, 1, H, W), in PIL's whole numbers."""
+    """Return the luminance, (B, 1, H, W), in Pillow's integer arithmetic."""
     if images.shape[1] == 1:
         return images
     red, green, blue = images.int().split(1, dim=1)
@@ -70,18 +70,18 @@ def grey(images: torch.Tensor) -> torch.Tensor:
 
 
 def blend(start: torch.Tensor, images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """From `start` at 0 through the images at 1 and on."""
+    """Interpolate from `start` (factor 0) to the images (1), and extrapolate beyond."""
     return (start + factor * (images - start)).clamp(0, 255).floor()
 
 
 def auto_contrast(images: torch.Tensor, _: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
-    """Each channel's darkest shade to 0, its brightest to 255."""
+    """Stretch each channel from its darkest and brightest value to 0 and 255."""
     low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
     return torch.where(high > low, ((images - low) * 255 / (high - low).clamp(min=1)).floor(), images)
 
 
 def equalize(images: torch.Tensor, _: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
-    """Each channel's shades as evenly spread as they can be."""
+    """Equalise the histogram of each channel."""
     flat = images.flatten(2).long()
     counts = torch.zeros(*flat.shape[:2], 256, device=images.device)
     counts.scatter_add_(2, flat, torch.ones(1, device=images.device).expand(flat.shape))
@@ -94,43 +94,43 @@ def equalize(images: torch.Tensor, _: torch.Tensor, __: torch.Tensor) -> torch.T
 
 
 def invert(images: torch.Tensor, _: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
-    """The negative."""
+    """Invert the images."""
     return 255 - images
 
 
 def posterize(images: torch.Tensor, bits: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    """Only the highest bits of each shade."""
+    """Keep only the highest bits of each value."""
     width = 2 ** (8 - bits.clamp(max=8))
     return (images / width).floor() * width
 
 
 def solarize(images: torch.Tensor, threshold: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    """The negative of what is as bright as the threshold."""
+    """Invert the pixels that are at least as bright as the threshold."""
     return torch.where(images < threshold, images, 255 - images)
 
 
 def solarize_add(images: torch.Tensor, add: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    """The dark half made brighter."""
+    """Brighten the pixels below 128."""
     return torch.where(images < 128, (images + add).clamp(max=255), images)
 
 
 def color(images: torch.Tensor, factor: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    """Saturation: 0 for grey, 1 for the image."""
+    """Change the saturation: 0 is grey, 1 the image."""
     return blend(grey(images), images, factor)
 
 
 def contrast(images: torch.Tensor, factor: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    """0 for the mean luminance, 1 for the image."""
+    """Change the contrast: 0 is the mean luminance, 1 the image."""
     return blend((grey(images).mean((1, 2, 3), keepdim=True) + 0.5).floor(), images, factor)
 
 
 def brightness(images: torch.Tensor, factor: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    """0 for black, 1 for the image."""
+    """Change the brightness: 0 is black, 1 the image."""
     return blend(torch.zeros_like(images), images, factor)
 
 
 def sharpness(images: torch.Tensor, factor: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    """0 for the image smoothed by PIL's 3×3 filter, which leaves the outermost pixels alone; 1 for the image."""
+    """Change the sharpness: 0 is the image after Pillow's 3×3 smoothing, which skips the border; 1 the image."""
     if min(images.shape[2:]) < 3:
         return images
     channels = images.shape[1]
@@ -143,7 +143,7 @@ def sharpness(images: torch.Tensor, factor: torch.Tensor, _: torch.Tensor) -> to
 
 
 def warp(images: torch.Tensor, theta: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    """Resample: theta maps output places to input places, both in [-1, 1], (B, 2, 3); outside there is `fill`."""
+    """Resample by theta (B, 2, 3), from output to input positions, both in [-1, 1]; outside pixels are `fill`."""
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     found = F.grid_sample(images, grid, mode='bilinear', padding_mode='border', align_corners=False).round()
     inside = ((grid >= -1) & (grid < 1)).all(-1)[:, None]
@@ -151,67 +151,67 @@ def warp(images: torch.Tensor, theta: torch.Tensor, fill: torch.Tensor) -> torch
 
 
 def plane(rows: Sequence[Sequence['float | torch.Tensor']], like: torch.Tensor) -> torch.Tensor:
-    """Six numbers for each image, as (B, 2, 3)."""
+    """Build an affine matrix (B, 2, 3) from six numbers for each image."""
     flat = like.flatten()
     return torch.stack([torch.stack([value + torch.zeros_like(flat) for value in row], 1) for row in rows], 1)
 
 
 def shear_x(images: torch.Tensor, factor: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    """The lower, the further to the left, from the upper edge on."""
+    """Shear horizontally: each row moves left in proportion to its distance from the top."""
     slope = factor.flatten() * images.shape[2] / images.shape[3]
     return warp(images, plane([[1, slope, slope], [0, 1, 0]], factor), fill)
 
 
 def shear_y(images: torch.Tensor, factor: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    """The further to the right, the higher, from the left edge on."""
+    """Shear vertically: each column moves up in proportion to its distance from the left."""
     slope = factor.flatten() * images.shape[3] / images.shape[2]
     return warp(images, plane([[1, 0, 0], [slope, 1, slope]], factor), fill)
 
 
 def translate_x(images: torch.Tensor, share: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    """To the left by a share of the width."""
+    """Move left by a fraction of the width."""
     return warp(images, plane([[1, 0, 2 * share.flatten()], [0, 1, 0]], share), fill)
 
 
 def translate_y(images: torch.Tensor, share: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    """Up by a share of the height."""
+    """Move up by a fraction of the height."""
     return warp(images, plane([[1, 0, 0], [0, 1, 2 * share.flatten()]], share), fill)
 
 
 def rotate(images: torch.Tensor, degrees: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    """Against the clock, about the centre."""
+    """Rotate counterclockwise about the centre."""
     angle, aspect = degrees.flatten().deg2rad(), images.shape[2] / images.shape[3]
     theta = plane([[angle.cos(), -aspect * angle.sin(), 0], [angle.sin() / aspect, angle.cos(), 0]], degrees)
     return warp(images, theta, fill)
 
 
-# Levels: timm's magnitude of each image (B,), 0 to 10 and more, and a random sign, as the operation's argument.
+# Levels turn timm's magnitude of each image (B,), from 0 to 10 and more, and a random sign into an argument.
 
 Level = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def signed(most: float) -> Level:
-    """At magnitude 10, `most` either way."""
+    """Scale to `most` at magnitude 10, with a random sign."""
     return lambda magnitude, sign: sign * magnitude / 10 * most
 
 
 def whole(most: int, limit: int) -> Level:
-    """At magnitude 10, `most`, in whole steps."""
+    """Scale to `most` at magnitude 10, in whole steps up to `limit`."""
     return lambda magnitude, _: (magnitude / 10 * most).floor().clamp(max=limit)
 
 
 def falling(most: int, limit: int) -> Level:
-    """At magnitude 0, `most`; at 10, 0: the stronger the magnitude, the more is changed."""
+    """Fall from `most` at magnitude 0 to 0 at magnitude 10."""
     return lambda magnitude, sign: most - whole(most, limit)(magnitude, sign)
 
 
 def enhance(magnitude: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    """0.1 to 1.9."""
+    """Scale from 0.1 to 1.9."""
     return magnitude / 10 * 1.8 + 0.1
 
 
 def enhance_away(magnitude: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
-    """From 1, which changes nothing, to 0.1 or 1.9."""
+    """Scale from 1 (no change) to 0.1 or 1.9."""
     return (1 + sign * magnitude / 10 * 0.9).clamp(min=0.1)
 
 
@@ -248,9 +248,9 @@ def apply_drawn(
     operations: Sequence[Operation],
     fill: torch.Tensor,
 ) -> torch.Tensor:
-    """To each image the operation whose number it drew, (B,), none at -1, with its argument, (B,); in place.
+    """Apply to each image, in place, the operation whose index it drew, (B,), with its argument, (B,); -1 for none.
 
-    `drawn` stands on the CPU, so that finding who drew what makes no accelerator wait.
+    `drawn` is on the CPU, so that looking up the indices does not synchronise with an accelerator.
     """
     for k in drawn[drawn >= 0].unique().tolist():
         chosen = (drawn == k).nonzero()[:, 0]
@@ -261,10 +261,10 @@ def apply_drawn(
 
 
 class RandAugment:
-    """timm's RandAugment of a batch, by its policy string."""
+    """timm's RandAugment for batches, configured by timm's policy string."""
 
     def __init__(self, policy: str) -> None:
-        parsed = rand_augment_transform(policy, {'translate_pct': 0.45})  # else old versions write into their defaults
+        parsed = rand_augment_transform(policy, {'translate_pct': 0.45})  # or old versions change their defaults
         names = [op.name for op in parsed.ops]
         self.missing = [name for name in names if name not in OPERATIONS]
         self.operations, self.levels = zip(*(OPERATIONS[name] for name in names if name in OPERATIONS))
@@ -275,20 +275,20 @@ class RandAugment:
         self.columns = 4 * self.layers
 
     def __call__(self, images: torch.Tensor, chances: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-        """Augmented images; `chances` (B, columns) on the CPU."""
+        """Augment images by random numbers, (B, columns), on the CPU."""
         weights = torch.ones(len(self.operations)) if self.weights is None else torch.tensor(self.weights)
         weights = weights.double().repeat(len(images), 1)
         for u in chances.double().split(4, dim=1):
             below = weights.cumsum(1) <= u[:, :1] * weights.sum(1, keepdim=True)
             drawn = below.sum(1).clamp(max=len(self.operations) - 1)
-            if self.weights is not None:  # then timm draws without putting back
+            if self.weights is not None:  # then timm draws without replacement
                 weights.scatter_(1, drawn[:, None], 0)
             arguments = self.arguments(drawn, u[:, 2], 1 - 2 * (u[:, 3] < 0.5).double())
             apply_drawn(images, drawn.where(u[:, 1] < self.chance, -1), arguments, self.operations, fill)
         return images
 
     def arguments(self, drawn: torch.Tensor, u: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
-        """What each operation is called with, (B,)."""
+        """Return the argument of each drawn operation, (B,)."""
         if self.spread == math.inf:
             magnitude = self.magnitude * u
         else:
@@ -307,7 +307,7 @@ ORDERS = torch.tensor(list(itertools.permutations(range(3))))
 
 
 def jitter(images: torch.Tensor, strength: float, chances: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    """torchvision's ColorJitter without hue: three factors in a random order; `chances` (B, 4) on the CPU."""
+    """Apply torchvision's ColorJitter without hue, by random numbers (B, 4) on the CPU."""
     order = ORDERS[(chances[:, 0] * len(ORDERS)).long()]
     low = max(0.0, 1 - strength)
     factors = low + (1 + strength - low) * chances[:, 1:]
@@ -320,14 +320,14 @@ def jitter(images: torch.Tensor, strength: float, chances: torch.Tensor, fill: t
 
 
 def _box(area: torch.Tensor, log_ratio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Height and width, as shares of the image, of a box with this share of its area."""
+    """Return height and width, as fractions of the image, of a box with this fraction of its area."""
     return (area * (-log_ratio).exp()).sqrt().clamp(max=1), (area * log_ratio.exp()).sqrt().clamp(max=1)
 
 
 def crop_boxes(augment: Augment, chances: torch.Tensor) -> torch.Tensor:
-    """Top, left, height and width of each image's crop as shares of it, and 1 where it is mirrored, (B, 5).
+    """Draw boxes, (B, 5): top, left, height and width of each crop as fractions of the image, then 1 if mirrored.
 
-    The first six of each image's chances, (B, ≥ 6), say so.
+    The first six random numbers of each image, (B, ≥ 6), are used.
     """
     u = chances.unbind(1)
     low, high = augment.scale
@@ -339,7 +339,7 @@ def crop_boxes(augment: Augment, chances: torch.Tensor) -> torch.Tensor:
 
 
 def resample(images: torch.Tensor, augment: Augment, boxes: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
-    """Each image's box, mirrored where it says so, and a random rotation, in one resampling, (B, C, H, W)."""
+    """Crop, mirror and rotate each image in one resampling, (B, C, H, W)."""
     top, left, height, width, mirrored = boxes.unbind(1)
     if augment.scale[0] == 1 and augment.rotate == 0:  # nothing to interpolate
         return torch.where(mirrored.bool()[:, None, None, None], images.flip(-1), images)
@@ -351,15 +351,15 @@ def resample(images: torch.Tensor, augment: Augment, boxes: torch.Tensor, chance
             torch.stack([width * mirror * angle.sin() / aspect, height * angle.cos(), 2 * top + height - 1], 1),
         ],
         1,
-    )  # output place -> input place, both in [-1, 1]: (B, 2, 3)
+    )  # output position -> input position, both in [-1, 1]: (B, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode='bilinear', padding_mode='border', align_corners=False)
 
 
 def shift_box(boxes: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Boxes, (B, 5), of windows that lie (rows, cols) pixels of the result, (B,), further down and right than these.
+    """Move boxes, (B, 5), down and right by (rows, cols) pixels of the result, (B,).
 
-    They may reach out of the image, where it is black.
+    They may extend beyond the image, where it is black.
     """
     top, left, height, width, mirrored = boxes.unbind(1)
     across = cols * (1 - 2 * mirrored)
@@ -369,7 +369,7 @@ def shift_box(boxes: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, size:
 def pad_and_crop(
     images: torch.Tensor, pad: int, boxes: torch.Tensor, chances: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A window of each image with `pad` black pixels around it, and the boxes of what is seen; chances (B, 2)."""
+    """Cut a random window of each image with `pad` black pixels around it; return the windows and their boxes."""
     size = images.shape[-2:]
     rows, cols = (chances * (2 * pad + 1)).long().unbind(1)
     windows = F.pad(images, (pad,) * 4).unfold(2, size[0], 1).unfold(3, size[1], 1)  # a view: (B, C, y, x, H, W)
@@ -379,14 +379,14 @@ def pad_and_crop(
 
 @lru_cache(maxsize=4)
 def noise_bank(length: int, device: torch.device) -> torch.Tensor:
-    """One long row of noise, of which each sample takes a window."""
+    """Return one long row of noise, of which each sample uses a window."""
     return torch.randn(4096 + length, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def erase(images: torch.Tensor, augment: Augment, chances: torch.Tensor) -> torch.Tensor:
     """Fill a random rectangle, 2 to 33 % of the area, of some normalised images, (B, C, H, W).
 
-    The last six of each image's chances, (B, ≥ 6), say which and where.
+    The last six random numbers of each image, (B, ≥ 6), are used.
     """
     if augment.reprob == 0:
         return images
@@ -407,26 +407,30 @@ def erase(images: torch.Tensor, augment: Augment, chances: torch.Tensor) -> torc
 
 
 def in_memory(augment: Augment) -> bool:
-    """Whether batches can be augmented so."""
+    """Return true if `BatchAugment` has all operations of an augmentation."""
     policy = augment.aa
     return augment.recount == 1 and (not policy or (policy.startswith('rand') and not RandAugment(policy).missing))
 
 
 class BatchAugment:
-    """All that is done to a batch of training images, in timm's order.
+    """The whole augmentation of a batch of training images, in timm's order.
 
-    That is: crop, mirror and rotation, padding, RandAugment or else colour jitter, normalising, erasing.
+    That is: crop, mirror and rotation, padding, RandAugment or else colour jitter, normalisation, erasing.
+
+    Args:
+        augment: The augmentation.
+        mean: Of the values from 0 to 255, (1, C, 1, 1).
+        std: Of the values from 0 to 255, (1, C, 1, 1).
     """
 
     def __init__(self, augment: Augment, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """`mean` and `std` of the shades, (1, C, 1, 1)."""
         self.augment, self.mean, self.std = augment, mean, std
         self.fill = mean[0].round()
         self.policy = RandAugment(augment.aa) if augment.aa else None
         self.widths = [12, 2, self.policy.columns if self.policy else 4]  # crop and erasing, padding, colours
 
     def chances(self, count: int, generators: list[torch.Generator]) -> torch.Tensor:
-        """A row of random numbers for every sample, on the CPU; generators: for crop and erasing, for the rest."""
+        """Draw random numbers, (count, columns): by one generator for crop and erasing, by the other for the rest."""
         first, *rest = self.widths
         return torch.cat(
             [torch.rand(count, first, generator=generators[0]), torch.rand(count, sum(rest), generator=generators[1])],
@@ -434,7 +438,7 @@ class BatchAugment:
         )
 
     def __call__(self, images: torch.Tensor, chances: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised images (B, C, H, W) of uint8 ones, and boxes (B, 5) of what is seen, but for the rotation."""
+        """Augment and normalise uint8 images, (B, C, H, W); return them and the boxes, (B, 5), that they show."""
         places, shifts, colors = chances.split(self.widths, dim=1)
         places = places.to(images.device)
         boxes = crop_boxes(self.augment, places)

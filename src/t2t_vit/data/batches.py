@@ -1,11 +1,11 @@
-"""How batches are made of a source.
+"""Make batches of a source's images.
 
 `DiskBatches` opens and augments image by image in worker processes (timm's transforms); `MemoryBatches` holds a small
-set decoded, on the device, and augments whole batches there. Both give the same batches where their augmentation
+set decoded, on the device, and augments whole batches there. Both return the same batches if their augmentation
 resamples nothing.
 
-What is random in a sample is a function of (seed, epoch, sample) in both: neither the number of workers, nor how many
-processes share a batch, nor where a run was interrupted changes it.
+Random numbers are functions of (seed, epoch, sample) in both, so the number of workers, the number of processes that
+share a batch, and interruptions do not change a sample.
 """
 
 import itertools
@@ -31,9 +31,9 @@ from .sources import Source
 class Batch(NamedTuple):
     """Some samples.
 
-    Images are normalised, (B, C, H, W); labels (B,); indices are the samples' places in the source, (B,). Boxes,
-    (B, 5), are what an image shows of the original: top, left, height and width as shares of it, then 1 where it is
-    mirrored. A box reaches out of the original where padding is seen, and knows nothing of rotation and shear.
+    Images are normalised, (B, C, H, W); labels (B,); indices of the samples in the source, (B,). Boxes, (B, 5), say
+    which part of the original an image shows: top, left, height and width as fractions of it, then 1 if it is
+    mirrored. A box extends beyond the original where padding shows; rotation and shear are not in it.
     """
 
     images: torch.Tensor
@@ -43,33 +43,33 @@ class Batch(NamedTuple):
 
 
 def derive(*keys: int) -> int:
-    """One seed out of several numbers, the same on every machine."""
+    """Derive one seed from several numbers, the same on every machine."""
     return int(np.random.SeedSequence(keys).generate_state(1)[0])
 
 
 def seed_all(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's own generators."""
+    """Seed the global generators of Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
-    """The order of an epoch's samples, (count,)."""
+    """Return the order of an epoch's samples, (count,)."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(derive(seed, epoch, 1)))
 
 
 class Steps:
-    """Which samples of an epoch a process takes in each step.
+    """The samples that a process takes in each step of an epoch.
 
-    A step has `batch_size` samples of each of `world` processes, in the order of the epoch; they are shared out in one
-    piece each. In training every step is whole. Else every sample is taken once, and the last step may give some
-    processes fewer samples, or none.
+    A step has `batch_size` consecutive samples of the epoch's order for each of `world` processes. In training every
+    step is complete. In evaluation every sample is taken once, and in the last step some processes may have fewer
+    samples, or none.
     """
 
     def __init__(self, count: int, batch_size: int, training: bool, seed: int, rank: int, world: int) -> None:
         if not 0 <= rank < world:
-            raise ValueError(f'rank is at least 0 and below world, got rank {rank} of world {world}')
+            raise ValueError(f'rank must be at least 0 and below world, got rank {rank} of world {world}')
         self.count, self.batch_size, self.training = count, batch_size, training
         self.seed, self.rank, self.world = seed, rank, world
 
@@ -78,7 +78,7 @@ class Steps:
         return math.floor(steps) if self.training else math.ceil(steps)
 
     def epoch(self, epoch: int, start: int) -> list[torch.Tensor]:
-        """The samples of each step from the `start`-th on."""
+        """Return the samples of each step from step `start` on."""
         order = epoch_order(self.count, self.seed, epoch) if self.training else torch.arange(self.count)
         steps = order.split(self.batch_size * self.world)[start : len(self)]
         own = (step.tensor_split(self.world)[self.rank] for step in steps)
@@ -86,12 +86,12 @@ class Steps:
 
 
 class DiskBatches:
-    """Batches from images opened one by one, in worker processes, which stay for all epochs.
+    """Batches of images opened one by one, in worker processes that persist for all epochs.
 
-    The name of a damaged image is added to `damaged`. It is left out of its batch; in training, where every step has a
-    whole batch, the next image of the source stands in for it.
+    The name of a damaged image is added to `damaged`, and the image is left out of its batch; in training, where every
+    batch is complete, the next image of the source replaces it.
 
-    One epoch is under way at a time: where another begins, what is left of it is dropped.
+    Only one epoch is read at a time: starting another drops the rest of it.
     """
 
     def __init__(
@@ -119,13 +119,13 @@ class DiskBatches:
             worker_init_fn=leave_signals,
             persistent_workers=workers > 0,
             generator=torch.Generator(),
-        )  # which gives workers seeds that nobody uses
+        )  # or the global generator would be used to seed the workers
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def smaller(self, batch_size: int = 8) -> 'DiskBatches':
-        """The same images in small batches by other workers: to measure, since these come at once."""
+        """Return the same images in small batches from other workers, to measure speed without a long first wait."""
         return DiskBatches(
             self.source,
             self.opener.preprocessing,
@@ -139,24 +139,24 @@ class DiskBatches:
         )
 
     def close(self) -> None:
-        """End the workers. They answer no signal, so a process that ends before them would wait for ever."""
+        """End the workers, which ignore signals: a process that ends before them would wait forever."""
         if (iterator := getattr(self.loader, '_iterator', None)) is not None:
             iterator._shutdown_workers()
             self.loader._iterator = None
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """Batches of one epoch from the `start`-th on."""
+        """Yield the batches of one epoch from batch `start` on."""
         self.order.epoch, self.order.start = epoch, start
         for batch, damaged in self.loader:
             self.damaged = [*dict.fromkeys([*self.damaged, *damaged])] if damaged else self.damaged
             if batch is not None:
                 yield Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
             elif self.augment:
-                raise DataError('not one training image can be read')
+                raise DataError('none of the training images can be read')
 
 
 class _Order(Sampler[list[tuple[int, int]]]):
-    """What the workers are sent: for every step a list of (epoch, index)."""
+    """Send the workers a list of (epoch, index) for every step."""
 
     def __init__(self, steps: Steps) -> None:
         self.steps, self.epoch, self.start = steps, 0, 0
@@ -166,7 +166,7 @@ class _Order(Sampler[list[tuple[int, int]]]):
 
     @staticmethod
     def lists(epoch: int, steps: Sequence[torch.Tensor]) -> Iterator[list[tuple[int, int]]]:
-        """Each when it is asked for: a million numbers as Python's take long."""
+        """Yield each list when it is needed: converting a million numbers at once takes long."""
         for samples in steps:
             yield [(epoch, index) for index in samples.tolist()]
 
@@ -175,13 +175,13 @@ Sample = tuple[tuple[torch.Tensor, int, int, torch.Tensor] | None, list[str]]  #
 
 
 class _Opener(Dataset[Sample]):
-    """What a worker process runs: (epoch, index) -> sample."""
+    """Turn (epoch, index) into a sample; runs in worker processes."""
 
     def __init__(self, source: Source, preprocessing: Preprocessing, augment: Augment | None, seed: int) -> None:
         self.source, self.preprocessing, self.seed = source, preprocessing, seed
         self.train = TrainTransform(preprocessing, augment) if augment else None
         self.evaluate = preprocessing.transform()
-        self.damaged: set[int] = set()  # opened once, not again
+        self.damaged: set[int] = set()  # not opened again
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
         epoch, index = place
@@ -191,7 +191,7 @@ class _Opener(Dataset[Sample]):
                 continue
             try:
                 image = self.preprocessing.convert(self.source.open(i))
-            except Exception:  # whatever a decoder may raise over damaged bytes
+            except Exception:  # a damaged image, or one that cannot be read
                 self.damaged.add(i)
                 names.append(self.source.name(i))
                 continue
@@ -200,14 +200,14 @@ class _Opener(Dataset[Sample]):
         return None, names
 
     def transformed(self, image: Decoded, epoch: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The image and its box, by random numbers of the sample's own; the main process keeps its state."""
+        """Augment an image with the random numbers of its sample; the main process keeps its generators' state."""
         if self.train is None:
             return self.evaluate(image), torch.tensor(self.preprocessing.kept(image))
         states = None if get_worker_info() else (random.getstate(), np.random.get_state(), torch.get_rng_state())
         seed = derive(self.seed, epoch, index)
         random.seed(seed)
         np.random.seed(seed)
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds all devices, which takes a millisecond
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond, for all devices
         sample = self.train(image)
         if states is not None:
             random.setstate(states[0])
@@ -221,20 +221,21 @@ def _collate(samples: list[Sample]) -> tuple[Batch | None, list[str]]:
     good = [sample for sample, _ in samples if sample is not None]
     if not good:
         return None, names
-    return Batch(*default_collate(good)), names  # which stacks straight into the memory that processes share
+    return Batch(*default_collate(good)), names  # which stacks into shared memory
 
 
 def leave_signals(worker: int) -> None:
-    """Ctrl-C, and what else goes to the whole group of processes, is the main one's to answer."""
+    """Ignore the signals that go to the whole process group; the main process answers them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(getattr(signal, 'SIGUSR1', signal.SIGTERM), signal.SIG_IGN)
 
 
 class MemoryBatches:
-    """Batches of a set that is decoded once, at the model's size, and lives on the device as uint8.
+    """Batches of a set that is decoded once, at the model's size, and held on the device (uint8 for grey and RGB).
 
-    Images to train on are resized whole; the others are prepared as from disk. `BatchAugment` does the rest.
+    Training images are resized without a crop, validation images are prepared as from disk; `BatchAugment` crops and
+    augments.
     """
 
     def __init__(
@@ -252,7 +253,7 @@ class MemoryBatches:
         if augment and not in_memory(augment):
             raise DataError(
                 f'augment.aa {augment.aa} has operations for single images only: '
-                'set data.memory to false, or take a policy as rand-m9-mstd0.5-inc1'
+                'set data.memory to false, or use a policy like rand-m9-mstd0.5-inc1'
             )
         self.batch_size, self.seed, self.device = batch_size, seed, device
         self.damaged: list[str] = []
@@ -263,14 +264,14 @@ class MemoryBatches:
         for i in range(len(source.labels)):
             try:
                 image = preprocessing.convert(source.open(i))
-            except Exception:  # whatever a decoder may raise over damaged bytes
+            except Exception:  # a damaged image, or one that cannot be read
                 self.damaged.append(source.name(i))
                 continue
             images.append(prepare(image) * (1 if preprocessing.displayable else 255))
             indices.append(i)
             boxes.append(preprocessing.kept(image))
         if not images:
-            raise DataError(f'not one of {len(source.labels)} images can be read: {", ".join(self.damaged[:5])}, …')
+            raise DataError(f'none of {len(source.labels)} images can be read: {", ".join(self.damaged[:5])}, …')
         self.images = torch.stack(images).to(device)
         self.labels = torch.tensor([source.labels[i] for i in indices], device=device)
         self.indices = torch.tensor(indices, device=device)
@@ -284,10 +285,10 @@ class MemoryBatches:
         return len(self.steps)
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """Do nothing: there are no workers."""
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """Batches of one epoch from the `start`-th on."""
+        """Yield the batches of one epoch from batch `start` on."""
         chances = (
             self.augment.chances(
                 len(self.labels), [torch.Generator().manual_seed(derive(self.seed, epoch, key)) for key in (2, 4)]
@@ -305,10 +306,10 @@ class MemoryBatches:
 
 
 def small_images(source: Source, preprocessing: Preprocessing, training: bool) -> bool:
-    """Whether a set is held in memory by default: at most 64² pixels and 1 GiB at the model's size.
+    """Return true if a set is held in memory by default: at most 64×64 pixels an image, and 1 GiB in all.
 
-    To train on, its images must not be much larger than that themselves, or a crop would show less than from disk;
-    sixteen of them are looked at.
+    Training images must not be much larger than that before they are resized, or a crop would show less detail than
+    from disk; sixteen of them are checked.
     """
     pixels, count = preprocessing.size[0] * preprocessing.size[1], len(source.labels)
     width = preprocessing.channels * (1 if preprocessing.displayable else 4)  # bytes a pixel
@@ -318,7 +319,7 @@ def small_images(source: Source, preprocessing: Preprocessing, training: bool) -
     for i in range(0, count, max(1, count // 16)) if training else ():
         try:
             sizes.append(image_size(source.open(i)))
-        except Exception:  # whatever a decoder may raise over damaged bytes
+        except Exception:  # a damaged image, or one that cannot be read
             continue
     return all(width * height <= 2 * pixels for width, height in sizes)
 
@@ -335,19 +336,22 @@ def open_batches(
     rank: int = 0,
     world: int = 1,
 ) -> 'DiskBatches | MemoryBatches':
-    """The loader that fits: in memory where asked for, or where `memory` is None and the set is of small images.
+    """Return the loader for a source: in memory if `memory` says so, or if it is None and the images are small.
 
     Args:
-        source: Where the images come from.
-        preprocessing: The model's.
-        batch_size: Images a step, of this process.
-        augment: What is done to training images; None for validation.
-        memory: Whether to hold the set decoded.
-        workers: Processes that open images.
+        source: The images.
+        preprocessing: Of the model.
+        batch_size: Images of this process in a step.
+        augment: Augmentation of training images; None for validation.
+        memory: Hold the set decoded; None for small images only.
+        workers: Number of processes that open images.
         seed: Of order and augmentation.
-        device: Where batches go.
-        rank: This process's number among those that share every step.
-        world: How many these are.
+        device: The device of the batches.
+        rank: Number of this process among those that share every step.
+        world: Number of these processes.
+
+    Raises:
+        DataError: if the augmentation is not available for these images.
     """
     if augment and not preprocessing.displayable and (augment.aa or augment.color_jitter):
         raise DataError(
@@ -357,7 +361,7 @@ def open_batches(
     if memory is None:
         memory = small_images(source, preprocessing, augment is not None) and (augment is None or in_memory(augment))
     if augment and augment.rotate and not memory:
-        raise DataError('augment.rotate works on sets held in memory only: set data.memory to true, or rotate to 0')
+        raise DataError('augment.rotate needs a set held in memory: set data.memory to true, or augment.rotate to 0')
     loader = MemoryBatches if memory else DiskBatches
     return loader(source, preprocessing, batch_size, augment, workers, seed, device, rank, world)
 
@@ -365,16 +369,16 @@ def open_batches(
 def measure_input(
     batches: 'DiskBatches | MemoryBatches', seconds: float = 5.0, epochs: Iterable[int] | None = None
 ) -> float:
-    """Images per second that the input side alone delivers.
+    """Measure the images per second that are read and augmented, without a model.
 
     The first batch of every worker is not counted: workers start with it. Epochs follow each other until the time is
-    over, or until those that are given are; 0.0 where nothing was left to count.
+    over, or all given epochs are read; 0.0 if nothing is left to count.
 
     Raises:
         DataError: if there are no batches.
     """
     if not len(batches):
-        raise DataError(f'the images make no batch of {batches.batch_size}')
+        raise DataError(f'the images do not fill a batch of {batches.batch_size}')
     counts = (
         len(batch.labels)
         for epoch in (itertools.count() if epochs is None else epochs)
@@ -385,7 +389,7 @@ def measure_input(
 
 
 def images_per_second(counts: Iterator[int], device: torch.device, seconds: float, first: int = 1) -> float:
-    """How fast batches come, by the number of images in each; the `first` ones are not counted."""
+    """Return the images per second of an iterator of batch sizes; the `first` ones are not counted."""
     for _ in itertools.islice(counts, first):
         continue
     synchronize(device)
@@ -399,6 +403,6 @@ def images_per_second(counts: Iterator[int], device: torch.device, seconds: floa
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all that was asked of an accelerator."""
+    """Wait until an accelerator has finished all its work."""
     if device.type != 'cpu':
         torch.accelerator.synchronize(device)

@@ -129,11 +129,16 @@ def split_source(source: Source, root: str, options: SplitOptions) -> Split:
     groups = group_names(source, names, options.group_by) if options.group_by else None
     parts: Any
     fraction = options.val_fraction or 1 / options.folds
+    folds = options.folds if options.fold is not None else max(2, round(1 / fraction))
     check_countable(source, labels, groups, order, options, fraction)
     if options.fold is None and groups is None:
         parts = StratifiedShuffleSplit(1, test_size=fraction, random_state=options.seed)
     else:
-        folds = options.folds if options.fold is not None else max(2, round(1 / fraction))
+        if groups is not None and len({*groups}) < folds:
+            raise DataError(
+                f'data.group_by {options.group_by!r} finds {len({*groups})} groups, as {printable(groups[0])!r}; '
+                f'{folds} or more are needed to validate on 1/{folds} of the images'
+            )
         kind = StratifiedKFold if groups is None else StratifiedGroupKFold
         parts = kind(folds, shuffle=True, random_state=options.seed)
     keys = None if groups is None else np.unique([groups[i] for i in order], return_inverse=True)[1]
