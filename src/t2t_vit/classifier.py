@@ -19,12 +19,14 @@ from PIL import Image
 from .classes import few, match_classes, read_classes
 from .data import (
     MAX_PIXELS,
+    SPLIT_FILE,
     DataError,
     Images,
     Opener,
     Piece,
     Preprocessing,
     Source,
+    Split,
     find_images,
     open_batches,
     open_pieces,
@@ -553,4 +555,8 @@ def open_labelled(
         root = str(saved['root'])
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise CheckpointError(f'{folder / "config.yaml"} cannot be read: {error}') from None
-    return open_source(root, split, cache or saved.get('cache'), download), root
+    cache = cache or saved.get('cache')
+    if (file := folder / SPLIT_FILE).exists():  # the run divided one set of images
+        train, val = Split.load(file).apply(open_source(root, 'all', cache, download), root)
+        return train if split == 'train' else val, root
+    return open_source(root, split, cache, download), root

@@ -20,7 +20,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from .custom import UntrustedCodeError, refuse_code
-from .data import Preprocessing
+from .data import Preprocessing, is_color
 from .models.checkpoints import convert_state_dict, few
 from .models.listing import build_from_file, check_name
 from .models.safe_load import CheckpointError, read_checkpoint, save_weights
@@ -81,6 +81,7 @@ def complete(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """
     cfg, args = config['pretrained_cfg'], config.get('model_args', {})
     names = config.pop('label_names', None) or cfg.pop('label_names', None)
+    background = cfg.pop('background', None)  # which timm's PretrainedCfg does not know
     args = {key: value for key, value in args.items() if key != 'num_classes'}
     if config['architecture'] in VARIANTS:
         height, width = cfg['input_size'][1:]
@@ -89,6 +90,7 @@ def complete(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         **config,
         'num_classes': model.num_classes,
         **({'label_names': names} if names else {}),
+        **({'background': background} if background else {}),
         **({'model_args': args} if args else {}),
         'pretrained_cfg': {**cfg, 'num_classes': model.num_classes},
     }
@@ -223,7 +225,10 @@ def create(config: dict[str, Any]) -> Any:
     if config.get('label_names'):
         cfg['label_names'] = config['label_names']
     args = {'num_classes': cfg['num_classes'], **config.get('model_args', {})}
-    return timm.create_model(config['architecture'], pretrained=False, pretrained_cfg=cfg, **args)
+    net = timm.create_model(config['architecture'], pretrained=False, pretrained_cfg=cfg, **args)
+    if is_color(config.get('background', '')):
+        net.pretrained_cfg['background'] = config['background']
+    return net
 
 
 def read_weights(path: Path, ema: bool) -> Mapping[str, torch.Tensor]:

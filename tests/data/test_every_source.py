@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -148,3 +149,13 @@ def test_a_damaged_image_is_named_by_every_source(tmp_path):
             batches = DiskBatches(source, preprocessing, 2, workers=0)
             assert len(list(batches.epoch())[0].labels) == 1 and batches.damaged == [source.name(1)]
             assert json.dumps(batches.damaged)
+
+
+def test_bands_are_read_from_every_source_as_the_model_needs_them(tmp_path):
+    values = np.random.default_rng(0).integers(0, 65536, (6, 6, 4), np.uint16)
+    tifffile.imwrite(buffer := io.BytesIO(), values)  # RGB and alpha, of which Pillow keeps 8 bits
+    preprocessing = Preprocessing((6, 6), 4, (0.0,) * 4, (1.0,) * 4, crop_pct=1.0)
+    expected = torch.from_numpy(np.moveaxis(values, -1, 0).astype(np.float32) / 65535)
+    for source in sources(tmp_path, [('.tif', buffer.getvalue())]):
+        for images in tensors(source, preprocessing, 1):
+            torch.testing.assert_close(images[0], expected)

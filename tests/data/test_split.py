@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2t_vit.data import DataError, Folder, Split, SplitOptions, open_train_val, split_source
+from t2t_vit.classifier import open_labelled
+from t2t_vit.data import SPLIT_FILE, DataError, Folder, Split, SplitOptions, open_train_val, split_source
 
 COUNTS = {'cat': 30, 'dog': 20, 'emu': 10}
 
@@ -138,3 +139,12 @@ def test_all_problems_of_split_options_are_named():
     assert len(problems) == 5 and all(problem.startswith('data.') for problem in problems)
     assert SplitOptions(group_by='x').problems() == ["data.group_by 'x' needs data.val_fraction or data.fold"]
     assert not SplitOptions().problems() and not SplitOptions(0.2).problems()
+
+
+def test_evaluation_of_a_run_uses_its_split(pets, tmp_path):
+    _, val, split = open_train_val(str(pets), options=SplitOptions(val_fraction=0.2))
+    split.save(tmp_path / SPLIT_FILE)
+    (tmp_path / 'config.yaml').write_text(f'data: {{root: "{pets}"}}', encoding='utf-8')
+    source, name = open_labelled(str(tmp_path), None, 'val')
+    assert name == str(pets) and [source.name(i) for i in range(12)] == [val.name(i) for i in range(12)]
+    assert len(open_labelled(str(tmp_path), None, 'train')[0].labels) == 48

@@ -34,10 +34,11 @@ from .sources import (
     open_source,
     printable,
 )
-from .split import Split, SplitOptions, open_train_val, split_source
+from .split import SPLIT_FILE, Split, SplitOptions, open_train_val, split_source
 
 __all__ = [
     'MAX_PIXELS',
+    'SPLIT_FILE',
     'Augment',
     'Batch',
     'DataError',

@@ -25,7 +25,7 @@ from .augment import Augment, BatchAugment, in_memory
 from .decode import Decoded, image_size
 from .errors import DataError
 from .preprocessing import Preprocessing, TrainTransform
-from .sources import Source
+from .sources import Source, read_channels
 
 
 class Batch(NamedTuple):
@@ -107,6 +107,7 @@ class DiskBatches:
         world: int = 1,
     ) -> None:
         self.source, self.batch_size, self.augment, self.device = source, batch_size, augment, device
+        read_channels(source, preprocessing.channels)
         self.damaged: list[str] = []
         self.steps = Steps(len(source.labels), batch_size, augment is not None, seed, rank, world)
         self.order, self.opener = _Order(self.steps), _Opener(source, preprocessing, augment, seed)
@@ -256,6 +257,7 @@ class MemoryBatches:
                 'set data.memory to false, or use a policy like rand-m9-mstd0.5-inc1'
             )
         self.batch_size, self.seed, self.device = batch_size, seed, device
+        read_channels(source, preprocessing.channels)
         self.damaged: list[str] = []
         resize = transforms.Resize(preprocessing.size, transforms.InterpolationMode.BICUBIC)
         whole = transforms.Compose([resize, *([transforms.PILToTensor()] if preprocessing.displayable else [])])

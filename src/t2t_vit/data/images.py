@@ -19,7 +19,7 @@ from .batches import leave_signals
 from .decode import Decoded, Raw, convert_image, has_image_suffix, image_size, image_suffixes, pixel_limit, read_image
 from .errors import DataError
 from .preprocessing import Preprocessing
-from .sources import Rows, Source, listed_paths, open_source, to_text
+from .sources import Rows, Source, listed_paths, open_source, read_channels, to_text
 from .sources.names import scan, suffix_of
 from .sources.tar import decode_name, encode_name, read_slice, tar_members
 
@@ -258,6 +258,7 @@ class Opener(Dataset[Opened]):
     def __init__(self, images: 'Images | Source', preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> None:
         self.images, self.preprocessing, self.max_pixels = images, preprocessing, max_pixels
         self.transform = preprocessing.transform()
+        read_channels(images, preprocessing.channels)
 
     def show(self, index: int) -> Decoded:
         """Read an image and convert it to the model's channels."""

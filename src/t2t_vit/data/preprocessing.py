@@ -69,7 +69,7 @@ class Preprocessing:
         )
 
     def as_cfg(self) -> dict[str, Any]:
-        """Return the same as entries of a pretrained_cfg; the background, which timm has no entry for, is not one."""
+        """Return the same as entries of a pretrained_cfg; timm has none for the background, so white is left out."""
         return dict(
             input_size=(self.channels, *self.size),
             mean=self.mean,
@@ -77,6 +77,7 @@ class Preprocessing:
             crop_pct=self.crop_pct,
             interpolation=self.interpolation,
             crop_mode=self.crop_mode,
+            **({'background': self.background} if self.background != 'white' else {}),
         )
 
     def convert(self, image: Raw) -> Decoded:

@@ -14,6 +14,8 @@ import numpy as np
 from .errors import DataError
 from .sources import Source, Subset, check_training_classes, open_source, printable
 
+SPLIT_FILE = 'split.json'  # in a run folder
+
 
 @dataclass(frozen=True)
 class SplitOptions:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from ..data import synchronize
+from ..data import SPLIT_FILE, synchronize
 from ..plots import plot_curves
 from ..settings import UsageError
 from .config import Config
@@ -20,7 +20,7 @@ from .processes import build_accelerator, join_processes
 from .resume import check_same_start, find_start
 from .short_runs import scale_to_data
 from .signals import stop_signals
-from .trainer import DAMAGED, SPLIT, Trainer, load, open_sources
+from .trainer import DAMAGED, Trainer, load, open_sources
 
 DRAW_SECONDS = 20  # between two drawings of the curves, which take about one: short epochs do not wait for it
 
@@ -70,7 +70,7 @@ def train(config: Config, resume: str | None = None, dry_run: bool = False) -> d
         return {}
     log.begin(config, trainer.position.records)
     if sources.split and accelerator.is_main_process:
-        sources.split.save(folder / SPLIT)
+        sources.split.save(folder / SPLIT_FILE)
     try:
         return run_epochs(trainer, log)
     finally:

@@ -18,6 +18,7 @@ from torch.nn.utils import get_total_norm
 
 from .. import __version__
 from ..data import (
+    SPLIT_FILE,
     Batch,
     DataError,
     DiskBatches,
@@ -42,7 +43,6 @@ from .state import Position, git_revision, save_state
 from .tasks import Task, make_task
 
 DAMAGED = 'damaged.txt'  # one name per line
-SPLIT = 'split.json'  # names of training and validation images, if the run divided them
 
 
 class Diverged(FloatingPointError):
@@ -126,7 +126,7 @@ def open_sources(config: Config, accelerator: Accelerator) -> Sources:
     """
     data = config.data
     with accelerator.local_main_process_first():  # which downloads what is missing, and indexes tars
-        saved = Path(config.output or '') / SPLIT
+        saved = Path(config.output or '') / SPLIT_FILE
         train, val, split = open_train_val(
             data.root,
             data.cache,

@@ -1,6 +1,6 @@
 """Sources of labelled images: each format in a module, opened by `open_source`."""
 
-from .base import Source
+from .base import Source, read_channels
 from .digits import Digits
 from .folder import Folder
 from .hub import HubSet
@@ -30,5 +30,6 @@ __all__ = [
     'listed_paths',
     'open_source',
     'printable',
+    'read_channels',
     'to_text',
 ]

@@ -1,7 +1,7 @@
 """The interface of a source of labelled images."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..decode import Raw
 
@@ -21,3 +21,14 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """Return the name that a person finds the image by."""
+
+
+def read_channels(source: Any, channels: int) -> None:
+    """Make a source, and those that it is made of, read images for a model of this number of channels.
+
+    Only multi-band images are read differently; see `read_image`.
+    """
+    if hasattr(source, 'channels'):
+        source.channels = channels
+    for part in (*getattr(source, 'parts', ()), *([source.source] if hasattr(source, 'source') else [])):
+        read_channels(part, channels)
