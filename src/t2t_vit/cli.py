@@ -13,11 +13,9 @@ from .options import format_help, known_options, required, split_words
 from .settings import (
     Setting,
     UsageError,
-    as_settings,
     check_values,
     nearest,
     option_types,
-    parse_settings,
     raise_problems,
     read_settings,
     recipes,
@@ -183,6 +181,8 @@ def train(argv: Sequence[str]) -> int:
     special = {word.key: word.value for word in words if word.key in TRAIN_TYPES and word.value != 'false'}
     settings: list[Setting] = []
     if special.get('resume', 'auto') != 'auto':
+        from .train.resume import saved_settings
+
         settings += saved_settings(Path(special['resume']))
     if 'recipe' in special:
         if special['recipe'] not in recipes():
@@ -192,7 +192,9 @@ def train(argv: Sequence[str]) -> int:
             )
         settings += read_settings(recipes()[special['recipe']])
     if 'config' in special:
-        settings += read_settings(Path(special['config']))
+        from .train.upgrade import upgrade
+
+        settings += upgrade(read_settings(Path(special['config'])), drop=False)[0]
     settings += [word for word in words if word.key not in TRAIN_TYPES]
     config = resolve(Config, settings, problems, lambda key: advise(key, list(types)))
     if 'print_config' in special:
@@ -208,20 +210,6 @@ def train(argv: Sequence[str]) -> int:
         print(stop)
         return stop.code
     return 0
-
-
-def saved_settings(path: Path) -> list[Setting]:
-    """Read the configuration of a run's folder or state file, except where the run started from and stood."""
-    from .train.state import read_state
-    from .train.upgrade import upgrade
-
-    if path.is_file():
-        settings = as_settings(parse_settings(str(read_state(path).get('config')), str(path)), str(path))
-    else:
-        settings = read_settings(path / 'config.yaml')
-    return [
-        setting for setting in upgrade(settings)[0] if setting.key not in ('weights', 'output')
-    ]  # a folder may have moved
 
 
 def completion(argv: Sequence[str]) -> int:

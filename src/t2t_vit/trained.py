@@ -57,7 +57,7 @@ def save_folder(model: nn.Module, folder: Path, model_args: dict[str, Any], card
     Raises:
         OSError: if the files cannot be written, as on a full disk; the previous files stay.
     """
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.') as draft:
+    with tempfile.TemporaryDirectory(dir=folder, prefix='.draft-') as draft:
         config = Path(draft) / CONFIG
         try:
             save_for_hf(model, draft, model_args=model_args, safe_serialization=True)

@@ -362,7 +362,7 @@ def test_a_model_without_a_state_is_not_trained_over(digits_run, tmp_path):
     with pytest.raises(UsageError, match=f'{tmp_path} holds a model but no state of its run .* --weights {tmp_path}'):
         train(config, resume='auto')
     (tmp_path / 'metrics.jsonl').write_text('')
-    assert find_start(config, tmp_path, 'auto') == (None, [])
+    assert find_start(tmp_path, 'auto') == (None, tmp_path / 'checkpoints', [])
 
 
 def test_resuming_into_another_folder(digits_run, tmp_path):
@@ -400,7 +400,7 @@ def test_a_single_class_is_refused(photos, tmp_path):
     for split in ('train', 'val'):
         (tmp_path / split).mkdir()
         (tmp_path / split / 'sky').symlink_to(photos / split / 'sky')
-    with pytest.raises(DataError, match='has one class, sky'):
+    with pytest.raises(DataError, match='of one class, sky'):
         train(digits_config(**PHOTOS, **{'data.root': str(tmp_path)}), dry_run=True)
 
 
@@ -422,10 +422,11 @@ def test_resuming_as_another_run(digits_run):
 
 
 def test_other_classes_stop_it_before_it_starts(photos, tmp_path):
-    (tmp_path / 'data' / 'train' / 'cat').mkdir(parents=True)
+    for name in ('cat', 'dog'):
+        (tmp_path / 'data' / 'train' / name).mkdir(parents=True)
+        (tmp_path / 'data' / 'train' / name / '1.jpg').write_bytes(b'')
     (tmp_path / 'data' / 'val').symlink_to(photos / 'val')
-    (tmp_path / 'data' / 'train' / 'cat' / '1.jpg').write_bytes(b'')
-    with pytest.raises(DataError, match='only in train: cat; only in val: flower, roof, sky'):
+    with pytest.raises(DataError, match='flower'):
         train(digits_config(output=str(tmp_path / 'run'), **{'data.root': str(tmp_path / 'data')}))
     assert not (tmp_path / 'run').exists()
 

@@ -142,7 +142,11 @@ class DiskBatches:
     def close(self) -> None:
         """End the workers, which ignore signals: a process that ends before them would wait forever."""
         if (iterator := getattr(self.loader, '_iterator', None)) is not None:
+            workers = list(iterator._workers)
             iterator._shutdown_workers()
+            for worker in workers:
+                if worker.is_alive():  # stuck in a read that does not return
+                    worker.kill()
             self.loader._iterator = None
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:

@@ -49,6 +49,7 @@ class Data:
         crop_pct: Fraction of the resized image that the validation crop keeps; by default the model's.
         memory: Keep the decoded set on the device; by default only sets of small images.
         workers: Number of processes that open images.
+        timeout: Seconds to wait for a batch of images before the run stops, as on a network folder that hangs.
         train_images: Use only so many training images, the first of every class, the same fraction of each.
         val_images: Use only so many validation images, chosen in the same way.
         val_fraction: Fraction of the images to validate on, the same of every class, for a folder of class folders (or
@@ -71,6 +72,7 @@ class Data:
     crop_pct: float | None = None
     memory: bool | None = None
     workers: int = 2
+    timeout: float = 600.0
     train_images: int | None = None
     val_images: int | None = None
     val_fraction: float | None = None
@@ -284,6 +286,7 @@ class Config:
             (0 <= self.ema_decay < 1, f'ema_decay is at least 0 and below 1, got {self.ema_decay}'),
             (self.threads is None or self.threads >= 1, f'threads is at least 1, got {self.threads}'),
             (d.workers >= 0, f'data.workers is at least 0, got {d.workers}'),
+            (d.timeout > 0, f'data.timeout is above 0, got {d.timeout}'),
             (
                 min(d.train_images or 1, d.val_images or 1) >= 1,
                 f'data.train_images and val_images are at least 1, got {d.train_images}, {d.val_images}',

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,17 +41,21 @@ class Log:
         """Make the folder with its configuration, and with the records of the epochs that are done."""
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / 'config.yaml').write_text(config.to_yaml())
-            self.file.write_text(''.join(map(line, records)))
+            write_text(self.folder / 'config.yaml', config.to_yaml())
+            self.write_records(records)
         self.accelerator.wait_for_everyone()
         if config.trackers:
             self.accelerator.init_trackers('t2t-vit', config=config.flat())
 
-    def record(self, values: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl, and tell the trackers."""
+    def write_records(self, records: list[dict[str, Any]]) -> None:
+        """Write metrics.jsonl."""
         if self.main:
-            with self.file.open('a') as file:
-                file.write(line(values))
+            write_text(self.file, ''.join(map(line, records)))
+
+    def record(self, records: list[dict[str, Any]]) -> None:
+        """Write the records of all epochs to metrics.jsonl, and pass the last one to the trackers."""
+        self.write_records(records)
+        values = records[-1]
         self.accelerator.log({key: value for key, value in values.items() if key != 'epoch'}, step=values['epoch'])
 
     @contextmanager
@@ -67,6 +72,13 @@ class Log:
                 f'validation not counted; {speed}'
             )
         self.shown.show(done, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is complete or absent, in UTF-8; bytes of names that are not UTF-8 stay as they are."""
+    draft = path.with_name(f'.draft-{path.name}')
+    draft.write_text(text, encoding='utf-8', errors='surrogateescape')
+    os.replace(draft, path)
 
 
 def line(record: dict[str, Any]) -> str:

@@ -1,15 +1,24 @@
 """The processes of one training: one, or several that torchrun or Slurm started."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 
+from ..settings import UsageError
 from ..trained import pick_device
 from .config import Config
+from .state import remove_drafts
+
+LOCK = '.lock'
+LOCK_SECONDS = 5  # a process that was just killed may take a moment to end
 
 
 def join_processes(config: Config) -> None:
@@ -26,6 +35,32 @@ def build_accelerator(config: Config, folder: Path) -> Accelerator:
         log_with=config.trackers or None,
         project_dir=str(folder),
     )
+
+
+@contextmanager
+def hold_folder(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Hold a run folder while the context lasts, so that no other training writes into it; remove leftovers there.
+
+    The operating system releases the lock when the process dies. Other hosts respect it if the file system supports
+    locks, as NFS does.
+
+    Raises:
+        UsageError: in all processes, if another training holds it.
+    """
+    lock, free = FileLock(folder / LOCK), True
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+            remove_drafts(folder)
+        except Timeout:
+            free = False
+    if not broadcast_object_list([free])[0]:
+        raise UsageError(f'another process is training in {folder}: wait until it ends, or choose another output')
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def restarted_store() -> dict[str, Any]:

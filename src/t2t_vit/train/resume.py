@@ -3,16 +3,17 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from accelerate.utils import gather_object
 
-from ..settings import UsageError, flatten
+from ..settings import Setting, UsageError, flatten, read_settings
 from ..trained import WEIGHTS
 from .config import Config
 from .log import METRICS
-from .state import Position, load_state, read_state, saved_states
+from .state import Position, config_of, load_state, read_state, saved_states, settings_of
+from .upgrade import upgrade
 
 # settings that may differ between the processes of one run
 PER_HOST = (
@@ -24,10 +25,11 @@ PER_HOST = (
     'data.cache',
     'data.download',
     'data.workers',
+    'data.timeout',
     'objective.labels',
 )
 # settings that a resumed run may change
-CHANGEABLE = (*PER_HOST, 'epochs', 'accumulate', 'save_minutes', 'keep', 'max_skips', 'trackers')
+CHANGEABLE = (*PER_HOST, 'epochs', 'grad_accum_steps', 'save_minutes', 'keep', 'max_skipped_steps', 'trackers')
 
 
 def differences(one: str, other: str, ignored: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
@@ -42,17 +44,18 @@ def differences(one: str, other: str, ignored: Sequence[str]) -> Iterator[tuple[
     )
 
 
-def check_same_run(config: Config, state: dict[str, Any], path: Path) -> None:
-    """Check that a state belongs to a run with this configuration.
+def check_same_run(configs: Sequence[Config], state: dict[str, Any], path: Path) -> None:
+    """Check that a state belongs to a run with one of these configurations.
 
     Raises:
-        UsageError: naming every setting that differs and may not.
+        UsageError: naming every setting that differs from the last of them and may not.
     """
-    if changed := [
-        f'{key} is {saved} in {path}, and cannot become {asked} there'
-        for key, saved, asked in differences(state['config'], config.to_yaml(), CHANGEABLE)
-    ]:
-        raise UsageError('\n'.join(changed))
+    saved = config_of(state)
+    changed = [list(differences(saved, config.to_yaml(), CHANGEABLE)) for config in configs]
+    if all(changed):
+        raise UsageError(
+            '\n'.join(f'{key} is {old} in {path}, and cannot become {new} there' for key, old, new in changed[-1])
+        )
 
 
 def check_same_start(config: Config, state: dict[str, Any] | None) -> None:
@@ -74,8 +77,16 @@ def check_same_start(config: Config, state: dict[str, Any] | None) -> None:
             raise UsageError(f'ranks are configured differently: {key} is {one} in rank 0 and {two} in rank {rank}')
 
 
-def find_start(config: Config, folder: Path, resume: str | None) -> tuple[dict[str, Any] | None, list[str]]:
-    """Find the state that a run continues from, None for a new run; and notes for the user.
+class Start(NamedTuple):
+    """The state that a run continues from, None for a new run; where it was read; and notes for the user."""
+
+    state: dict[str, Any] | None
+    path: Path
+    notes: list[str]
+
+
+def find_start(folder: Path, resume: str | None) -> Start:
+    """Find the state that a run continues from.
 
     The first of these that exists: the last readable state of its own folder, the state file given by `resume`.
 
@@ -96,6 +107,18 @@ def find_start(config: Config, folder: Path, resume: str | None) -> tuple[dict[s
         if not Path(resume).is_file():
             raise UsageError(f'{resume} holds no state to resume from')
         state, source = read_state(Path(resume)), Path(resume)
-    if state is not None:
-        check_same_run(config, state, source)
-    return state, [f'skipped   {note}' for note in notes]
+    return Start(state, source, [f'skipped   {note}' for note in notes] + (state['notes'] if state else []))
+
+
+def saved_settings(path: Path) -> list[Setting]:
+    """Read the configuration of a run folder or a state file, for this version; without `weights` and `output`.
+
+    A folder's newest state has the configuration, its config.yaml only if there is no state.
+
+    Raises:
+        UsageError: if there is no configuration.
+        CheckpointError: if no state can be read.
+    """
+    state = read_state(path) if path.is_file() else load_state(path / 'checkpoints')[0]
+    settings = settings_of(state, str(path)) if state else upgrade(read_settings(path / 'config.yaml'))[0]
+    return [setting for setting in settings if setting.key not in ('weights', 'output')]  # a folder may have moved

@@ -52,8 +52,8 @@ class StopSignals(list[int]):
             self.waiting = False
 
 
-class WaitInterrupted(Exception):
-    """Raised where the main thread waits when a signal arrives."""
+class WaitInterrupted(BaseException):
+    """Raised where the main thread waits when a signal arrives; no Exception, which would count as a bad image."""
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import yaml
@@ -38,9 +38,11 @@ from ..settings import UsageError, flatten
 from ..trained import save_folder
 from .build import build_model, build_optimizer, build_schedule, freeze, parameter_groups, preprocess
 from .config import Config
+from .log import write_text
 from .signals import Interrupted, StopSignals
 from .state import Position, git_revision, save_state
 from .tasks import Task, make_task
+from .waiting import DataWatch, WatchedBatches
 
 DAMAGED = 'damaged.txt'  # one name per line
 
@@ -63,7 +65,7 @@ class TrainingData:
 
     train: DiskBatches | MemoryBatches
     val: DiskBatches | MemoryBatches
-    source: Any  # of the training images
+    sources: Sources
     classes: list[str]
     counts: tuple[int, int]
     preprocessing: Preprocessing
@@ -170,7 +172,7 @@ def build_batches(config: Config, sources: Sources, accelerator: Accelerator) ->
     if len(train_batches) == 0:
         raise DataError(f'{len(train.labels)} training images do not fill a batch of {config.batch_size}')
     return TrainingData(
-        train_batches, val_batches, train, train.classes, (len(train.labels), len(val.labels)), preprocessing
+        train_batches, val_batches, sources, train.classes, (len(train.labels), len(val.labels)), preprocessing
     )
 
 
@@ -183,7 +185,7 @@ def build_parts(config: Config, data: TrainingData, accelerator: Accelerator, li
     seed_all(derive(config.seed))
     net = build_model(config, data.preprocessing, data.classes, license).to(accelerator.device)
     freeze(net, config.optimizer.frozen)
-    task = make_task(config, net, data.source.name).to(accelerator.device)
+    task = make_task(config, net, data.sources.train.name).to(accelerator.device)
     groups = parameter_groups(config, task)
     optimizer = build_optimizer(config, groups)
     schedule = build_schedule(config, optimizer, len(data.train))
@@ -242,6 +244,7 @@ class Trainer:
         self.position, self.damaged_before = Position(), list[str]()
         self.input_alone: float | None = None  # images/s, measured
         self.signals = StopSignals()
+        self.watch = DataWatch(config.data.timeout, print)
         self.last_save = time.monotonic()
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -259,6 +262,12 @@ class Trainer:
     def lr(self) -> float:
         """Learning rate of the head, which is the peak one under layer decay."""
         return max(group['lr'] for group in self.parts.optimizer.param_groups)
+
+    def watched(self, batches: Any, source: Any) -> WatchedBatches:
+        """Return batches whose waits end on a signal and after data.timeout."""
+        return WatchedBatches(
+            batches, source, self.watch, self.signals if self.accelerator.num_processes == 1 else None
+        )
 
     def rates(self) -> dict[str, float | None]:
         """Return images/s of this epoch: overall, of the input alone, of the model alone; and the fraction waited."""
@@ -360,6 +369,8 @@ class Trainer:
                 {
                     **{name: part.state_dict() for name, part in self.parts.stateful(self.accelerator.scaler).items()},
                     'damaged': damaged,
+                    'classes': self.data.classes,
+                    'counts': self.data.counts,
                     'position': asdict(self.position),
                     'config': self.config.to_yaml(),
                     'origin': self.origin,
@@ -378,7 +389,7 @@ class Trainer:
         if self.agree().stop:
             self.stop()
 
-    def stop(self) -> None:
+    def stop(self) -> NoReturn:
         """Save, and raise Interrupted."""
         path = self.save()
         self.accelerator.wait_for_everyone()
@@ -393,11 +404,12 @@ class Trainer:
         scores: dict[str, Scores] = {}
         for suffix, model in self.candidates().items():
             self.stop_if_asked()  # a resumed run scores again what was scored
-            scores[suffix] = score(model, self.data.val, len(self.data.classes))
+            batches: Any = self.watched(self.data.val, self.data.sources.val)
+            scores[suffix] = score(model, batches, len(self.data.classes))
         record, damaged = self.record(scores), self.damaged()
         record['damaged'] = len(damaged)
         if damaged and self.accelerator.is_main_process:
-            (self.folder / DAMAGED).write_text('\n'.join(damaged) + '\n')
+            write_text(self.folder / DAMAGED, '\n'.join(damaged) + '\n')
         best = max(scores, key=lambda suffix: scores[suffix].top1)
         if scores[best].top1 >= self.position.best and self.accelerator.is_main_process:
             self.save_best(best, scores[best])

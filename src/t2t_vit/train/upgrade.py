@@ -1,7 +1,8 @@
-"""Settings of earlier versions: fields that were renamed, changed their meaning, or are no longer known."""
+"""Settings that any version wrote, translated to this version: renamed, changed and dropped fields."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 from .. import __version__
@@ -11,7 +12,9 @@ from .config import RENAMED, Config
 FIRST_WITH_TOTAL_EPOCHS = (0, 2)  # before it, `epochs` did not include the cooldown
 
 
-def upgrade(settings: Sequence[Setting], version: str | None = None) -> tuple[list[Setting], list[str]]:
+def upgrade(
+    settings: Sequence[Setting], version: str | None = None, drop: bool = True
+) -> tuple[list[Setting], list[str]]:
     """Translate the settings of a file that any version wrote into those of this version.
 
     Renamed fields get their new names. Fields that this version does not know are dropped, and named in the notes, if
@@ -21,6 +24,7 @@ def upgrade(settings: Sequence[Setting], version: str | None = None) -> tuple[li
     Args:
         settings: The settings of one file.
         version: The version that wrote it; by default an old one if a field has an old name, else this one.
+        drop: Set to false for a file that a user wrote, in which an unknown field is a mistake.
 
     Returns:
         The settings, and notes for the user.
@@ -35,7 +39,7 @@ def upgrade(settings: Sequence[Setting], version: str | None = None) -> tuple[li
         total = values['epochs'] + (values.get('optimizer.cooldown_epochs') or 0)
         settings = [setting._replace(value=total) if setting.key == 'epochs' else setting for setting in settings]
     settings = [setting._replace(key=RENAMED.get(setting.key, setting.key)) for setting in settings]
-    unknown = [setting for setting in settings if not is_known(setting.key)]
+    unknown = [setting for setting in settings if drop and not is_known(setting.key)]
     if unknown and written > parse_version(__version__):
         names = ', '.join(setting.source for setting in unknown)
         raise UsageError(
@@ -51,6 +55,7 @@ def parse_version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split('.')[:3] if part.isdigit())
 
 
+@cache
 def default_settings() -> dict[str, Any]:
     """Return all settings with their defaults, by dotted name."""
     return dict(flatten(asdict(Config())))

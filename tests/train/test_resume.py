@@ -1,0 +1,274 @@
+"""Resuming: damaged files, changed classes, other versions, two processes, finished runs."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import digits_config, read_records
+from filelock import FileLock
+from test_run import PHOTOS, SHORT, records, same_run
+
+from t2t_vit.cli import main
+from t2t_vit.models.safe_load import CheckpointError
+from t2t_vit.settings import Setting, UsageError
+from t2t_vit.train.classes import describe_difference
+from t2t_vit.train.processes import LOCK
+from t2t_vit.train.resume import saved_settings
+from t2t_vit.train.run import train
+from t2t_vit.train.state import load_state, read_state, saved_states
+from t2t_vit.train.upgrade import upgrade
+
+OLD_RUN = Path(__file__).parents[1] / 'assets' / 'run-0.1.0'
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Return all files of a folder except its lock."""
+    return {file: file.read_bytes() for file in folder.rglob('*') if file.is_file() and file.name != LOCK}
+
+
+@pytest.fixture
+def run_copy(digits_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(digits_run, tmp_path / 'run'))
+
+
+# classes
+
+
+def photos_config(root: Path, output: Path, **changes: Any) -> Any:
+    return digits_config(output=str(output), batch_size=8, **{**SHORT, **PHOTOS, 'data.root': str(root), **changes})
+
+
+@pytest.fixture(scope='module')
+def photos_run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp('resume') / 'run'
+    train(photos_config(photos, folder))
+    return folder
+
+
+def rename_class(root: Path, old: str, new: str | None) -> None:
+    for split in ('train', 'val'):
+        folder = root / split / old
+        folder.rename(root / split / new) if new else shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (lambda root: rename_class(root, 'sky', 'cloud'), "missing 'sky', new 'cloud'"),
+        (lambda root: rename_class(root, 'sky', None), "missing 'sky'"),
+        (lambda root: [shutil.copytree(root / s / 'sky', root / s / 'sea') for s in ('train', 'val')], "new 'sea'"),
+    ],
+    ids=['renamed', 'removed', 'added'],
+)
+def test_resume_rejects_changed_classes(photos, photos_run, tmp_path, capsys, change, message):
+    root, folder = shutil.copytree(photos, tmp_path / 'data'), shutil.copytree(photos_run, tmp_path / 'run')
+    change(root)
+    before = contents(folder)
+    assert main(['train', '--resume', str(folder), '--data.root', str(root), '--epochs', '2']) == 2
+    assert message in capsys.readouterr().err and contents(folder) == before
+    state = saved_states(folder / 'checkpoints')[0]
+    with pytest.raises(UsageError, match=message):  # also into another folder
+        train(photos_config(root, tmp_path / 'other', epochs=2), resume=str(state))
+    assert not (tmp_path / 'other').exists()
+
+
+def test_changed_order_of_classes_is_named():
+    assert describe_difference(['a', 'b', 'c'], ['a', 'c', 'b']) == (
+        "another order, from class 1 on ('b' before, 'c' now)"
+    )
+    assert describe_difference(['a'], ['a']) == ''
+
+
+def test_resume_notes_more_images_of_the_same_classes(photos, photos_run, tmp_path, capsys):
+    root, folder = shutil.copytree(photos, tmp_path / 'data'), shutil.copytree(photos_run, tmp_path / 'run')
+    shutil.copy(next((root / 'train' / 'sky').iterdir()), root / 'train' / 'sky' / 'more.png')
+    train(photos_config(root, folder, epochs=2), resume=str(folder))
+    assert '25 training and 12 validation images, before it had 24 and 12' in capsys.readouterr().out
+    assert len(records(folder)) == 2
+
+
+# damage
+
+
+@pytest.mark.parametrize('seed', range(12))
+def test_flipped_byte_of_a_state_is_noticed_or_without_effect(digits_run, tmp_path, seed):
+    file = saved_states(digits_run / 'checkpoints')[0]
+    chance, content = random.Random(seed), bytearray(file.read_bytes())
+    place = chance.randrange(len(content)) if seed < 8 else chance.randrange(max(len(content) - 2000, 0), len(content))
+    content[place] ^= 1 << chance.randrange(8)
+    (tmp_path / file.name).write_bytes(content)
+    try:
+        found = read_state(tmp_path / file.name)
+    except CheckpointError as error:
+        assert str(tmp_path) in str(error)
+        return
+    want = read_state(file)
+    assert all(torch.equal(found['model'][key], want['model'][key]) for key in want['model'])
+    assert found['position'] == want['position'] and found['config'] == want['config']
+
+
+def test_flipped_byte_falls_back_to_the_state_before(run_copy, digits_run, capsys):
+    last = saved_states(run_copy / 'checkpoints')[0]
+    content = bytearray(last.read_bytes())
+    content[content.index(b'\x00' * 8, len(content) // 2) if b'\x00' * 8 in content else len(content) // 2] ^= 255
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(byte ^ 255 for byte in content[middle : middle + 64])
+    last.write_bytes(content)
+    train(digits_config(), resume=str(run_copy))
+    assert f'skipped   {last} cannot be read' in capsys.readouterr().out
+    assert same_run(run_copy, digits_run)
+
+
+@pytest.mark.parametrize('content', [None, b'', b'epochs: 99\nbatch_size: {', b'optimizer: {lr: 7}\n'])
+def test_damaged_config_is_rebuilt_from_the_state(run_copy, digits_run, content):
+    file = run_copy / 'config.yaml'
+    file.unlink() if content is None else file.write_bytes(content)
+    saved_states(run_copy / 'checkpoints')[0].unlink()  # so that there is an epoch to do
+    assert main(['train', '--resume', str(run_copy)]) == 0
+    first, second = (yaml.safe_load((folder / 'config.yaml').read_text()) for folder in (run_copy, digits_run))
+    assert first.pop('output') != second.pop('output') and first == second
+    assert same_run(run_copy, digits_run)
+
+
+def test_leftovers_of_a_killed_save_are_removed(run_copy):
+    saved_states(run_copy / 'checkpoints')[0].unlink()
+    leftovers = [run_copy / 'checkpoints' / 'draft', run_copy / '.draft-config.yaml', run_copy / '.draft-x' / 'model']
+    for file in leftovers:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b'half')
+    train(digits_config(), resume=str(run_copy))
+    assert not any(file.exists() for file in leftovers) and not (run_copy / '.draft-x').exists()
+
+
+# versions
+
+
+@pytest.fixture
+def old_run(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(OLD_RUN, tmp_path / 'old'))
+
+
+def test_run_of_version_0_1_0_resumes(old_run, capsys):
+    """It was stopped after three of six epochs, one of which was the cooldown; the schedule goes on as it was."""
+    assert main(['train', '--resume', str(old_run)]) == 0
+    expected = read_records(OLD_RUN.with_name('run-0.1.0-metrics.jsonl'))
+    found = read_records(old_run / 'metrics.jsonl')
+    assert [record['epoch'] for record in found] == list(range(6))
+    for one, other in zip(found, expected):
+        assert one['lr'] == pytest.approx(other['lr'], rel=1e-6)
+        assert one['train_loss'] == pytest.approx(other['train_loss'], rel=1e-3)
+        assert one['val_top1'] == pytest.approx(other['val_top1'], abs=0.02)
+    config = yaml.safe_load((old_run / 'config.yaml').read_text())
+    assert config['epochs'] == 6 and config['augment']['mixup_switch_prob'] == 0.25
+    assert config['optimizer']['lr_base_size'] == 16 and 'switch' not in config['augment']
+    assert read_state(saved_states(old_run / 'checkpoints')[0])['classes'] == [str(i) for i in range(10)]
+
+
+def test_run_of_version_0_1_0_is_evaluated_and_predicted_with(old_run, capsys):
+    assert main(['eval', '--checkpoint', str(old_run), '--data', 'digits', '--workers', '0']) == 0
+    top1 = json.loads((old_run / 'scores.json').read_text())['top1']
+    record = max(read_records(OLD_RUN / 'metrics.jsonl'), key=lambda record: record['val_top1'])
+    assert top1 == pytest.approx(max(record['val_top1'], record['val_top1_ema']), abs=1e-6)
+    assert main(['predict', 'digits', '--checkpoint', str(old_run), '--workers', '0']) == 0
+
+
+def test_run_of_version_0_1_0_is_exported(old_run, tmp_path):
+    pytest.importorskip('onnxscript')
+    code = main(['export', '--checkpoint', str(old_run), '-o', str(tmp_path / 'model.onnx')])
+    assert code == 0 and (tmp_path / 'model.onnx').stat().st_size > 10_000
+
+
+def settings_in(file: str, **values: Any) -> list[Setting]:
+    return [Setting(f'{key} in {file}', key, value, True) for key, value in values.items()]
+
+
+def test_unknown_fields_of_an_older_version_are_named_and_dropped():
+    kept, notes = upgrade(settings_in('x', epochs=4, colour=3), '0.1.0')
+    assert [(setting.key, setting.value) for setting in kept] == [('epochs', 4)]
+    assert notes == ['note      colour in x is no longer known and is ignored']
+
+
+def test_unknown_fields_of_a_newer_version_are_refused():
+    with pytest.raises(UsageError, match='version 9.1 of t2t-vit wrote colour in x'):
+        upgrade(settings_in('x', epochs=4, colour=3), '9.1')
+    assert upgrade(settings_in('x', epochs=4), '9.1')[0][0].value == 4
+
+
+def test_state_with_unknown_position_of_a_newer_version_is_refused(run_copy):
+    file = saved_states(run_copy / 'checkpoints')[0]
+    state = torch.load(file, weights_only=True)
+    torch.save({**state, 'position': {**state['position'], 'phase': 2}, 'version': '9.0'}, file)
+    with pytest.raises(UsageError, match='position.phase'):
+        read_state(file)
+    torch.save({**state, 'position': {**state['position'], 'phase': 2}, 'version': '0.1.0'}, file)
+    assert 'phase' not in read_state(file)['position'] and 'position.phase' in read_state(file)['notes'][0]
+
+
+def test_state_may_not_name_code(run_copy, tmp_path, capsys):
+    (tmp_path / 'evil.py').write_text(f'open({str(tmp_path / "ran")!r}, "w")\nX = 1\n')
+    for file in saved_states(run_copy / 'checkpoints'):
+        state = torch.load(file, weights_only=True)
+        config = yaml.safe_load(state['config'])
+        config['model_args']['block'] = f'{tmp_path}/evil.py:X'
+        torch.save({**state, 'config': yaml.safe_dump(config)}, file)
+    assert main(['train', '--resume', str(run_copy), '--epochs', '3']) == 2
+    assert 'names code to execute' in capsys.readouterr().err and not (tmp_path / 'ran').exists()
+
+
+# two at once, and finished runs
+
+
+def test_second_training_in_a_folder_is_refused(run_copy, monkeypatch, capsys):
+    monkeypatch.setattr('t2t_vit.train.processes.LOCK_SECONDS', 0.1)
+    before = contents(run_copy)
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            '-c',
+            f'import filelock, time; lock = filelock.FileLock({str(run_copy / LOCK)!r}); lock.acquire(); '
+            'print(1, flush=True); time.sleep(60)',
+        ],
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout and holder.stdout.readline()
+    assert main(['train', '--resume', str(run_copy), '--epochs', '3']) == 2
+    assert 'another process is training in' in capsys.readouterr().err and contents(run_copy) == before
+    holder.kill()  # the lock ends with its owner
+    holder.communicate()
+    with FileLock(run_copy / LOCK, timeout=5):
+        pass
+
+
+@pytest.mark.parametrize('epochs', [1, 2])
+def test_resume_of_a_finished_run_says_so_and_changes_nothing(run_copy, capsys, epochs):
+    before = contents(run_copy)
+    assert main(['train', '--resume', str(run_copy), '--epochs', str(epochs)]) == 0
+    said = capsys.readouterr().out
+    assert 'is finished: 2 epochs' in said and '--epochs 7' in said
+    assert (', and 1 were asked for' in said) == (epochs == 1)
+    assert contents(run_copy) == before
+
+
+def test_saved_settings_of_a_folder_and_of_a_file_agree(digits_run):
+    folder, file = (saved_settings(path) for path in (digits_run, saved_states(digits_run / 'checkpoints')[0]))
+    assert [(s.key, s.value) for s in folder] == [(s.key, s.value) for s in file]
+    assert not {s.key for s in folder} & {'weights', 'output'}
+
+
+def test_files_have_the_mode_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        train(digits_config(output=str(tmp_path / 'run'), **SHORT))
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / 'run').rglob('*') if file.is_file()}
+    assert {name: oct(mode) for name, mode in modes.items() if name != LOCK and mode != 0o640} == {}
+    assert load_state(tmp_path / 'run' / 'checkpoints')[0]
