@@ -164,12 +164,13 @@ def _peak_memory_cpu(
     gc.collect()
 
     def kilobytes(field: str) -> int:
-        return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
+        lines = status.read_text(encoding='utf-8').splitlines()
+        return int(next(line for line in lines if line.startswith(field)).split()[1])
 
     call = work(model, mode, False, images, precision)
     call()  # the first step allocates the optimizer's state
     before = kilobytes('VmRSS')
-    reset.write_text('5')  # resets the peak
+    reset.write_text('5', encoding='utf-8')  # resets the peak
     call()
     return (kilobytes('VmHWM') - before) / 1024
 
@@ -382,7 +383,7 @@ def save(rows: list[Row], folder: Path) -> None:
     Several image sizes give curves of inference (sizes.png); one size gives speed against published top-1 (speed.png).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / 'bench.csv').open('w', newline='') as file:
+    with (folder / 'bench.csv').open('w', encoding='utf-8', newline='') as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
@@ -395,7 +396,7 @@ def save(rows: list[Row], folder: Path) -> None:
             '|---|---|---|---|---|---|---|---|---|',
         ]
         lines += ['| ' + ' | '.join(cells(row)) + ' |' for row in rows if conditions(row) == title] + ['']
-    (folder / 'README.md').write_text('\n'.join(lines))
+    (folder / 'README.md').write_text('\n'.join(lines), encoding='utf-8')
     first = next((row for row in rows if row.mode == 'infer'), None)
     if first is None:
         return

@@ -149,7 +149,7 @@ def licence_of(weights: str | None) -> str | None:
         return None
     path = Path(weights)
     if path.is_dir() and (path / CONFIG).exists():
-        return json.loads((path / CONFIG).read_text())['pretrained_cfg'].get('license')
+        return json.loads((path / CONFIG).read_text(encoding='utf-8'))['pretrained_cfg'].get('license')
     return RELEASE_LICENCE if path.name in {published.file for published in PUBLISHED.values()} else None
 
 
@@ -224,8 +224,8 @@ def push(
     folder = Path(run)
     check_folder(folder)
     if not (folder / CARD).exists():
-        (folder / CARD).write_text(Card().text(from_pretrained(run)))
-    card, config = ModelCard.load(folder / CARD), json.loads((folder / CONFIG).read_text())
+        (folder / CARD).write_text(Card().text(from_pretrained(run)), encoding='utf-8')
+    card, config = ModelCard.load(folder / CARD), json.loads((folder / CONFIG).read_text(encoding='utf-8'))
     if license:
         card.text = relicense(card.text, license, config['pretrained_cfg'].get('license'))
         card.data.license = config['pretrained_cfg']['license'] = license

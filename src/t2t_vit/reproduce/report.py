@@ -157,7 +157,7 @@ def save_report(folder: Path) -> None:
                 about,
                 draft / 'claims.png',
             )
-        (draft / 'README.md').write_text(readme(plan, arms, ranked, judged, about, folder))
+        (draft / 'README.md').write_text(readme(plan, arms, ranked, judged, about, folder), encoding='utf-8')
         for file in [path for path in draft.rglob('*') if path.is_file()]:
             os.replace(file, folder / file.relative_to(draft))
     show(arms, ranked, judged, about)
@@ -165,7 +165,7 @@ def save_report(folder: Path) -> None:
 
 def write_csv(file: Path, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Write a table as CSV."""
-    with file.open('w', newline='') as stream:
+    with file.open('w', encoding='utf-8', newline='') as stream:
         writer = csv.writer(stream)
         writer.writerow(head)
         writer.writerows(rows)

@@ -201,7 +201,7 @@ def show_structures(rows: Sequence[Structure]) -> None:
 def save_structures(rows: Sequence[Structure], folder: Path) -> None:
     """Write structures.csv, and README.md with a table for each table of the paper."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / 'structures.csv').open('w', newline='') as file:
+    with (folder / 'structures.csv').open('w', encoding='utf-8', newline='') as file:
         writer = csv.writer(file)
         writer.writerow(
             [
@@ -245,4 +245,4 @@ def save_structures(rows: Sequence[Structure], folder: Path) -> None:
     for table in dict.fromkeys(row.printed.table for row in rows):
         lines += [f'## {table}', '', '| ' + ' | '.join(HEAD) + ' |', '|' + '---|' * len(HEAD)]
         lines += ['| ' + ' | '.join(cells(row)) + ' |' for row in rows if row.printed.table == table] + ['']
-    (folder / 'README.md').write_text('\n'.join(lines))
+    (folder / 'README.md').write_text('\n'.join(lines), encoding='utf-8')
