@@ -384,7 +384,7 @@ def test_eval_reports_all_wrong_values(run):
         (['--checkpoint', 'RELEASE'], 'name the model with --model NAME'),
         (['--checkpoint', 'RELEASE', '--model', 't2t_vit14'], "unknown model 't2t_vit14', did you mean t2t_vit_14?"),
         (['--checkpoint', 'RELEASE', '--model', 't2t_vit_14.foo'], "t2t_vit_14 has no tag 'foo'; tags: in1k, in1k_384"),
-        (['--checkpoint', 'RELEASE', '--model', 't2t_vit_7'], 'of another shape'),
+        (['--checkpoint', 'RELEASE', '--model', 't2t_vit_7'], 'found a T2T-ViT of depth 4'),
         (['--checkpoint', 'RELEASE', '--batch-size', '0', '--workers', '-1'], 'batch_size must be at least 1, got 0'),
         (['--checkpoint', 'RELEASE', '--split', 'tset'], "expected train or val, got 'tset'"),
         (['--checkpoint', 'RELEASE', '--device', 'abacus'], "no device 'abacus' here"),
@@ -488,7 +488,10 @@ def test_convert_names_new_parameters(run, release, tmp_path):
 
 @pytest.mark.parametrize(
     'model, message',
-    [('t2t_vit_4_61', "unknown model 't2t_vit_4_61', did you mean t2t_vit_4_16?"), ('t2t_vit_7', 'of another shape')],
+    [
+        ('t2t_vit_4_61', "unknown model 't2t_vit_4_61', did you mean t2t_vit_4_16?"),
+        ('t2t_vit_7', 'found a T2T-ViT of depth 4'),
+    ],
 )
 def test_convert_refuses_another_model(run, release, tmp_path, model, message):
     code, _, errors = run('convert', release, '--model', model, '-o', tmp_path / 'a')
