@@ -31,39 +31,39 @@ PLAIN = dict(aa=None, mixup=0.0, cutmix=0.0)
 STILL = Augment(**PLAIN, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, reprob=0.0)
 
 
-def images_and_chances(count: int = 4, rows: int = 9, cols: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
+def images_and_uniforms(count: int = 4, rows: int = 9, cols: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.rand(count, 2, rows, cols, generator=generator), torch.rand(count, 12, generator=generator)
 
 
-def resampled(images: torch.Tensor, augment: Augment, chances: torch.Tensor) -> torch.Tensor:
-    return resample(images, augment, crop_boxes(augment, chances), chances)
+def resampled(images: torch.Tensor, augment: Augment, uniforms: torch.Tensor) -> torch.Tensor:
+    return resample(images, augment, crop_boxes(augment, uniforms), uniforms)
 
 
 @pytest.mark.parametrize('rows, cols', [(9, 9), (8, 12)])
 def test_identity_resampling_returns_the_image(rows, cols):
-    images, chances = images_and_chances(rows=rows, cols=cols)
-    torch.testing.assert_close(resampled(images, STILL, chances), images)
+    images, uniforms = images_and_uniforms(rows=rows, cols=cols)
+    torch.testing.assert_close(resampled(images, STILL, uniforms), images)
 
 
 def test_mirroring():
-    images, chances = images_and_chances()
-    mirrored = resampled(images, Augment(**{**vars(STILL), 'hflip': 1.0}), chances)
+    images, uniforms = images_and_uniforms()
+    mirrored = resampled(images, Augment(**{**vars(STILL), 'hflip': 1.0}), uniforms)
     torch.testing.assert_close(mirrored, images.flip(-1))
 
 
 def test_rotation_reaches_the_largest_angle_both_ways():
-    images, chances = images_and_chances(2)
-    chances[:, 2] = torch.tensor([0.0, 1.0])
-    turned = resampled(images, Augment(**{**vars(STILL), 'rotate': 90.0}), chances)
+    images, uniforms = images_and_uniforms(2)
+    uniforms[:, 2] = torch.tensor([0.0, 1.0])
+    turned = resampled(images, Augment(**{**vars(STILL), 'rotate': 90.0}), uniforms)
     torch.testing.assert_close(turned[0], images[0].rot90(-1, (1, 2)))
     torch.testing.assert_close(turned[1], images[1].rot90(1, (1, 2)))
 
 
 def test_crop_stays_inside_and_keeps_its_fraction():
     ramp = torch.linspace(0, 1, 64).expand(1000, 1, 64, 64)
-    chances = torch.rand(1000, 12, generator=torch.Generator().manual_seed(0))
-    cropped = resampled(ramp, Augment(**{**vars(STILL), 'scale': (0.25, 0.25)}), chances)
+    uniforms = torch.rand(1000, 12, generator=torch.Generator().manual_seed(0))
+    cropped = resampled(ramp, Augment(**{**vars(STILL), 'scale': (0.25, 0.25)}), uniforms)
     widths = cropped[:, 0, 0, -1] - cropped[:, 0, 0, 0]
     torch.testing.assert_close(widths, torch.full_like(widths, 0.5), rtol=0, atol=0.01)
     assert cropped.min() < 0.02 and cropped.max() > 0.98
@@ -71,30 +71,30 @@ def test_crop_stays_inside_and_keeps_its_fraction():
 
 @pytest.mark.parametrize('mode', ['pixel', 'rand', 'const'])
 def test_erased_fraction(mode):
-    images, chances = torch.full((2000, 1, 32, 32), 7.0), images_and_chances(2000)[1]
-    erased = erase(images, Augment(reprob=0.25, remode=mode), chances) != 7
+    images, uniforms = torch.full((2000, 1, 32, 32), 7.0), images_and_uniforms(2000)[1]
+    erased = erase(images, Augment(reprob=0.25, remode=mode), uniforms) != 7
     touched = erased.flatten(1).any(1)
-    shares = erased[touched].float().flatten(1).mean(1)
+    fractions = erased[touched].float().flatten(1).mean(1)
     assert abs(touched.float().mean() - 0.25) < 0.03
-    assert shares.min() > 0.01 and shares.max() < 0.37 and abs(shares.mean() - 0.175) < 0.02
+    assert fractions.min() > 0.01 and fractions.max() < 0.37 and abs(fractions.mean() - 0.175) < 0.02
 
 
 def test_erasing_with_probability_zero_changes_nothing():
-    images, chances = images_and_chances()
-    assert erase(images, STILL, chances) is images
+    images, uniforms = images_and_uniforms()
+    assert erase(images, STILL, uniforms) is images
 
 
 def test_boxes_match_the_visible_region():
     """The two channels of the image hold row and column."""
     size, augment = 64, Augment(**PLAIN, scale=(0.1, 0.5), pad=6, reprob=0.0)
-    place = (torch.arange(size) + 0.5) / size
-    images = torch.stack([place[:, None].expand(size, size), place.expand(size, size)]).expand(200, 2, size, size)
+    position = (torch.arange(size) + 0.5) / size
+    images = torch.stack([position[:, None].expand(size, size), position.expand(size, size)]).expand(200, 2, size, size)
     u = torch.rand(200, 12, generator=torch.Generator().manual_seed(0))
     boxes = crop_boxes(augment, u)
     seen, boxes = pad_and_crop(resample(images, augment, boxes, u), augment.pad, boxes, u[:, 6:8])
     top, left, height, width, mirrored = boxes.unbind(1)
-    across = torch.where(mirrored.bool()[:, None], 1 - place, place)
-    rows, cols = top[:, None] + height[:, None] * place, left[:, None] + width[:, None] * across
+    across = torch.where(mirrored.bool()[:, None], 1 - position, position)
+    rows, cols = top[:, None] + height[:, None] * position, left[:, None] + width[:, None] * across
     inner = slice(16, 48)  # out of the padding
     torch.testing.assert_close(seen[:, 0, inner, 32], rows[:, inner], rtol=0, atol=0.01)
     torch.testing.assert_close(seen[:, 1, 32, inner], cols[:, inner], rtol=0, atol=0.01)
@@ -106,8 +106,8 @@ def test_padding_is_black_and_every_window_occurs():
     boxes = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0]).expand(4000, 5)
     seen, found = pad_and_crop(images, 2, boxes, torch.rand(4000, 2, generator=torch.Generator().manual_seed(0)))
     assert {tuple(box[:2].mul(4).tolist()) for box in found} == {(y, x) for y in range(-2, 3) for x in range(-2, 3)}
-    shares = (1 - found[:, 0].abs()) * (1 - found[:, 1].abs())
-    torch.testing.assert_close(seen.mean((1, 2, 3)), shares)
+    fractions = (1 - found[:, 0].abs()) * (1 - found[:, 1].abs())
+    torch.testing.assert_close(seen.mean((1, 2, 3)), fractions)
 
 
 # timm's operations
@@ -165,7 +165,7 @@ def test_colour_operations_match_timm(name, magnitude, negate, pictures, monkeyp
 def test_geometric_operations_match_timm(name, magnitude, negate, monkeypatch):
     """To one shade, with bilinear resampling on both sides, on all but 0.5 % of the pixels.
 
-    Those are at the border, where rounding decides whether a place is outside and takes the fill.
+    Those are at the border, where rounding decides whether a pixel is outside and takes the fill.
     """
     expected = by_timm(name, PICTURES, magnitude, negate, monkeypatch)
     found = by_us(name, PICTURES, magnitude, negate)
@@ -196,8 +196,8 @@ def test_policies_draw_as_timm_does(policy, monkeypatch):
         lambda images, x, fill, op=op: found.extend((op.name, value) for value in x.flatten().tolist()) or images
         for op in theirs.ops
     ]
-    chances = torch.rand(20_000, ours.columns, generator=torch.Generator().manual_seed(0))
-    ours(torch.zeros(20_000, 1, 1, 1), chances, torch.zeros(1, 1, 1))
+    uniforms = torch.rand(20_000, ours.columns, generator=torch.Generator().manual_seed(0))
+    ours(torch.zeros(20_000, 1, 1, 1), uniforms, torch.zeros(1, 1, 1))
     for op in theirs.ops:
         one, other = ([value for name, value in draws if name == op.name] for draws in (calls, found))
         assert abs(len(one) - len(other)) < 5 * math.sqrt(len(one) + len(other))
@@ -219,8 +219,8 @@ def test_weighted_policies_draw_without_replacement():
 def test_colour_jitter_matches_torchvision():
     """Mean and spread over many images, and the order of the factors."""
     images = tensor_of(PICTURES[:1])
-    chances = torch.rand(2000, 4, generator=torch.Generator().manual_seed(0))
-    found = jitter(images.repeat(2000, 1, 1, 1), 0.4, chances, torch.zeros(3, 1, 1))
+    uniforms = torch.rand(2000, 4, generator=torch.Generator().manual_seed(0))
+    found = jitter(images.repeat(2000, 1, 1, 1), 0.4, uniforms, torch.zeros(3, 1, 1))
     torch.manual_seed(0)
     theirs = transforms.ColorJitter(0.4, 0.4, 0.4)
     expected = tensor_of([theirs(PICTURES[0]) for _ in range(2000)])
@@ -241,9 +241,9 @@ def test_image_does_not_depend_on_its_batch(channels, changes):
     images = tensor_of(PICTURES if channels == 3 else GREYS).byte()
     mean, std = torch.full((2, 1, channels, 1, 1), 99.0)
     augment = BatchAugment(Augment(**changes), mean, std)
-    chances = augment.chances(len(images), [torch.Generator().manual_seed(i) for i in range(2)])
-    together, boxes = augment(images, chances)
-    alone, one_box = augment(images[3:4], chances[3:4])
+    uniforms = augment.draw(len(images), [torch.Generator().manual_seed(i) for i in range(2)])
+    together, boxes = augment(images, uniforms)
+    alone, one_box = augment(images[3:4], uniforms[3:4])
     torch.testing.assert_close(alone[0], together[3])
     assert torch.equal(one_box[0], boxes[3])
     assert together.isfinite().all() and together.shape == images.shape

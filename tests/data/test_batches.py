@@ -41,10 +41,10 @@ def same(found: list[Batch], expected: list[Batch]) -> bool:
 
 def break_some(folder: Path) -> list[str]:
     """Truncate one image and add a text file named as an image; return their names."""
-    torn, text = sorted(folder.rglob('*.jpg'))[0], folder / CLASSES[0] / 'text.png'
-    torn.write_bytes(torn.read_bytes()[:200])
+    truncated, text = sorted(folder.rglob('*.jpg'))[0], folder / CLASSES[0] / 'text.png'
+    truncated.write_bytes(truncated.read_bytes()[:200])
     text.write_text('not an image')
-    return sorted([str(torn), str(text)])
+    return sorted([str(truncated), str(text)])
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_training_transform_equals_timm(photos):
 class Places:
     """Images whose red value is the column and whose green value is the row, from 0 to 255."""
 
-    classes, labels = ['place'], [0] * 40
+    classes, labels = ['position'], [0] * 40
 
     def open(self, index: int) -> Image.Image:
         rows, cols = np.mgrid[:256, : (256 if index % 2 else 384)]
@@ -254,10 +254,10 @@ def test_boxes_match_the_visible_pixels(loader, augment, crop_mode):
     for images, _, _, boxes in loader(Places(), preprocessing, 10, augment, workers=0).epoch():
         top, left, height, width, mirrored = boxes.unbind(1)
         for edge in (24, 40):
-            place = (edge + 0.5) / 64
-            across = torch.where(mirrored > 0, 1 - place, place)
+            position = (edge + 0.5) / 64
+            across = torch.where(mirrored > 0, 1 - position, position)
             torch.testing.assert_close(images[:, 0, 32, edge], left + width * across, rtol=0, atol=0.02)
-            torch.testing.assert_close(images[:, 1, edge, 32], top + height * place, rtol=0, atol=0.02)
+            torch.testing.assert_close(images[:, 1, edge, 32], top + height * position, rtol=0, atol=0.02)
         assert augment is not None or not mirrored.any()
 
 

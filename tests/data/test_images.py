@@ -42,9 +42,9 @@ def claiming(width: int, height: int) -> bytes:
 
 
 @pytest.fixture(scope='module')
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def inputs_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same eight images in every kind of input; read only."""
-    root = tmp_path_factory.mktemp('place')
+    root = tmp_path_factory.mktemp('inputs_root')
     pictures = [encode(image) for _, (_, _, image) in zip(range(8), crops())]
     (root / 'folder' / 'deep').mkdir(parents=True)
     for i, content in enumerate(pictures):
@@ -68,49 +68,55 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     'name',
     ['folder', 'folder/**/*.png', 'shard-0.tar', 'hub.parquet', 'bytes.parquet', 'list.txt', 'bare.csv', 'table.csv'],
 )
-def test_every_kind_of_input_finds_the_same_images(place, name):
-    images = find_images([str(place / name)])
+def test_every_kind_of_input_finds_the_same_images(inputs_root, name):
+    images = find_images([str(inputs_root / name)])
     expected = [np.asarray(image) for _, (_, _, image) in zip(range(8), crops())]
     assert all(np.array_equal(np.asarray(images.open(i)), expected[i]) for i in range(8)) and len(images) == 8
-    assert len({images.name(i) for i in range(8)}) == 8 and images.name(0).startswith(str(place))
+    assert len({images.name(i) for i in range(8)}) == 8 and images.name(0).startswith(str(inputs_root))
 
 
-def test_inputs_keep_their_order(place, tmp_path):
+def test_inputs_keep_their_order(inputs_root, tmp_path):
     (tmp_path / 'mixed').mkdir()
     for name in ('shard-0.tar', 'hub.parquet', 'folder/1.png', 'folder/0.png', 'list.txt'):
-        (tmp_path / 'mixed' / Path(name).name).symlink_to(place / name)
-    images = find_images([str(tmp_path / 'mixed'), 'digits', str(place / 'folder' / '5.png')])
+        (tmp_path / 'mixed' / Path(name).name).symlink_to(inputs_root / name)
+    images = find_images([str(tmp_path / 'mixed'), 'digits', str(inputs_root / 'folder' / '5.png')])
     names = [images.name(i).removeprefix(f'{tmp_path}/mixed/') for i in range(len(images))]
     assert names[:2] == ['0.png', '1.png'] and names[2:10] == [f'hub.parquet[{i}]' for i in range(8)]
     assert names[10:18] == [f'shard-0.tar/{i:03}.png' for i in range(8)]  # a list in a folder is no input
     assert len(names) == 31 and all(name.startswith('digits/') for name in names[18:30])
     assert images.truth(18) in '0123456789' and images.truth(0) == ''
-    assert images.digest() == find_images([str(tmp_path / 'mixed'), 'digits', str(place / 'folder' / '5.png')]).digest()
-    assert images.digest() != find_images([str(place / 'folder' / '5.png'), str(tmp_path / 'mixed'), 'digits']).digest()
+    assert (
+        images.digest()
+        == find_images([str(tmp_path / 'mixed'), 'digits', str(inputs_root / 'folder' / '5.png')]).digest()
+    )
+    assert (
+        images.digest()
+        != find_images([str(inputs_root / 'folder' / '5.png'), str(tmp_path / 'mixed'), 'digits']).digest()
+    )
 
 
-def test_list_paths_may_start_in_the_working_directory(place, tmp_path, monkeypatch):
-    monkeypatch.chdir(place)
+def test_list_paths_may_start_in_the_working_directory(inputs_root, tmp_path, monkeypatch):
+    monkeypatch.chdir(inputs_root)
     (tmp_path / 'a.txt').write_text('folder/0.png\r\nfolder/nowhere.png\r\n')
     images = find_images([str(tmp_path / 'a.txt')])
     assert images.name(0) == 'folder/0.png' and len(images) == 2 and images.open(0)
 
 
-def test_folder_takes_precedence_over_embedded_images(place, tmp_path, monkeypatch):
+def test_folder_takes_precedence_over_embedded_images(inputs_root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'samples').symlink_to(place / 'folder')
+    (tmp_path / 'samples').symlink_to(inputs_root / 'folder')
     assert find_images(['samples']).name(0) == 'samples/0.png'
 
 
-def test_rows_hold_one_row_group(place):
-    rows = find_images([str(place / 'hub.parquet')]).parts[0]
+def test_rows_hold_one_row_group(inputs_root):
+    rows = find_images([str(inputs_root / 'hub.parquet')]).parts[0]
     rows.open(7)
     assert rows.held[0] == 2 and len(rows.held[1]) == 2
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='names are text elsewhere')
-def test_names_that_are_not_utf8_are_kept(place, tmp_path):
-    os.symlink(place / 'folder' / '0.png', os.fsencode(tmp_path) + b'/\xff.png')
+def test_names_that_are_not_utf8_are_kept(inputs_root, tmp_path):
+    os.symlink(inputs_root / 'folder' / '0.png', os.fsencode(tmp_path) + b'/\xff.png')
     images = find_images([str(tmp_path)])
     assert images.open(0) and os.fsencode(images.name(0)).endswith(b'\xff.png')
 
@@ -120,19 +126,19 @@ def test_names_that_are_not_utf8_are_kept(place, tmp_path):
     [
         (['nowhere', 'else*.png'], 'not found: nowhere, else\\*.png'),
         (['empty'], 'no images in empty'),
-        (['torn.tar'], 'torn.tar is truncated'),
-        (['torn.parquet'], 'cannot read torn.parquet as Parquet'),
+        (['truncated.tar'], 'truncated.tar is truncated'),
+        (['truncated.parquet'], 'cannot read truncated.parquet as Parquet'),
         (['other.parquet'], "has the columns \\['x'\\]; expected one of images"),
         (['other.csv'], "has the columns \\['a', 'b'\\]; expected one of paths"),
         (['bytes.csv'], 'is not a list of paths'),
         (['column.csv'], "has the columns \\['photo'\\]; expected one of paths"),
     ],
 )
-def test_inputs_without_images_are_rejected(place, tmp_path, monkeypatch, inputs, message):
+def test_inputs_without_images_are_rejected(inputs_root, tmp_path, monkeypatch, inputs, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'empty').mkdir()
-    (tmp_path / 'torn.tar').write_bytes((place / 'shard-0.tar').read_bytes()[:2000])
-    (tmp_path / 'torn.parquet').write_bytes((place / 'hub.parquet').read_bytes()[:2000])
+    (tmp_path / 'truncated.tar').write_bytes((inputs_root / 'shard-0.tar').read_bytes()[:2000])
+    (tmp_path / 'truncated.parquet').write_bytes((inputs_root / 'hub.parquet').read_bytes()[:2000])
     pq.write_table(pa.table({'x': [1]}), tmp_path / 'other.parquet')
     (tmp_path / 'other.csv').write_text('a,b\n1,2\n')
     (tmp_path / 'column.csv').write_text('photo\n1.png\n')
@@ -141,8 +147,8 @@ def test_inputs_without_images_are_rejected(place, tmp_path, monkeypatch, inputs
         find_images(inputs)
 
 
-def test_damaged_images_are_reported_with_their_error(place, tmp_path):
-    good = (place / 'folder' / '0.png').read_bytes()
+def test_damaged_images_are_reported_with_their_error(inputs_root, tmp_path):
+    good = (inputs_root / 'folder' / '0.png').read_bytes()
     for name, content in {'a': good, 'b': good[: len(good) // 2], 'c': b'text', 'd': b''}.items():
         (tmp_path / f'{name}.png').write_bytes(content)
     (tmp_path / 'e.txt').write_text('a.png\nnowhere.png\n')

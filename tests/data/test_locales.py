@@ -69,7 +69,9 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for file in (b'\xe9.png', b'a"b.png', b'-c\n.png', '\u00fc.png'.encode()):
             Path(os.fsdecode(os.fsencode(folder) + b'/' + file)).write_bytes(buffer.getvalue())
         rows.append(f'set/{name}/\u00fc.png,{name}')
-    Path(os.fsdecode(os.fsencode(root / 'set' / CLASSES[0]) + b'/torn\xff.png')).write_bytes(buffer.getvalue()[:40])
+    Path(os.fsdecode(os.fsencode(root / 'set' / CLASSES[0]) + b'/truncated\xff.png')).write_bytes(
+        buffer.getvalue()[:40]
+    )
     (root / 'a.csv').write_text('\n'.join(rows), encoding='utf-8')
     with tarfile.open(root / 'a.tar', 'w', encoding='utf-8', errors='surrogateescape') as tar:
         tar.add(root / 'set', arcname='.')
@@ -109,6 +111,8 @@ def test_names_are_the_same_under_every_locale(name, odd, tmp_path):
         name.rpartition(b'/')[2] for name in expected
     }
     assert result['classes'] == [sorted(CLASSES)] * 4 and len(result['table']) == 2
-    torn = os.fsencode(odd / 'set' / CLASSES[0]) + b'/torn\xff.png'
-    assert encode(result['errors']) == {torn}
-    assert encode(result['damaged']) <= {torn} and result['spawned'] + len(result['damaged']) == len(result['train'])
+    truncated = os.fsencode(odd / 'set' / CLASSES[0]) + b'/truncated\xff.png'
+    assert encode(result['errors']) == {truncated}
+    assert encode(result['damaged']) <= {truncated} and result['spawned'] + len(result['damaged']) == len(
+        result['train']
+    )

@@ -90,7 +90,7 @@ def test_parquet_rejects_invalid_labels(tmp_path, labels, names, message):
 
 
 def test_large_parquet_files_are_read_by_row_group(parquet, tmp_path, monkeypatch):
-    """Labels before; small ones as a whole when the first image is."""
+    """Small files are read as a whole when the first image is opened."""
     table = pq.read_table(next(parquet.glob('train*')))
     pq.write_table(table.slice(0, 10), tmp_path / 'train-0.parquet', row_group_size=4)
     pq.write_table(table.slice(10), tmp_path / 'train-1.parquet', row_group_size=4)
@@ -180,7 +180,7 @@ def test_torchvision_set_not_downloaded(tmp_path):
 
 
 class FakeDataset:
-    """As much of the Hub's library as timm's reader calls."""
+    """The part of the Hub's library that timm's reader calls."""
 
     def __init__(self, split: str, info: Any) -> None:
         self.info = info
@@ -292,9 +292,9 @@ def test_shards(shards):
     order = [i for part in range(2) for i, crop in enumerate(crops()) if crop[0] == 'train' and i % 2 == part]
     photos = [*crops()]
     assert list(train.labels) == [CLASSES.index(photos[i][1]) for i in order]
-    for place in (20, 0, 13):
-        expected = Image.open(io.BytesIO(jpeg(photos[order[place]][2])))
-        assert np.array_equal(np.asarray(train.open(place)), np.asarray(expected))
+    for position in (20, 0, 13):
+        expected = Image.open(io.BytesIO(jpeg(photos[order[position]][2])))
+        assert np.array_equal(np.asarray(train.open(position)), np.asarray(expected))
     assert train.name(0) == f'{shards}/train-000000.tar/{order[0]:04}.jpg'
 
 
@@ -312,7 +312,7 @@ def test_shards_are_indexed_again_only_when_they_change(shards, monkeypatch):
 
 
 def test_index_of_shards_in_a_read_only_folder_is_cached(shards, tmp_path, monkeypatch):
-    """Their index is kept in the cache; without one, it is made anew."""
+    """Their index is kept in the cache; without a cache it is made again."""
     replace = os.replace
 
     def refusing(draft: Path, path: Path) -> None:
@@ -386,10 +386,10 @@ def test_truncated_tars_are_rejected(tmp_path, end):
     """Within a header, within an image, between two members, before the mark at the end."""
     image = bytes(range(256)) * 4
     whole = write_tar(tmp_path / 'whole.tar', [('a/1.jpg', image[:512]), ('a/2.jpg', image), ('b/3.jpg', image)])
-    torn = tmp_path / 'val.tar'
-    torn.write_bytes(whole.read_bytes()[:end])
+    truncated = tmp_path / 'val.tar'
+    truncated.write_bytes(whole.read_bytes()[:end])
     with pytest.raises(DataError, match='val.tar is truncated, or not an uncompressed tar'):
-        open_source(str(torn), 'val')
+        open_source(str(truncated), 'val')
 
 
 def test_numbers_without_a_class_name_are_rejected(shards):

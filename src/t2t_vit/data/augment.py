@@ -168,14 +168,14 @@ def shear_y(images: torch.Tensor, factor: torch.Tensor, fill: torch.Tensor) -> t
     return warp(images, plane([[1, 0, 0], [slope, 1, slope]], factor), fill)
 
 
-def translate_x(images: torch.Tensor, share: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+def translate_x(images: torch.Tensor, fraction: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
     """Move left by a fraction of the width."""
-    return warp(images, plane([[1, 0, 2 * share.flatten()], [0, 1, 0]], share), fill)
+    return warp(images, plane([[1, 0, 2 * fraction.flatten()], [0, 1, 0]], fraction), fill)
 
 
-def translate_y(images: torch.Tensor, share: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+def translate_y(images: torch.Tensor, fraction: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
     """Move up by a fraction of the height."""
-    return warp(images, plane([[1, 0, 0], [0, 1, 2 * share.flatten()]], share), fill)
+    return warp(images, plane([[1, 0, 0], [0, 1, 2 * fraction.flatten()]], fraction), fill)
 
 
 def rotate(images: torch.Tensor, degrees: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
@@ -269,22 +269,22 @@ class RandAugment:
         self.missing = [name for name in names if name not in OPERATIONS]
         self.operations, self.levels = zip(*(OPERATIONS[name] for name in names if name in OPERATIONS))
         first = parsed.ops[0]
-        self.chance, self.magnitude, self.spread = first.prob, first.magnitude, first.magnitude_std
+        self.prob, self.magnitude, self.spread = first.prob, first.magnitude, first.magnitude_std
         self.most = first.magnitude_max or 10
         self.layers, self.weights = parsed.num_layers, parsed.choice_weights
         self.columns = 4 * self.layers
 
-    def __call__(self, images: torch.Tensor, chances: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor, uniforms: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
         """Augment images by random numbers, (B, columns), on the CPU."""
         weights = torch.ones(len(self.operations)) if self.weights is None else torch.tensor(self.weights)
         weights = weights.double().repeat(len(images), 1)
-        for u in chances.double().split(4, dim=1):
+        for u in uniforms.double().split(4, dim=1):
             below = weights.cumsum(1) <= u[:, :1] * weights.sum(1, keepdim=True)
             drawn = below.sum(1).clamp(max=len(self.operations) - 1)
             if self.weights is not None:  # then timm draws without replacement
                 weights.scatter_(1, drawn[:, None], 0)
             arguments = self.arguments(drawn, u[:, 2], 1 - 2 * (u[:, 3] < 0.5).double())
-            apply_drawn(images, drawn.where(u[:, 1] < self.chance, -1), arguments, self.operations, fill)
+            apply_drawn(images, drawn.where(u[:, 1] < self.prob, -1), arguments, self.operations, fill)
         return images
 
     def arguments(self, drawn: torch.Tensor, u: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
@@ -306,11 +306,11 @@ JITTERS = (brightness, contrast, color)
 ORDERS = torch.tensor(list(itertools.permutations(range(3))))
 
 
-def jitter(images: torch.Tensor, strength: float, chances: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+def jitter(images: torch.Tensor, strength: float, uniforms: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
     """Apply torchvision's ColorJitter without hue, by random numbers (B, 4) on the CPU."""
-    order = ORDERS[(chances[:, 0] * len(ORDERS)).long()]
+    order = ORDERS[(uniforms[:, 0] * len(ORDERS)).long()]
     low = max(0.0, 1 - strength)
-    factors = low + (1 + strength - low) * chances[:, 1:]
+    factors = low + (1 + strength - low) * uniforms[:, 1:]
     for drawn in order.unbind(1):
         apply_drawn(images, drawn, factors.gather(1, drawn[:, None])[:, 0], JITTERS, fill)
     return images
@@ -324,12 +324,12 @@ def _box(area: torch.Tensor, log_ratio: torch.Tensor) -> tuple[torch.Tensor, tor
     return (area * (-log_ratio).exp()).sqrt().clamp(max=1), (area * log_ratio.exp()).sqrt().clamp(max=1)
 
 
-def crop_boxes(augment: Augment, chances: torch.Tensor) -> torch.Tensor:
+def crop_boxes(augment: Augment, uniforms: torch.Tensor) -> torch.Tensor:
     """Draw boxes, (B, 5): top, left, height and width of each crop as fractions of the image, then 1 if mirrored.
 
     The first six random numbers of each image, (B, ≥ 6), are used.
     """
-    u = chances.unbind(1)
+    u = uniforms.unbind(1)
     low, high = augment.scale
     log_low, log_high = math.log(augment.ratio[0]), math.log(augment.ratio[1])
     height, width = _box(low + (high - low) * u[0], log_low + (log_high - log_low) * u[1])
@@ -338,12 +338,12 @@ def crop_boxes(augment: Augment, chances: torch.Tensor) -> torch.Tensor:
     return torch.stack([u[5] * (1 - height), u[4] * (1 - width), height, width, (u[3] < augment.hflip).float()], 1)
 
 
-def resample(images: torch.Tensor, augment: Augment, boxes: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
+def resample(images: torch.Tensor, augment: Augment, boxes: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Crop, mirror and rotate each image in one resampling, (B, C, H, W)."""
     top, left, height, width, mirrored = boxes.unbind(1)
     if augment.scale[0] == 1 and augment.rotate == 0:  # nothing to interpolate
         return torch.where(mirrored.bool()[:, None, None, None], images.flip(-1), images)
-    angle = (2 * chances[:, 2] - 1) * math.radians(augment.rotate)
+    angle = (2 * uniforms[:, 2] - 1) * math.radians(augment.rotate)
     mirror, aspect = 1 - 2 * mirrored, images.shape[-2] / images.shape[-1]
     theta = torch.stack(
         [
@@ -367,11 +367,11 @@ def shift_box(boxes: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, size:
 
 
 def pad_and_crop(
-    images: torch.Tensor, pad: int, boxes: torch.Tensor, chances: torch.Tensor
+    images: torch.Tensor, pad: int, boxes: torch.Tensor, uniforms: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut a random window of each image with `pad` black pixels around it; return the windows and their boxes."""
     size = images.shape[-2:]
-    rows, cols = (chances * (2 * pad + 1)).long().unbind(1)
+    rows, cols = (uniforms * (2 * pad + 1)).long().unbind(1)
     windows = F.pad(images, (pad,) * 4).unfold(2, size[0], 1).unfold(3, size[1], 1)  # a view: (B, C, y, x, H, W)
     seen = windows[torch.arange(len(images), device=images.device), :, rows, cols]
     return seen, shift_box(boxes, rows - pad, cols - pad, size)
@@ -383,14 +383,14 @@ def noise_bank(length: int, device: torch.device) -> torch.Tensor:
     return torch.randn(4096 + length, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def erase(images: torch.Tensor, augment: Augment, chances: torch.Tensor) -> torch.Tensor:
+def erase(images: torch.Tensor, augment: Augment, uniforms: torch.Tensor) -> torch.Tensor:
     """Fill a random rectangle, 2 to 33 % of the area, of some normalised images, (B, C, H, W).
 
     The last six random numbers of each image, (B, ≥ 6), are used.
     """
     if augment.reprob == 0:
         return images
-    u = chances[:, -6:].unbind(1)
+    u = uniforms[:, -6:].unbind(1)
     rows, cols = images.shape[-2:]
     height, width = _box(0.02 + 0.31 * u[1], math.log(10 / 3) * (2 * u[2] - 1))
     y, x = torch.arange(rows, device=images.device) / rows, torch.arange(cols, device=images.device) / cols
@@ -429,7 +429,7 @@ class BatchAugment:
         self.policy = RandAugment(augment.aa) if augment.aa else None
         self.widths = [12, 2, self.policy.columns if self.policy else 4]  # crop and erasing, padding, colours
 
-    def chances(self, count: int, generators: list[torch.Generator]) -> torch.Tensor:
+    def draw(self, count: int, generators: list[torch.Generator]) -> torch.Tensor:
         """Draw random numbers, (count, columns): by one generator for crop and erasing, by the other for the rest."""
         first, *rest = self.widths
         return torch.cat(
@@ -437,16 +437,16 @@ class BatchAugment:
             1,
         )
 
-    def __call__(self, images: torch.Tensor, chances: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, images: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Augment and normalise uint8 images, (B, C, H, W); return them and the boxes, (B, 5), that they show."""
-        places, shifts, colors = chances.split(self.widths, dim=1)
-        places = places.to(images.device)
-        boxes = crop_boxes(self.augment, places)
-        images = resample(images.float(), self.augment, boxes, places)
+        crops, shifts, colors = uniforms.split(self.widths, dim=1)
+        crops = crops.to(images.device)
+        boxes = crop_boxes(self.augment, crops)
+        images = resample(images.float(), self.augment, boxes, crops)
         if self.augment.pad:
             images, boxes = pad_and_crop(images, self.augment.pad, boxes, shifts.to(images.device))
         if self.policy:
             images = self.policy(images.round_(), colors, self.fill)
         elif self.augment.color_jitter:
             images = jitter(images.round_(), self.augment.color_jitter, colors, self.fill)
-        return erase((images - self.mean) / self.std, self.augment, places), boxes
+        return erase((images - self.mean) / self.std, self.augment, crops), boxes

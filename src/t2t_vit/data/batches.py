@@ -81,8 +81,8 @@ class Steps:
         """Return the samples of each step from step `start` on."""
         order = epoch_order(self.count, self.seed, epoch) if self.training else torch.arange(self.count)
         steps = order.split(self.batch_size * self.world)[start : len(self)]
-        own = (step.tensor_split(self.world)[self.rank] for step in steps)
-        return [samples for samples in own if len(samples)]
+        shares = (step.tensor_split(self.world)[self.rank] for step in steps)
+        return [samples for samples in shares if len(samples)]
 
 
 class DiskBatches:
@@ -188,8 +188,8 @@ class _Opener(Dataset[Sample]):
         self.evaluate = preprocessing.transform()
         self.damaged: set[int] = set()  # not opened again
 
-    def __getitem__(self, place: tuple[int, int]) -> Sample:
-        epoch, index = place
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
         count, names = len(self.source.labels), []
         for i in range(index, index + (count if self.train else 1)):
             if (i := i % count) in self.damaged:
@@ -295,8 +295,8 @@ class MemoryBatches:
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch from batch `start` on."""
-        chances = (
-            self.augment.chances(
+        uniforms = (
+            self.augment.draw(
                 len(self.labels), [torch.Generator().manual_seed(derive(self.seed, epoch, key)) for key in (2, 4)]
             )
             if self.augment
@@ -304,8 +304,8 @@ class MemoryBatches:
         )
         for samples in self.steps.epoch(epoch, start):
             chosen = samples.to(self.device, non_blocking=True)
-            if self.augment and chances is not None:
-                images, boxes = self.augment(self.images[chosen], chances[samples])
+            if self.augment and uniforms is not None:
+                images, boxes = self.augment(self.images[chosen], uniforms[samples])
             else:
                 images, boxes = (self.images[chosen] - self.mean) / self.std, self.boxes[chosen]
             yield Batch(images, self.labels[chosen], self.indices[chosen], boxes)

@@ -192,51 +192,51 @@ def find_images(inputs: Sequence[str], channels: int | None = None) -> Images:
     Raises:
         DataError: naming everything that does not exist; for a truncated tar or Parquet file; if no image is found.
     """
-    places: list[str] = []
+    paths: list[str] = []
     missing: list[str] = []
     for name in inputs:
         found = [name] if name in EMBEDDED or os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
-        places += found
+        paths += found
         missing += [] if found else [name]
     if missing:
         raise DataError(f'not found: {", ".join(missing)}')
     skipped: Counter[str] = Counter()
-    images = Images(list(gather(walk_all(places, skipped), skipped, channels)), skipped)
+    images = Images(list(gather(walk_all(paths, skipped), skipped, channels)), skipped)
     if not len(images):
         left_out = f' (left out: {", ".join(f"{n} {reason}" for reason, n in skipped.items())})' if skipped else ''
         raise DataError(f'no images in {", ".join(inputs)}{left_out}; their names end in {" ".join(image_suffixes())}')
     return images
 
 
-def walk_all(places: Iterable[str], skipped: Counter[str]) -> Iterator[str]:
+def walk_all(paths: Iterable[str], skipped: Counter[str]) -> Iterator[str]:
     """Yield the files in folders, and all else as it is."""
-    for place in places:
-        if os.path.isdir(place):
-            yield from (os.path.join(place, file) for file in scan(place, (*image_suffixes(), *TABLES), skipped))
+    for path in paths:
+        if os.path.isdir(path):
+            yield from (os.path.join(path, file) for file in scan(path, (*image_suffixes(), *TABLES), skipped))
         else:
-            yield place
+            yield path
 
 
-def kind_of(place: str) -> str:
+def kind_of(path: str) -> str:
     """Return the suffix of a table or list, the name of embedded images, and '' for an image file."""
-    if place in EMBEDDED and not os.path.exists(place):
-        return place
-    return suffix_of(place) if place.lower().endswith(TABLES + LISTS) else ''
+    if path in EMBEDDED and not os.path.exists(path):
+        return path
+    return suffix_of(path) if path.lower().endswith(TABLES + LISTS) else ''
 
 
-def gather(places: Iterable[str], skipped: Counter[str], channels: int | None) -> Iterator[Part]:
-    """Yield parts in the order of their places; consecutive image files are one part."""
-    for kind, group in groupby(places, kind_of):
+def gather(paths: Iterable[str], skipped: Counter[str], channels: int | None) -> Iterator[Part]:
+    """Yield parts in the order of their paths; consecutive image files are one part."""
+    for kind, group in groupby(paths, kind_of):
         if kind == '':
             yield Files(group, channels)
         elif kind in LISTS:
-            yield from (Files(listed_paths(Path(place)), channels) for place in group)
+            yield from (Files(listed_paths(Path(path)), channels) for path in group)
         elif kind in EMBEDDED:
             yield from (EMBEDDED[kind]() for _ in group)
         elif kind == '.tar':
-            yield from (Tar(place, skipped, channels) for place in group)
+            yield from (Tar(path, skipped, channels) for path in group)
         else:
-            yield from (Rows(place, channels=channels) for place in group)
+            yield from (Rows(path, channels=channels) for path in group)
 
 
 class Opened(NamedTuple):

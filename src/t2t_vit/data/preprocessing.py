@@ -112,7 +112,8 @@ class Preprocessing:
         width, height = image_size(image)
         ratios = [side * self.crop_pct / size for side, size in zip((height, width), self.size)]
         ratio = max(ratios) if self.crop_mode == 'border' else min(ratios)
-        rows, cols = (self.crop_pct if self.crop_mode == 'squash' else self.crop_pct * ratio / own for own in ratios)
+        squash = self.crop_mode == 'squash'
+        rows, cols = (self.crop_pct if squash else self.crop_pct * ratio / other for other in ratios)
         return (1 - rows) / 2, (1 - cols) / 2, rows, cols, 0.0
 
 

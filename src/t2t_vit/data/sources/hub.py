@@ -45,7 +45,7 @@ class HubSet:
         image, label = find_columns(list(info.features or ('image', 'label')), f'hfds/{name}')
         self.reader = create_dataset(f'hfds/{name}', folder, chosen, input_key=image, target_key=label).reader
         numbers = self.reader.class_to_idx  # empty where the labels are bare numbers or text
-        self.place, self.channels = f'hfds/{name}/{chosen}', channels
+        self.origin, self.channels = f'hfds/{name}/{chosen}', channels
         self.classes, self.labels = number_labels(
             list(self.reader.dataset[label]), sorted(numbers, key=numbers.get), f'hfds/{name}', label, classes
         )
@@ -55,4 +55,4 @@ class HubSet:
             return read_image(file, self.channels)
 
     def name(self, index: int) -> str:
-        return f'{self.place}[{index}]'
+        return f'{self.origin}[{index}]'

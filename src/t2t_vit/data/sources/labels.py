@@ -23,7 +23,7 @@ class Labels(NamedTuple):
 def number_labels(
     values: Sequence[Any],
     names: Sequence[str] = (),
-    place: str = '',
+    origin: str = '',
     column: str = 'label',
     classes: 'Sequence[str] | None' = None,
     empty: Sequence[Any] = (),
@@ -33,7 +33,7 @@ def number_labels(
     Args:
         values: The label of each image, all text or all whole numbers.
         names: What numbers mean: 0 is the first name. Without names a number is its own name.
-        place: Where the labels are from, for messages.
+        origin: Where the labels are from, for messages.
         column: Which column they are from, for messages.
         classes: Names and order of the classes, as of a training set or a model; by default those found, sorted.
         empty: Names of classes without images.
@@ -45,20 +45,20 @@ def number_labels(
     kinds = {type(value) for value in values}
     if kinds not in ({str}, {int}, {bool}):
         raise DataError(
-            f'{place} has no integer or text label for every image: {column} holds '
+            f'{origin} has no integer or text label for every image: {column} holds '
             f'{", ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"}'
         )
     found = {*values}
     order = list(range(len(names))) if names and kinds != {str} else sorted(found | {*empty})
     spoken = list(names) if names and kinds != {str} else [str(value) for value in order]
     if outside := sorted(found - {*order}):
-        raise DataError(f'{place} names {len(names)} classes, and has the labels {outside[:5]}')
+        raise DataError(f'{origin} names {len(names)} classes, and has the labels {outside[:5]}')
     if repeated := [name for name, count in Counter(spoken).items() if count > 1]:
-        raise DataError(f'{place} has several classes of the same name: {", ".join(repeated[:5])}')
+        raise DataError(f'{origin} has several classes of the same name: {", ".join(repeated[:5])}')
     if classes is not None:
         strange = [name for value, name in zip(order, spoken) if value in found and name not in {*classes}]
         if strange:
-            raise DataError(f'{place} {strange_classes(strange, classes)}')
+            raise DataError(f'{origin} {strange_classes(strange, classes)}')
     index = {name: i for i, name in enumerate(spoken if classes is None else classes)}
     table = {value: index.get(name, -1) for value, name in zip(order, spoken)}
     return Labels(list(index), [table[value] for value in values])
@@ -80,7 +80,7 @@ class PathLabels(NamedTuple):
 
 
 def label_paths(
-    paths: Sequence[str], folders: Iterable[str] = (), place: str = '', classes: Collection[str] | None = None
+    paths: Sequence[str], folders: Iterable[str] = (), origin: str = '', classes: Collection[str] | None = None
 ) -> PathLabels:
     """Read classes from paths: an image belongs to the class of the first folder on its path.
 
@@ -89,7 +89,7 @@ def label_paths(
     Args:
         paths: Relative paths with `/`.
         folders: Relative paths of folders, where empty ones are known too.
-        place: Where the paths are from, for messages.
+        origin: Where the paths are from, for messages.
         classes: Names that are known to be classes.
 
     Raises:
@@ -100,7 +100,7 @@ def label_paths(
     depth = class_depth(parts, every, classes or ())
     if bare := [path for path, part in zip(paths, parts) if len(part) <= depth]:
         raise DataError(
-            f'{place} has {len(bare)} of {len(paths)} images outside of class folders, as {bare[0]}; '
+            f'{origin} has {len(bare)} of {len(paths)} images outside of class folders, as {bare[0]}; '
             'expected CLASS/IMAGE'
         )
     names = [part[depth] for part in parts]
@@ -156,7 +156,7 @@ def check_training_classes(train: Source) -> None:
         )
 
 
-def find_columns(columns: Sequence[str], place: str) -> tuple[str, str]:
+def find_columns(columns: Sequence[str], origin: str) -> tuple[str, str]:
     """Return the names of the columns of images and of labels.
 
     Raises:
@@ -166,7 +166,7 @@ def find_columns(columns: Sequence[str], place: str) -> tuple[str, str]:
     label = next((name for name in LABEL_COLUMNS if name in columns), None)
     if image is None or label is None:
         raise DataError(
-            f'{place} has the columns {list(columns)}; expected one of images ({", ".join(IMAGE_COLUMNS)}) and '
+            f'{origin} has the columns {list(columns)}; expected one of images ({", ".join(IMAGE_COLUMNS)}) and '
             f'one of labels ({", ".join(LABEL_COLUMNS)})'
         )
     return image, label

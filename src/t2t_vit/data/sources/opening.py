@@ -36,7 +36,7 @@ def open_source(
             single Parquet file, tar or .csv will also do.
         split: train, val, or all: the training split, or everything where there are no splits.
         cache: The folder of torch/ and hfds/ sets, and of what is kept about tars in folders that cannot be written to;
-            by default ~/.cache/t2t-vit, and the Hub's own for hfds/.
+            by default ~/.cache/t2t-vit, and the Hub's named for hfds/.
         download: Fetch a torch/ set that is not there. The package `datasets` fetches hfds/ sets by itself.
         channels: Of the images; 1, 3 and None read what a viewer shows, other numbers all bands (see `read_image`).
         classes: Names and order of the classes, as of the training set or of a model. The images may lack some of
@@ -81,13 +81,13 @@ def open_folder(path: Path, split: str, cache: Path, channels: int | None, class
     """Open a split of a folder, by the names of the folders and files in it."""
     files = find_files(str(path), (*SHARDS, *LISTS))
     for name in SPLITS[split]:
-        own = [file for file in files if split_named(file) == name]
-        if shards := [path / file for file in own if file.lower().endswith(SHARDS)]:
+        named = [file for file in files if split_named(file) == name]
+        if shards := [path / file for file in named if file.lower().endswith(SHARDS)]:
             return open_files(shards, cache, channels, classes)
         found = split_folder(str(path), name)
         if found is not None and subfolders(found):
             return Folder(Path(found), channels, classes)
-        if lists := [path / file for file in own if file.lower().endswith(LISTS)]:
+        if lists := [path / file for file in named if file.lower().endswith(LISTS)]:
             return open_files(lists, cache, channels, classes)
         if found is not None:
             return Folder(Path(found), channels, classes)

@@ -64,7 +64,7 @@ class Rows:
         group = bisect_right(self.ends, index)
         if self.held[0] != group:
             self.held = (-1, None)  # the one before goes first
-            with pq.ParquetFile(self.path) as file:  # opened anew in every process that reads
+            with pq.ParquetFile(self.path) as file:  # opened again in every process that reads
                 table = file.read_row_groups(self.groups[group], columns=[self.leaf], use_threads=False)
             self.held = (group, table.column(self.column))
         cell = self.held[1][index - (self.ends[group - 1] if group else 0)]
@@ -164,7 +164,7 @@ class Parquet:
         return rows.content(row)
 
 
-def group_size(metadata: Any, group: int, leaf: str, place: str) -> int:
+def group_size(metadata: Any, group: int, leaf: str, origin: str) -> int:
     """Return the uncompressed bytes of a column of a row group.
 
     Raises:
@@ -174,5 +174,5 @@ def group_size(metadata: Any, group: int, leaf: str, place: str) -> int:
     columns = (found.column(i) for i in range(found.num_columns))
     size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == leaf)
     if size > MAX_GROUP:
-        raise DataError(f'{place} has {size:,} bytes of {leaf} in a row group; at most {MAX_GROUP:,} are read')
+        raise DataError(f'{origin} has {size:,} bytes of {leaf} in a row group; at most {MAX_GROUP:,} are read')
     return size

@@ -62,31 +62,31 @@ class Shards:
         classes: Sequence[str] | None = None,
         split: str | None = None,
     ) -> None:
-        self.files, self.channels, place = list(files), channels, str(files[0])
+        self.files, self.channels, origin = list(files), channels, str(files[0])
         self.divided = False  # whether it holds folders of splits, of which one is kept
         self.index = load_index(self.files, cache)
         self.skipped: Counter[str] = Counter(json.loads((self.index.schema.metadata or {}).get(b'skipped', b'{}')))
         if not self.index.num_rows:
-            raise DataError(f'no images in {place}; expected CLASS/IMAGE, or KEY.jpg with KEY.cls or KEY.json')
+            raise DataError(f'no images in {origin}; expected CLASS/IMAGE, or KEY.jpg with KEY.cls or KEY.json')
         found = self.index.column('label')
         if found.null_count == 0:
             names, numbered = files[0].parent / 'classes.txt', self.index.column('numbered').to_pylist()
             self.classes, self.labels = number_labels(
                 [int(text) if number else text for text, number in zip(found.to_pylist(), numbered)],
                 read_lines(names) if names.exists() and all(numbered) else [],
-                place,
+                origin,
                 'label',
                 classes,
             )
             return
         if found.null_count < len(found):
-            raise DataError(f'{place} and the other tars differ: some have .cls or .json files, some none')
+            raise DataError(f'{origin} and the other tars differ: some have .cls or .json files, some none')
         paths = [tidy(decode_name(name)) for name in self.index.column('name').to_pylist()]
         if split is not None and (selected := select_split(paths, split)):
             indices, paths = selected
             self.index, self.divided = self.index.take(indices), True
-        named = label_paths(paths, (), place, classes)
-        self.classes, self.labels = number_labels(named.names, (), place, 'folders', classes)
+        named = label_paths(paths, (), origin, classes)
+        self.classes, self.labels = number_labels(named.names, (), origin, 'folders', classes)
 
     def row(self, index: int) -> tuple[Path, int, int]:
         """Return the tar, the offset and the size of an image."""
@@ -150,8 +150,8 @@ def load_index(files: Sequence[Path], cache: Path) -> pa.Table:
     ).encode()
     key = hashlib.sha256(os.fsencode(files[0].resolve())).hexdigest()[:16]
     name = f'{files[0].stem}.index'
-    places = (files[0].parent / f'.{name}', cache / f'{key}.{name}')
-    for path in places:
+    targets = (files[0].parent / f'.{name}', cache / f'{key}.{name}')
+    for path in targets:
         try:
             table = pq.read_table(pa.BufferReader(path.read_bytes()))
         except (pa.ArrowException, OSError):
@@ -161,7 +161,7 @@ def load_index(files: Sequence[Path], cache: Path) -> pa.Table:
     skipped: Counter[str] = Counter()
     rows = [row for shard, file in enumerate(files) for row in index_tar(file, shard, skipped)]
     table = pa.Table.from_pylist(rows, INDEX.with_metadata({b'stamp': stamp, b'skipped': json.dumps(skipped).encode()}))
-    for path in places:
+    for path in targets:
         draft = path.with_name(f'{path.name}.{os.getpid()}')
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

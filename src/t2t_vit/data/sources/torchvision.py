@@ -35,13 +35,13 @@ class TorchSet:
         except (RuntimeError, OSError) as error:  # not there, or truncated; or there is no network
             hint = 'cannot download it' if download else '--data.download true fetches it, --data.cache says where to'
             raise DataError(f'no torch/{name} in {cache}: {hint} ({error})') from error
-        self.place = f'torch/{name}/{split}'
+        self.origin = f'torch/{name}/{split}'
         self.classes, self.labels = number_labels(
-            [int(label) for label in self.images.targets], list(self.images.classes), self.place, 'targets', classes
+            [int(label) for label in self.images.targets], list(self.images.classes), self.origin, 'targets', classes
         )
 
     def open(self, index: int) -> Raw:
         return read_image(self.images[index][0])
 
     def name(self, index: int) -> str:
-        return f'{self.place}[{index}]'
+        return f'{self.origin}[{index}]'

@@ -34,7 +34,7 @@ def read_label(content: bytes, kind: str, name: str) -> 'int | str | None':
     return value
 
 
-def label_samples(images: Sequence[str], labels: dict[str, Any], place: str) -> list[Any]:
+def label_samples(images: Sequence[str], labels: dict[str, Any], origin: str) -> list[Any]:
     """Return the label of each image of a tar, by the keys of samples.
 
     Raises:
@@ -43,9 +43,10 @@ def label_samples(images: Sequence[str], labels: dict[str, Any], place: str) -> 
     keys = [sample_key(image) for image in images]
     if bare := [image for image, key in zip(images, keys) if key not in labels]:
         raise DataError(
-            f'{place} has labels in .cls or .json files, but none for {len(bare)} of {len(images)} images, as {bare[0]}'
+            f'{origin} has labels in .cls or .json files, but none for {len(bare)} of {len(images)} images, '
+            f'as {bare[0]}'
         )
     if len({*keys}) < len(keys):
         double = Counter(keys).most_common(1)[0][0]
-        raise DataError(f'{place} has several images of the name {double}; a label belongs to one')
+        raise DataError(f'{origin} has several images of the name {double}; a label belongs to one')
     return [labels[key] for key in keys]
