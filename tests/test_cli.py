@@ -388,7 +388,7 @@ def test_eval_reports_all_wrong_values(run):
         (['--checkpoint', 'RELEASE', '--batch-size', '0', '--workers', '-1'], 'batch_size must be at least 1, got 0'),
         (['--checkpoint', 'RELEASE', '--split', 'tset'], "expected train or val, got 'tset'"),
         (['--checkpoint', 'RELEASE', '--device', 'abacus'], "no device 'abacus' here"),
-        (['--checkpoint', 'RELEASE', '--download', '--data', 'nowhere'], 'no data at nowhere'),
+        (['--checkpoint', 'RELEASE', '--model', 't2t_vit_4_16', '--data', 'nowhere'], 'no data at nowhere'),
         (['--chekpoint', 'RELEASE'], 'unknown option --chekpoint, did you mean --checkpoint?'),
         (['--checkpoint', '.'], 'it has no model.safetensors and no config.json'),
     ],

@@ -15,7 +15,22 @@ ROOT = Path(t2t_vit.__file__).parent
 LAYERS = [  # a module imports from its own layer and the layers above it; modules not listed here are tools
     {'settings', 'options', 'custom', 'console', 'plots', 'timing'},
     {'models', 'fast', 'data'},
-    {'train', 'look', 'evaluate', 'metrics', 'classes', 'classifier', 'vectors', 'export', 'trained', 'results', 'hub'},
+    {
+        'train',
+        'look',
+        'inputs',
+        'answers',
+        'evaluate',
+        'scoring',
+        'metrics',
+        'classes',
+        'classifier',
+        'vectors',
+        'export',
+        'trained',
+        'results',
+        'hub',
+    },
     {'tools'},
     {'cli', '__main__'},
 ]

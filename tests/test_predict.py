@@ -7,9 +7,12 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import pyarrow as pa
@@ -422,3 +425,102 @@ def test_guide_of_prediction(model, photos, tmp_path, monkeypatch, capsys):
     near = names['index'].kneighbors(names['vectors'], return_distance=False)
     assert np.mean([of[i] == of[j] for i, j, *_ in near]) > 0.5
     assert names['again'].pretrained_cfg['label_names'] == ['cat', 'dog']
+
+
+# hostile names, locks, damage
+
+
+def test_names_of_all_kinds_are_read_back_from_every_format(model, photos, tmp_path):
+    """Line breaks, quotes, commas, leading dashes and bytes that are not UTF-8."""
+    root = tmp_path / 'odd'
+    root.mkdir()
+    picture = (photos / 'val' / 'sky' / '35.png').read_bytes()
+    names = [b'-a.png', b'=1+1.png', b'a\nb.png', b'caf\xe9.png', b'q"uo,te\'.png', 'é.png'.encode()]
+    for name in names:
+        with open(os.path.join(os.fsencode(root), name), 'wb') as file:
+            file.write(picture if name != b'caf\xe9.png' else b'damaged')
+    for name in ('a.csv', 'a.jsonl', 'a.parquet'):
+        assert run('predict', root, '--checkpoint', model, '--output', tmp_path / name) == 0
+    with (tmp_path / 'a.csv').open(newline='', encoding='utf-8') as file:
+        rows = {'csv': list(csv.DictReader(file))}
+    rows['jsonl'] = [json.loads(line) for line in (tmp_path / 'a.jsonl').read_text('utf-8').split('\n')[:-1]]
+    rows['parquet'] = parquet(tmp_path / 'a.parquet')
+    for found in rows.values():
+        paths = [
+            unquote_to_bytes(row['image'].removeprefix('file://'))
+            if row['image'].startswith('file://')
+            else row['image'].encode()
+            for row in found
+        ]
+        assert sorted(os.path.basename(path) for path in paths) == sorted(names)
+        assert all(os.path.exists(path) for path in paths)
+        assert [bool(row['error']) for row in found] == [b'caf' in path for path in paths]
+
+
+def test_errors_are_the_same_in_every_run(many, model, tmp_path):
+    for name in ('a.jsonl', 'b.jsonl'):
+        assert run('predict', many, '--checkpoint', model, '--output', tmp_path / name) == 0
+    assert (tmp_path / 'a.jsonl').read_bytes() == (tmp_path / 'b.jsonl').read_bytes()
+    assert ' at 0x' not in (tmp_path / 'a.jsonl').read_text()
+
+
+def test_formulas_are_disarmed_for_spreadsheets(model, photos, tmp_path):
+    name = tmp_path / '=cmd.png'
+    name.write_bytes((photos / 'val' / 'sky' / '35.png').read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        for flag, expected in (('false', '=cmd.png'), ('true', "'=cmd.png")):
+            words = ['=cmd.png', '--checkpoint', model, '--output', f'{flag}.csv', '--spreadsheet', flag]
+            assert run('predict', *words) == 0
+            with open(f'{flag}.csv', newline='') as file:
+                assert next(csv.DictReader(file))['image'] == expected
+
+
+def test_second_command_into_the_same_output_is_refused(many, model, tmp_path, capsys):
+    words = ['predict', many, '--checkpoint', model, '--output', tmp_path / 'a.csv']
+    with Results(tmp_path / 'a.csv', 1, 1, {}).lock():
+        code = 'import sys; from t2t_vit import cli; sys.exit(cli.main(sys.argv[1:]))'
+        done = subprocess.run([sys.executable, '-c', code, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 2 and f'another command is writing to {tmp_path}/a.csv' in done.stderr
+    assert not (tmp_path / 'a.csv').exists() and run(*words) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['a.csv', 'a.csv.json']
+
+
+def test_damaged_parts_are_computed_again(whole, many, model, tmp_path):
+    """Byte flips in finished parts are noticed when the command continues."""
+    output = tmp_path / 'a'
+    words = ['predict', many, '--checkpoint', model, '--output', output, '--shard_size', 12]
+    assert run(*words) == 0
+    part, chance = output / 'part-00003-of-00009.parquet', np.random.default_rng(0)
+    content = part.read_bytes()
+    for place in chance.integers(4, len(content) - 8, 4):
+        part.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert run(*words) == 0
+        assert parquet(output) == parquet(whole)
+
+
+def test_prediction_lines_are_never_cut(model, photos, tmp_path, monkeypatch, capsys):
+    """At 80 columns: a line for each image where it fits, else the whole name, and the classes below it."""
+    monkeypatch.setenv('COLUMNS', '80')
+    picture = (photos / 'val' / 'sky' / '35.png').read_bytes()
+    long = tmp_path / ('x' * 100 + '.png')
+    long.write_bytes(picture)
+    (tmp_path / 'y.png').write_bytes(picture)
+    monkeypatch.chdir(tmp_path)
+    assert run('predict', 'y.png', '--checkpoint', model) == 0
+    assert re.fullmatch(r'y\.png   (\w+ [\d.]+ %(   )?){3}\n', capsys.readouterr().out)
+    assert run('predict', long, '--checkpoint', model) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(long) and lines[1].startswith('    ') and lines[1].count('%') == 3 and len(lines) == 2
+
+
+def test_one_image_starts_no_worker(model, photos, monkeypatch):
+    counts = []
+    original = classifier.open_pieces
+    monkeypatch.setattr(
+        classifier,
+        'open_pieces',
+        lambda opener, pieces, workers, device: counts.append(workers) or original(opener, pieces, workers, device),
+    )
+    assert cli.main(['predict', str(photos / 'val' / 'sky' / '35.png'), '--checkpoint', str(model)]) == 0
+    assert counts == [0]

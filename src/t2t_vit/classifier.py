@@ -3,163 +3,36 @@
 The commands `predict`, `embed` and `eval` print what these methods return.
 """
 
+import io
+import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import yaml
-from PIL import Image
 
+from .answers import Evaluation, Prediction, Predictions, Scored
 from .classes import few, match_classes, read_classes
-from .data import (
-    MAX_PIXELS,
-    SPLIT_FILE,
-    DataError,
-    Images,
-    Opener,
-    Piece,
-    Preprocessing,
-    Source,
-    Split,
-    find_images,
-    open_batches,
-    open_pieces,
-    open_source,
-    read_image,
-)
+from .data import MAX_PIXELS, DataError, Opener, Piece, Preprocessing, Source, open_batches, open_pieces, open_source
 from .export import ExportedModel, files_of, is_exported, load_exported
-from .metrics import Measures, measure
-from .models.safe_load import CheckpointError, hash_file
-from .settings import UsageError
+from .inputs import ImageLike, open_all, open_own
+from .metrics import measure
+from .models.safe_load import hash_file
+from .settings import Setting, UsageError, flatten, nearest, read_settings, recipes, resolve
 from .trained import Trained, describe, hash_weights, load_trained, nonfinite_tensors, pick_device, spoken_names
 from .vectors import Embedding, Head, Kind, TopK, finite_rows
 
-if TYPE_CHECKING:
-    import pandas
-
 Precision = Literal['no', 'bf16', 'fp16']
 Augmentation = Literal['none', 'flip', 'crops']
-ImageLike = Union[str, 'os.PathLike[str]', Image.Image, np.ndarray]
 DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 NOT_FINITE = 'the model computed NaN or infinity for this image'
-
-
-@dataclass
-class Prediction:
-    """A model's answer for one image; `label` and `probability` are None where `error` says why."""
-
-    image: str
-    label: str | None = None
-    probability: float | None = None
-    top_k: list[tuple[str, float]] = field(default_factory=list)
-    error: str | None = None
-
-
-class Predictions(list[Prediction]):
-    """A list of predictions, in the order of the images."""
-
-    def to_pandas(self) -> 'pandas.DataFrame':
-        """Return a table: image, label, probability, error, and class_1, probability_1, class_2, …
-
-        Raises:
-            UsageError: if pandas is not installed.
-        """
-        try:
-            import pandas
-        except ImportError:
-            raise UsageError('to_pandas needs pandas, which is not installed: pip install pandas') from None
-        rows = [
-            {
-                'image': one.image,
-                'label': one.label,
-                'probability': one.probability,
-                'error': one.error,
-                **{f'class_{i}': name for i, (name, _) in enumerate(one.top_k, 1)},
-                **{f'probability_{i}': value for i, (_, value) in enumerate(one.top_k, 1)},
-            }
-            for one in self
-        ]
-        return pandas.DataFrame(rows)
-
-
-class Scored(NamedTuple):
-    """A labelled image and the model's answer; probabilities of the predicted class and of the label."""
-
-    position: int
-    image: str
-    label: str
-    predicted: str
-    probability: float
-    probability_of_label: float
-
-
-@dataclass
-class Evaluation:
-    """The scores of a model on labelled images.
-
-    `classes` are the model's, in the order of its outputs; `measures` has the numbers; `rows` has every image.
-    """
-
-    checkpoint: str
-    data: str
-    split: str
-    augmentation: str
-    classes: list[str]
-    measures: Measures
-    rows: list[Scored]
-    damaged: list[str]
-    not_finite: int
-    seconds: float
-    notes: list[str]
-
-    def mistakes(self) -> list[Scored]:
-        """Return the images that were classified wrongly, the most confident mistakes first."""
-        wrong = [row for row in self.rows if row.predicted != row.label]
-        return sorted(wrong, key=lambda row: -row.probability)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the numbers as plain values, None where there is none: what scores.json holds."""
-        found, names = self.measures, self.classes
-        plain = {key: value for key, value in vars(found).items() if key not in ('per_class', 'confusion')}
-        return dict(
-            checkpoint=self.checkpoint,
-            data=self.data,
-            split=self.split,
-            augmentation=self.augmentation,
-            **plain,
-            per_class=dict(zip(names, found.per_class['recall'])),
-            classes={
-                name: dict(images=int(count), **{key: values[i] for key, values in found.per_class.items()})
-                for i, (name, count) in enumerate(zip(names, found.confusion.sum(1)))
-            },
-            damaged=self.damaged,
-            not_finite=self.not_finite,
-            notes=self.notes,
-        )
-
-
-class Held:
-    """Images in memory, as a part of `data.Images`."""
-
-    def __init__(self, images: Sequence[Any], first: int) -> None:
-        self.images, self.first = images, first
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def name(self, index: int) -> str:
-        """Return the file's name if the image knows it, else its position."""
-        return str(getattr(self.images[index], 'filename', '') or f'image {self.first + index}')
-
-    def open(self, index: int) -> Any:
-        """Return the image, upright."""
-        return read_image(self.images[index])
 
 
 class Answers(NamedTuple):
@@ -188,6 +61,8 @@ class Classifier:
         named: False if neither the checkpoint nor the user named the classes; `classes` are then ImageNet-1k's for a
             thousand classes, else numbers.
     """
+
+    history: list[dict[str, Any]] = []  # of `train`
 
     def __init__(
         self,
@@ -252,6 +127,51 @@ class Classifier:
     def of(cls, net: torch.nn.Module, device: str = 'cpu') -> 'Classifier':
         """Make a classifier of a model that timm built; its pretrained_cfg may name classes in `label_names`."""
         return cls(describe(net), type(net).__name__, pick_device(device))
+
+    @classmethod
+    def train(
+        cls,
+        data: 'str | os.PathLike[str]',
+        recipe: str | None = None,
+        output: 'str | os.PathLike[str] | None' = None,
+        verbose: bool = False,
+        **settings: Any,
+    ) -> 'Classifier':
+        """Train a classifier, and return it with its best weights; the run folder is its `checkpoint`.
+
+        The same as `t2t-vit train`; the records of all epochs are in the attribute `history`.
+
+        Args:
+            data: As for --data of the command: digits, torch/NAME, hfds/NAME, or a folder.
+            recipe: The name of a shipped recipe (`t2t-vit recipes`).
+            output: The run folder; by default a new one in runs.
+            verbose: Print the plan and the progress.
+            settings: Options of the command, groups as dictionaries: epochs=10, optimizer={'lr': 1e-3}.
+
+        Raises:
+            UsageError: for settings that cannot be used; all problems in one message.
+            DataError: for data that cannot be used.
+        """
+        from .train.config import Config
+        from .train.run import train
+
+        base = []
+        if recipe is not None:
+            if recipe not in recipes():
+                raise UsageError(
+                    f'unknown recipe {recipe!r}{nearest(recipe, recipes())}; recipes: {", ".join(recipes())}'
+                )
+            base = read_settings(recipes()[recipe])
+        given = {**settings, 'data': {'root': os.fspath(data), **settings.get('data', {})}}
+        config = resolve(Config, [*base, *(Setting(key, key, value) for key, value in flatten(given))])
+        folder = os.fspath(output) if output else f'runs/{config.model}-{datetime.now():%Y%m%d-%H%M%S}'
+        quiet = io.StringIO()
+        with nullcontext() if verbose else redirect_stdout(quiet):
+            train(replace(config, output=folder))
+        found = cls.load(folder, device=config.device)
+        lines = (Path(folder) / 'metrics.jsonl').read_text('utf-8').splitlines()
+        found.history = [json.loads(line) for line in lines]
+        return found
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -338,7 +258,7 @@ class Classifier:
             workers: Processes that read images; 0 for none.
             max_pixels: Larger images are not decoded.
         """
-        found = open_all(images)
+        found = open_all(images, self.preprocessing.channels)
         results = Predictions()
         opener = Opener(found, self.preprocessing, max_pixels)
         for answers in self.answers(self.top_k(top_k), opener, [(0, len(found))], batch_size, workers):
@@ -374,7 +294,7 @@ class Classifier:
         Raises:
             UsageError: if the model has no such vectors.
         """
-        found, head = open_all(images), self.embedding(kind)
+        found, head = open_all(images, self.preprocessing.channels), self.embedding(kind)
         vectors = np.full((len(found), sum(head.levels)), np.nan, np.float32)
         opener = Opener(found, self.preprocessing, max_pixels)
         for answers in self.answers(head, opener, [(0, len(found))], batch_size, workers):
@@ -411,8 +331,22 @@ class Classifier:
             UsageError: if the data's classes are not the model's, or no data are given and the checkpoint is of no run.
             DataError: if the data cannot be used.
         """
-        source, name = open_labelled(self.checkpoint, data, split, cache, download)
+        source, name = self.open_labelled(data, split, cache, download)
         return self.score(source, name, split, batch_size, workers, augmentation, temperature)
+
+    def open_labelled(
+        self, data: str | None, split: str, cache: str | None = None, download: bool = False
+    ) -> tuple[Source, str]:
+        """Open labelled images, and return their name; by default those that the run was trained on.
+
+        Raises:
+            UsageError: if no data are given, and the checkpoint does not know them.
+            DataError: if there are no such data.
+        """
+        channels = self.preprocessing.channels
+        if data is None:
+            return open_own(self.checkpoint, split, cache, channels)
+        return open_source(data, split, cache, download, channels), data
 
     def match(self, source: Source, data: str) -> tuple[list[int], str]:
         """Return the model's output of each of a source's classes, and a note; see `match_classes`."""
@@ -507,56 +441,3 @@ def corners(images: torch.Tensor) -> Iterator[torch.Tensor]:
         yield torch.nn.functional.interpolate(part, (height, width), mode='bicubic', antialias=True)
     part = images[:, :, (height - h) // 2 :, (width - w) // 2 :][:, :, :h, :w]
     yield torch.nn.functional.interpolate(part, (height, width), mode='bicubic', antialias=True)
-
-
-def open_all(images: ImageLike | Iterable[ImageLike]) -> Images:
-    """Return images of all kinds as one list.
-
-    Raises:
-        UsageError: for anything that is not a path, a PIL image or an array.
-        DataError: naming everything that is not there.
-    """
-    items = [images] if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)) else list(images)
-    parts: list[Any] = []
-    for position, item in enumerate(items):
-        if isinstance(item, (str, os.PathLike)):
-            parts += find_images([os.fspath(item)]).parts
-        elif isinstance(item, (Image.Image, np.ndarray)):
-            parts.append(Held([item], position))
-        else:
-            raise UsageError(
-                f'image {position} is a {type(item).__name__}; expected a path, a PIL image, or an array (H, W, 3)'
-            )
-    return Images(parts)
-
-
-def run_folder(checkpoint: str) -> Path | None:
-    """Return the folder of the run that a checkpoint belongs to; None if it belongs to none."""
-    path = Path(checkpoint.removeprefix('local-dir:'))
-    folders = (path, path.parent, path.parent.parent) if path.suffix else (path,)
-    return next((folder for folder in folders if (folder / 'config.yaml').is_file()), None)
-
-
-def open_labelled(
-    checkpoint: str, data: str | None, split: str, cache: str | None = None, download: bool = False
-) -> tuple[Source, str]:
-    """Open labelled images, and return their name; by default those that a run was trained on.
-
-    Raises:
-        UsageError: if no data are given, and the checkpoint does not know them.
-    """
-    if data is not None:
-        return open_source(data, split, cache, download), data
-    folder = run_folder(checkpoint)
-    if folder is None:
-        raise UsageError(f'{checkpoint} is not in a run folder, which would know its data: name the data with --data')
-    try:
-        saved = yaml.safe_load((folder / 'config.yaml').read_text('utf-8'))['data']
-        root = str(saved['root'])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise CheckpointError(f'{folder / "config.yaml"} cannot be read: {error}') from None
-    cache = cache or saved.get('cache')
-    if (file := folder / SPLIT_FILE).exists():  # the run divided one set of images
-        train, val = Split.load(file).apply(open_source(root, 'all', cache, download), root)
-        return train if split == 'train' else val, root
-    return open_source(root, split, cache, download), root

@@ -1,6 +1,5 @@
 """The screen."""
 
-import re
 import sys
 import time
 from typing import Any
@@ -69,9 +68,3 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours}:{minutes:02d}:{seconds:02d}' if hours else f'{minutes}:{seconds:02d}'
-
-
-def one_line(text: str) -> str:
-    """Return a name for the screen: line breaks and control characters as Python writes them, nothing else changed."""
-    text = text.encode('utf-8', 'backslashreplace').decode()
-    return re.sub(r'[\x00-\x1f\x7f-\x9f]', lambda match: repr(match[0])[1:-1], text)

@@ -1,77 +1,22 @@
-"""Score a model on labelled images: in training by `score`, and by the command `t2t-vit eval`."""
+"""Score a trained model on labelled images: the command `t2t-vit eval`."""
 
 import csv
 import json
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from rich.table import Column, Table
-from torch import nn
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from .classifier import Augmentation, Classifier, Evaluation, NotFinite, open_labelled
-from .console import console, one_line
-from .data import DataError, DiskBatches, MemoryBatches, Opener, Source
+from .classifier import Augmentation, Classifier, Evaluation, NotFinite
+from .console import console
+from .data import Opener, Source, printable
 from .plots import plot_confusion, plot_predictions
 from .results import appearing, cell
 from .settings import require
 
 SHOWN = 24  # mistakes in the picture
 MOST_CLASSES = 40  # lines in the table on the screen
-
-
-@dataclass
-class Scores:
-    """Scores of n images: mean cross-entropy, accuracies in [0, 1], and `counts[true][predicted]`."""
-
-    count: int
-    loss: float
-    top1: float
-    top5: float
-    confusion: torch.Tensor
-
-    @property
-    def per_class(self) -> list[float | None]:
-        """The fraction of each class's images that were recognised; None for a class without images."""
-        counts = self.confusion.sum(1)
-        return [(self.confusion[i, i] / n).item() if n else None for i, n in enumerate(counts)]
-
-
-@torch.inference_mode()
-def score(model: nn.Module, batches: 'DiskBatches | MemoryBatches', num_classes: int) -> Scores:
-    """Run the model over all batches, each process over its own; all processes get the scores of the whole.
-
-    The model is left in the mode it was in.
-
-    Raises:
-        DataError: if no image can be read.
-    """
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    metrics = MetricCollection(
-        {
-            'top1': MulticlassAccuracy(num_classes, average='micro'),
-            'top5': MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average='micro'),
-            'confusion': MulticlassConfusionMatrix(num_classes),
-        }
-    ).to(device)
-    loss = MeanMetric(nan_strategy=math.nan).to(device)  # NaN stays NaN
-    for images, labels, *_ in batches.epoch():
-        logits = model(images.to(device)).float()
-        labels = labels.to(device)
-        loss.update(F.cross_entropy(logits, labels, reduction='none'))
-        metrics.update(logits, labels)
-    model.train(training)
-    result, mean = metrics.compute(), loss.compute().item()
-    count = int(result['confusion'].sum())
-    if not count:
-        raise DataError('not one image could be read')
-    return Scores(count, mean, result['top1'].item(), result['top5'].item(), result['confusion'].cpu())
 
 
 def evaluate(
@@ -127,9 +72,8 @@ def evaluate(
             (workers >= 0, f'workers must be at least 0, got {workers}'),
         )
     )
-    opened = open_labelled(checkpoint, data, split, cache, download) if data is not None else None
     classifier = Classifier.load(checkpoint, model, device, precision, classes, ema)
-    source, name = opened or open_labelled(checkpoint, data, split, cache, download)
+    source, name = classifier.open_labelled(data, split, cache, download)
     found = classifier.score(source, name, split, batch_size, workers, augmentation, temperature)
     report(found)
     folder = Path(output) if output else Path(checkpoint) if Path(checkpoint).is_dir() else None
@@ -163,7 +107,7 @@ def report(found: Evaluation) -> None:
         shown = sorted((row for row in rows if row[1]), key=lambda row: row[2])[:MOST_CLASSES]
         screen.print(f'the {len(shown)} classes of {len(rows)} with the lowest recall; scores.json has all')
     for label, count, *values in shown:
-        table.add_row(one_line(label), str(count), *map(percent, values))
+        table.add_row(printable(label), str(count), *map(percent, values))
     screen.print(table)
     for note in found.notes:
         screen.print(f'note: {note}', soft_wrap=True)
@@ -194,7 +138,7 @@ def report(found: Evaluation) -> None:
         soft_wrap=True,
     )
     if found.damaged:
-        names = ', '.join(map(one_line, found.damaged[:5]))
+        names = ', '.join(map(printable, found.damaged[:5]))
         screen.print(f'{len(found.damaged)} damaged images are left out: {names}', soft_wrap=True)
 
 

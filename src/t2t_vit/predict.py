@@ -14,8 +14,8 @@ import torch
 
 from . import __version__
 from .classifier import Answers, Classifier, NotFinite, Precision
-from .console import Live, console, duration, one_line
-from .data import MAX_PIXELS, DataError, Opener, Piece, find_images
+from .console import Live, console, duration
+from .data import MAX_PIXELS, DataError, Opener, Piece, find_images, printable
 from .export import is_exported
 from .plots import plot_predictions
 from .results import Results, check_place, portable_name
@@ -86,6 +86,8 @@ class Job:
         self.classifier = found = Classifier.load(
             self.checkpoint, self.model, device, self.precision, self.classes, self.ema
         )
+        if (channels := found.preprocessing.channels) not in (1, 3):
+            self.images = find_images(self.inputs, channels)
         self.opener = Opener(self.images, found.preprocessing, self.max_pixels)
         self.settings: Row = dict(
             **found.identity,
@@ -286,7 +288,7 @@ def predict(
             found = table.to_pylist() if not output or picture and len(shown) < SHOWN else []
             shown += [row for row in found if picture and row['error'] is None][: SHOWN - len(shown)]
             if not output:
-                errors = (f'{one_line(row["image"])} ({row["error"]})' for row in found if row['error'] is not None)
+                errors = (f'{printable(row["image"])} ({row["error"]})' for row in found if row['error'] is not None)
                 damaged += islice(errors, NAMED - len(damaged))
                 print_rows(found)
     finally:
@@ -317,10 +319,10 @@ def print_rows(rows: list[Row]) -> None:
     screen = console()
     lines = [
         (
-            one_line(row['image']),
+            printable(row['image']),
             '–'
             if row['error'] is not None
-            else '   '.join(f'{one_line(c)} {100 * p:.1f} %' for c, p in zip(row['classes'], row['probabilities'])),
+            else '   '.join(f'{printable(c)} {100 * p:.1f} %' for c, p in zip(row['classes'], row['probabilities'])),
         )
         for row in rows
     ]

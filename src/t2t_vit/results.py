@@ -66,13 +66,13 @@ def locked(path: Path, busy: str) -> Iterator[None]:
 def portable_name(name: str) -> str:
     """Return a file's name as text that every format can hold and that leads back to the file.
 
-    That is the name itself, or where it is not UTF-8 (Python has surrogates for such bytes) its address, file:///….
+    That is the name itself, or its address, file:///…, if the name is not UTF-8 (Python then has surrogates in it).
     """
     try:
         name.encode('utf-8')
         return name
     except UnicodeEncodeError:
-        return f'file://{quote_from_bytes(os.fsencode(os.path.abspath(name)))}'
+        return f'file://{quote_from_bytes(os.path.abspath(name).encode("utf-8", "surrogateescape"))}'
 
 
 def cell(value: Any, spreadsheet: bool) -> Any:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from t2t_vit.console import duration
 from t2t_vit.data import Batch, DataError, Digits, DiskBatches, MemoryBatches
-from t2t_vit.evaluate import score
+from t2t_vit.scoring import score
 from t2t_vit.settings import UsageError
 from t2t_vit.train import resume, trainer
 from t2t_vit.train import run as running

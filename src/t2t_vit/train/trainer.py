@@ -32,8 +32,8 @@ from ..data import (
     open_train_val,
     seed_all,
 )
-from ..evaluate import Scores, score
 from ..hub import Card, licence_of, public
+from ..scoring import Scores, score
 from ..settings import UsageError, flatten
 from ..trained import save_folder
 from .build import build_model, build_optimizer, build_schedule, freeze, parameter_groups, preprocess
