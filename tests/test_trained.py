@@ -90,7 +90,6 @@ def test_transformers_loads_a_folder(folder, image, tmp_path):
     assert torch.allclose(probabilities(tmp_path, image), expected)
 
 
-@pytest.mark.xfail(reason='the token layers mix types without autocast', strict=False)
 @pytest.mark.filterwarnings('ignore')
 def test_transformers_loads_a_folder_in_bfloat16(folder, image):
     transformers = pytest.importorskip('transformers')
