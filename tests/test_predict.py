@@ -275,7 +275,7 @@ def test_rows_are_printed_batch_by_batch(many, model, monkeypatch, capsys):
             'top_k must be at least 1, got 0|shard_size must be at least 1, got 0|max_pixels must be at least 1, got 0|'
             'output must be a folder, or a file that ends in .csv, .jsonl, .parquet; got a.xml',
         ),
-        (['--precision', 'int8'], 'expected no, bf16 or fp16'),
+        (['--precision', 'int8'], 'expected no or bf16 or fp16'),
     ],
 )
 def test_invalid_options_are_reported_together(model, capsys, words, message):
