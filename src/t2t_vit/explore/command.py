@@ -5,7 +5,8 @@ import signal
 import tempfile
 import threading
 import webbrowser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -84,13 +85,15 @@ def explore(
 
         uploads = Uploads(Path(folder, 'uploads'), max_waiting * 1e6)
         blocks = build(explorer, photos, uploads)
-        with serve(blocks, uploads, host, port, names, int(max_megabytes * 1e6), CSS) as address:
+        limit = int(max_megabytes * 1e6)
+        with stop_signals() as stopped, serve(blocks, uploads, host, port, names, limit, CSS) as address:
             console().print(f'The page is at {address} (stop with Ctrl-C)', soft_wrap=True)
             if host not in LOOPBACK:
                 console().print('It has no password: everyone who reaches this address can use it.', soft_wrap=True)
             if browser:
                 webbrowser.open(address)
-            wait()
+            while not stopped.wait(1):  # a wait without a timeout would not notice signals
+                pass
 
 
 def check_gradio() -> None:
@@ -154,13 +157,13 @@ def class_images(root: str, cache: str | None = None) -> list[Photo]:
     ]
 
 
-def wait() -> None:
-    """Wait for Ctrl-C or SIGTERM."""
-    ended = threading.Event()
-    before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """Yield an event that Ctrl-C and SIGTERM set while the context lasts."""
+    stopped = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while not ended.wait(1):
-            pass
+        yield stopped
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -67,10 +67,9 @@ button:focus-visible, input:focus-visible, [role=button]:focus-visible, a:focus-
   outline: 3px solid #56B4E9 !important; outline-offset: 2px }
 @media (max-width: 640px) { .side { display: contents !important }
   .sides { flex-direction: column !important; flex-wrap: nowrap !important; align-items: stretch }
-  .sides > * , .side > * { width: 100% }
-  .late { order: 1 }
-  .models.n2 { grid-template-columns: minmax(0, 1fr) } }
-@media (forced-colors: active) { .bars i { background: Highlight } }
+  .of-view { order: 1 } .late, .form:has(.late) { order: 2 } .preview svg { max-width: 11rem } .models.n2 { gap: .8rem }
+  .small { grid-template-columns: repeat(3, 1fr) } .models.n2 .small { grid-template-columns: repeat(2, 1fr) }
+  .models.n2 .pair { grid-template-columns: minmax(0, 1fr) } .gradio-container { padding: .6rem !important } }
 """
 DROP = '<label>Drop an image here, paste one, or choose a file<input type="file" accept="image/*"></label>'
 SEND_FILE = """
@@ -301,20 +300,20 @@ def build(explorer: Explorer, photos: Sequence[Photo], uploads: Uploads) -> gr.B
                     second = gr.Dropdown([NONE, *names], value=NONE, label='Beside it', elem_id='second', min_width=140)
                 error = gr.HTML(elem_id='wrong')
                 view = gr.Radio(list(VIEWS), value='Answer', label='View', elem_id='view')
-                with gr.Row(visible=True) as of_answer:
+                with gr.Row(visible=True, elem_classes='of-view') as of_answer:
                     top_k = gr.Slider(1, value=5, step=1, label=K, elem_id='top_k', **slider, **k)
-                with gr.Row(visible=False) as of_windows:
+                with gr.Row(visible=False, elem_classes='of-view') as of_windows:
                     moving = gr.Checkbox(label=MOVING, elem_id='moving')
-                with gr.Row(visible=False) as of_attention:
+                with gr.Row(visible=False, elem_classes='of-view') as of_attention:
                     layer = gr.Slider(1, step=1, label=LAYER, elem_id='layer', **slider, **depth)
                     head = gr.Slider(0, step=1, label=HEAD, elem_id='head', **slider, **heads)
                     reader = gr.Radio(
                         [CLASS_TOKEN, CROSS_TOKEN], value=CLASS_TOKEN, label='Attention of', elem_id='reader'
                     )
-                with gr.Row(visible=False) as of_evidence:
+                with gr.Row(visible=False, elem_classes='of-view') as of_evidence:
                     residual = gr.Slider(0, 1, 0.5, step=0.05, label=RESIDUAL, elem_id='residual', **slider)
                     target = gr.Dropdown(label=CLASS, elem_id='target', **classes)
-                with gr.Row(visible=False) as of_features:
+                with gr.Row(visible=False, elem_classes='of-view') as of_features:
                     stage = gr.Slider(1, step=1, label=STAGE, elem_id='stage', **slider, **stages)
                     sheet = gr.Slider(1, step=1, label=SHEET, elem_id='sheet', **slider, **pages)
                 picture = gr.HTML(elem_id='picture')
