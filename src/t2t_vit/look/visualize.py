@@ -276,7 +276,7 @@ class ModelPictures:
     def answer(self, target: int, probabilities: torch.Tensor) -> str:
         """Format a class with its probability."""
         name = self.one.classes[target] if target < len(self.one.classes) else str(target)
-        return f'{one_line(name, 18)} {100 * probabilities[target]:.1f} %'
+        return f'{one_line(name, 18)}: {100 * probabilities[target]:.1f} %'
 
 
 def query_heat(attention: Attention, image: int, at: tuple[float, float]) -> Heat:
