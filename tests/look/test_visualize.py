@@ -200,7 +200,7 @@ def test_runs_without_images(digits_run, tmp_path):
             'query must be two fractions from 0 to 1, got [0.5, 2.0]',
         ),
         (['--runs', 'nowhere'], 'cannot read nowhere/metrics.jsonl'),
-        (['samples', '--modles', 'resnet18'], 'unknown option --modles, did you mean models?'),
+        (['samples', '--modles', 'resnet18'], 'unknown option --modles, did you mean --models?'),
         (
             ['samples', '--models', 'resnet10t', '--img_size', '32', '--layer', 'layer5'],
             'the model has no layer layer5',

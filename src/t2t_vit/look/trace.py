@@ -1,7 +1,8 @@
 """Record one forward pass: the map of every stage, and queries, keys and values of every attention layer.
 
 Works for any timm model: hooks record the outputs of modules, and a function mode the calls of
-`scaled_dot_product_attention`. Nothing remains in the model.
+`scaled_dot_product_attention`. Layers of a T2T-ViT with hooks run their plain forms, in which q, k and v are the output of
+a Linear. Nothing remains in the model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..fast.folded import FoldedTokenPerformer
-from ..fast.rule import Fast
+from ..models.t2t_vit import Attention as T2TAttention
+from ..models.t2t_vit import TokenAttention, TokenPerformer, TokensToToken
 from ..settings import UsageError, nearest
 from .attention import Attention, Lattice
 
@@ -57,7 +58,7 @@ def stage_names(model: nn.Module) -> list[str]:
 
 def _entries(module: nn.Module, prefix: str) -> Iterator[str]:
     for name, child in module.named_children():
-        listed = isinstance(module, (nn.Sequential, nn.ModuleList))
+        listed = isinstance(module, (nn.Sequential, nn.ModuleList, TokensToToken))
         if isinstance(child, (nn.Sequential, nn.ModuleList)) or (not listed and len(list(child.children()))):
             yield from _entries(child, f'{prefix}{name}.')
         elif listed:
@@ -125,8 +126,13 @@ def _avg_pool(
     return kernel_size, stride or kernel_size, padding, 1
 
 
-WINDOWED: dict[Any, Callable[..., tuple[Any, ...]]] = {
+def _unfold(x: Any, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1) -> tuple[Any, ...]:
+    return kernel_size, stride, padding, dilation
+
+
+WINDOWED: dict[Any, Callable[..., tuple[Any, ...]]] = {  # to kernel, stride, padding, dilation
     F.conv2d: _conv,
+    F.unfold: _unfold,
     F.max_pool2d: _max_pool,
     F.avg_pool2d: _avg_pool,
 }
@@ -168,7 +174,7 @@ class Grids(TorchFunctionMode):
     def follow(self, func: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Record the positions of the cells of an output."""
         x = args[0] if args else kwargs.get('input')
-        if not (isinstance(x, torch.Tensor) and isinstance(output, torch.Tensor) and x.ndim == output.ndim == 4):
+        if not (isinstance(x, torch.Tensor) and isinstance(output, torch.Tensor) and x.ndim == 4):
             return
         before, after = ((t.shape[-2], t.shape[-1]) for t in (x, output))
         if func is F.pad:
@@ -180,8 +186,13 @@ class Grids(TorchFunctionMode):
         kernel, stride, padding, dilation = WINDOWED[func](x, *args[1:], **more)
         if isinstance(padding, str):
             padding = 0  # 'valid'; 'same' keeps the grid
+        extent = [(k - 1) * d + 1 for k, d in zip(_pair(kernel), _pair(dilation))]
+        if func is F.unfold:  # its output has the windows in one dimension
+            sides = zip(before, extent, _pair(stride), _pair(padding))
+            height, width = ((side + 2 * pad - size) // step + 1 for side, size, step, pad in sides)
+            after = height, width
+            self.seen.append(after)
         if before != after:
-            extent = [(k - 1) * d + 1 for k, d in zip(_pair(kernel), _pair(dilation))]
             self.lattices[after] = self.lattice(before).strided(extent, _pair(stride), _pair(padding))
 
     def find(self, tokens: int) -> tuple[Grid | None, int]:
@@ -209,12 +220,19 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
+def random_features(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Compute the Performer's φ(x) = exp(w·x - |x|²/2) / √m (Sec. 3.1), (…, D) -> (…, m), in float32."""
+    x, w = x.float(), w.float()
+    return torch.exp(x @ w.mT - x.square().sum(-1, keepdim=True) / 2) / len(w) ** 0.5
+
+
 class _Recorder(TorchFunctionMode):
     """Records one forward pass."""
 
     def __init__(self, model: nn.Module, wanted: Sequence[str], images: torch.Tensor) -> None:
         super().__init__()
         self.model, self.wanted, self.batch = model, set(wanted), len(images)
+        self.modules = dict(model.named_modules())
         self.grids = Grids(model, (images.shape[-2], images.shape[-1]))
         self.running: list[str] = []  # names of the modules, innermost last
         self.output_grids: dict[str, tuple[Grid, Lattice]] = {}  # of modules that return a map
@@ -225,46 +243,38 @@ class _Recorder(TorchFunctionMode):
     def attached(self) -> Iterator[None]:
         """Record while the context lasts; the model is unchanged afterwards."""
         with ExitStack() as stack:
-            # a fast form with a hook on one of its parts would run its plain form, which calls no fused attention
-            parts = {
-                f'{name}.{part}'.removeprefix('.')
-                for name, module in self.model.named_modules()
-                if isinstance(module, Fast)
-                for part in module.parts
-            }
             for name, module in self.model.named_modules():
-                if name in parts:
-                    continue
                 stack.callback(module.register_forward_pre_hook(partial(self.enter, name)).remove)
                 stack.callback(module.register_forward_hook(partial(self.leave, name)).remove)
                 if getattr(module, 'fused_attn', True) is False:  # timm's unfused path computes the same
                     module.fused_attn = True
                     stack.callback(setattr, module, 'fused_attn', False)
-                if isinstance(module, FoldedTokenPerformer):
-                    module.__dict__['kernel_attention'] = partial(self.overhear, name, module)
-                    stack.callback(module.__dict__.pop, 'kernel_attention')
             stack.enter_context(self.grids)
             stack.enter_context(self)
             yield
 
     def enter(self, name: str, module: nn.Module, args: Any) -> None:
         self.running.append(name)
+        if isinstance(module, T2TAttention):
+            self.keep(name, *module.queries_keys_values(args[0]), scale=module.scale)
 
     def leave(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         self.running.pop()
         self.grids.record(output)
+        owner, _, part = name.rpartition('.')
+        layer = self.modules.get(owner)
+        if part == 'kqv' and isinstance(layer, TokenPerformer):
+            k, q, v = output.unsqueeze(1).chunk(3, dim=-1)
+            self.keep(owner, random_features(q, layer.w), random_features(k, layer.w), v, eps=layer.eps)
+        elif part == 'qkv' and isinstance(layer, TokenAttention):
+            q, k, v = output.unsqueeze(1).chunk(3, dim=-1)
+            self.keep(owner.removesuffix('.attn'), q, k, v, scale=layer.scale)
         found = self.grids.as_map(output) if name in self.wanted else None
         if isinstance(output, torch.Tensor) and output.ndim == 4:
             self.output_grids[name] = self.grids.seen[-1], self.grids.lattice(self.grids.seen[-1])
         if found is not None:  # copied, as the next layer may work in place
             grid = (found[0].shape[-2], found[0].shape[-1])
             self.outputs[name] = (found[0].clone(), found[1].clone(), self.grids.lattice(grid))
-
-    def overhear(self, name: str, layer: FoldedTokenPerformer, kqv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """In the place of the Performer's kernel: keep its features, and do as it does."""
-        k, q, v = kqv.chunk(3, dim=-1)
-        self.keep(name, layer.features(q)[:, None], layer.features(k)[:, None], v[:, None], eps=layer.eps)
-        return type(layer).kernel_attention(layer, kqv)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
