@@ -1,7 +1,7 @@
 """Record one forward pass: the map of every stage, and queries, keys and values of every attention layer.
 
 Works for any timm model: hooks record the outputs of modules, and a function mode the calls of
-`scaled_dot_product_attention`. Layers of a T2T-ViT with hooks run their plain forms, in which q, k and v are the output of
+`scaled_dot_product_attention`. Layers of a T2T-ViT with hooks run their plain forms, in which q, k and v are outputs of
 a Linear. Nothing remains in the model.
 """
 
