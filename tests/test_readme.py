@@ -113,15 +113,21 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     while '=' in words[0]:  # of the environment
         words = words[1:]
     if words[0] in ('torchrun', 'python', 'sbatch', 'bash'):
-        program = next(i for i, word in enumerate(words) if word in ('t2t_vit.cli',) or (ROOT / word).is_file())
-        if words[program] not in ('t2t_vit.cli', 'scripts/train.sbatch'):
+        program = next(
+            i
+            for i, word in enumerate(words)
+            if word in ('t2t_vit.cli', 't2t_vit', 't2t_vit.timm') or (ROOT / word).is_file()
+        )
+        if words[program] not in ('t2t_vit.cli', 't2t_vit', 'scripts/train.sbatch'):
             return
         words = ['t2t-vit', *(['train'] if words[0] == 'sbatch' else []), *words[program + 1 :]]
     if words[:2] == ['t2t-vit', 'train']:
         options = [word for word in words[2:] if word != '--dry_run']
         assert cli.train([*options, '--print_config']) == 0
     elif words[0] == 't2t-vit':
-        module, name = cli.COMMANDS[words[1]][1].split(':')
+        if not cli.COMMANDS[words[1]].function:  # recipes and completion, which take a word
+            return
+        module, name = cli.COMMANDS[words[1]].function.split(':')
         module = import_module(f't2t_vit.{module}')
         silent = functools.wraps(getattr(module, name))(lambda **options: None)
         monkeypatch.setattr(module, name, silent)
