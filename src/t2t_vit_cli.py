@@ -34,7 +34,7 @@ TRAIN_OPTIONS = """
   --lr X              peak learning rate
   --imgsz N           pixels
   --workers N         processes that read images
-  --device NAME       auto or cpu
+  --device NAME       auto, cpu, cuda, cuda:1 or mps
   --output FOLDER     the run's folder; default: a new one in runs/
   --resume FOLDER     continue a run; auto: continue the one in --output, if any
   --dry-run           print the plan and stop
@@ -260,7 +260,7 @@ COMMANDS = {
   --epochs N
   --batch-size N      images in a step
   --img-size N        pixels
-  --device NAME       auto or cpu
+  --device NAME       auto, cpu, cuda, cuda:1 or mps
   --minutes N         save and stop after this time; the same command continues
 """,
         ('structures', 'accuracy --output compared --data photos', 'report --output compared'),

@@ -30,7 +30,7 @@ def reproduce(
     val_images: int | None = None,
     recipe: str | None = None,
     precision: Literal['no', 'bf16', 'fp16'] | None = None,
-    device: Literal['auto', 'cpu'] = 'auto',
+    device: str = 'auto',
     threads: int | None = None,
     minutes: float | None = None,
 ) -> None:

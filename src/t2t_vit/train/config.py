@@ -215,7 +215,7 @@ class Config:
         grad_accum_steps: Micro-batches per step in each process, to save memory.
         ema_decay: Decay of the EMA weights, warmed up; 0 for none.
         precision: no (float32), bf16 or fp16.
-        device: cpu, or auto for the best one available.
+        device: auto for the best one available, cpu, cuda, cuda:1 or mps; under torchrun auto or cpu.
         threads: CPU threads; by default torch's choice. A small model on a busy machine is faster with one.
         seed: Seed of everything random.
         output: Run folder; by default a new one in runs/.
@@ -237,7 +237,7 @@ class Config:
     grad_accum_steps: int = 1
     ema_decay: float = 0.99996
     precision: Literal['no', 'bf16', 'fp16'] = 'no'
-    device: Literal['auto', 'cpu'] = 'auto'
+    device: str = 'auto'
     threads: int | None = None
     seed: int = 42
     output: str | None = None

@@ -24,14 +24,30 @@ LOCK_SECONDS = 5  # a process that was just killed may take a moment to end
 def join_processes(config: Config) -> None:
     """Connect this process with the others of its training; must come before anything that they do together."""
     AcceleratorState._reset_state(reset_partial_state=True)  # global: an earlier run may have set another precision
-    PartialState(cpu=pick_device(config.device).type == 'cpu', **restarted_store())
+    PartialState(cpu=use_device(config.device), **restarted_store())
+
+
+def use_device(name: str) -> bool:
+    """Make accelerate, which takes the current accelerator or the CPU, use a device. Return whether it is the CPU.
+
+    Raises:
+        UsageError: if there is no such device, or each of several processes should use the same one.
+    """
+    device, available = pick_device(name), torch.accelerator.current_accelerator()
+    if device.type != 'cpu' and (available is None or device.type != available.type):
+        raise UsageError(f'device is auto, cpu or {available.type if available else "an accelerator"}, got {name}')
+    if ':' in name and device.type == 'cuda':
+        if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+            raise UsageError(f'device {name} is for one process; under torchrun, --device auto gives each its own')
+        torch.cuda.set_device(device)
+    return device.type == 'cpu'
 
 
 def build_accelerator(config: Config, folder: Path) -> Accelerator:
     """Build accelerate's view of device, precision, processes and trackers."""
     return Accelerator(
         mixed_precision=config.precision,
-        cpu=pick_device(config.device).type == 'cpu',
+        cpu=use_device(config.device),
         log_with=config.trackers or None,
         project_dir=str(folder),
     )
