@@ -1,4 +1,4 @@
-"""The screen."""
+"""Print tables and the progress of long jobs."""
 
 import sys
 import time
@@ -9,13 +9,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def console(stderr: bool = False) -> Console:
-    """Where tables are printed; in a pipe or a file, wide enough that none is cut."""
-    plain: dict[str, Any] = dict(highlight=False, markup=False, emoji=False, stderr=stderr)  # names are no markup
+    """Return a console for tables; in a pipe or a file it is 200 columns wide, so that nothing is cut."""
+    # names of files and classes are printed as they are
+    plain: dict[str, Any] = dict(highlight=False, markup=False, emoji=False, stderr=stderr)
     return Console(**plain) if (sys.stderr if stderr else sys.stdout).isatty() else Console(**plain, width=200)
 
 
 class Live:
-    """While it is entered, where a long job is: a bar on a terminal, a line every `interval` seconds elsewhere."""
+    """Show the progress of a long job: a bar on a terminal, elsewhere a line every `interval` seconds."""
 
     def __init__(
         self, screen: Console, unit: str, total: int, done: int = 0, interval: float = 10, quiet: bool = False
@@ -45,15 +46,15 @@ class Live:
 
     @property
     def seconds(self) -> float:
-        """Since it was entered."""
+        """Seconds since the job began."""
         return time.monotonic() - self.begun
 
     def left(self, done: int) -> str:
-        """The time that is left, by what was done since it was entered."""
+        """Return the estimated time left, from the speed so far."""
         return duration(self.seconds / max(done - self.first, 1) * (self.total - done))
 
     def show(self, done: int, text: str) -> None:
-        """Say how much is done, and what there is to say."""
+        """Update the progress to `done` steps and show a text beside it."""
         if self.progress:
             self.progress.update(self.progress.task_ids[0], completed=done, description=text)
         elif not self.quiet and time.monotonic() - self.last >= self.interval:
@@ -64,7 +65,7 @@ class Live:
 
 
 def duration(seconds: float) -> str:
-    """As 1:02:03 or 2:03."""
+    """Format seconds as 1:02:03 or 2:03."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours}:{minutes:02d}:{seconds:02d}' if hours else f'{minutes}:{seconds:02d}'
