@@ -12,6 +12,8 @@ import yaml
 
 import t2t_vit
 from t2t_vit import cli, custom
+from t2t_vit.classifier import Classifier
+from t2t_vit.reproduce.runs import read_arm
 from t2t_vit.train.state import saved_states
 from t2t_vit.trained import load_model
 
@@ -76,7 +78,9 @@ def state_of(folder: Path) -> Path:
 COMMANDS: dict[str, list[str]] = {
     'predict': ['predict', 'digits', '--checkpoint', '{run}'],
     'predict local-dir': ['predict', 'digits', '--checkpoint', 'local-dir:{run}'],
+    'predict state': ['predict', 'digits', '--checkpoint', '{state}'],
     'eval': ['eval', '{run}'],
+    'eval weights': ['eval', '{run}/model.safetensors'],
     'embed': ['embed', 'digits', '--checkpoint', '{run}', '--output', '{tmp}/a.parquet'],
     'visualize': ['visualize', 'digits', '--models', '{run}', '--output', '{tmp}/looks'],
     'export': ['export', '--checkpoint', '{run}', '-o', '{tmp}/a.onnx'],
@@ -123,7 +127,7 @@ def test_timm_refuses_code_from_a_folder(argument, digits_run, tmp_path, trap):
     config = json.loads((folder / 'config.json').read_text())
     config['model_args'] = {**config.get('model_args', {}), argument: trap.block if argument == 'block' else trap.layer}
     (folder / 'config.json').write_text(json.dumps(config))
-    for build in (timm.create_model, lambda name, **more: load_model(name)):
+    for build in (timm.create_model, lambda name, **more: load_model(name), lambda name, **more: Classifier.load(name)):
         with pytest.raises(custom.UntrustedCodeError, match='names code to execute'):
             build(f'local-dir:{folder}', pretrained=True)
     assert not trap.sprung()
@@ -137,6 +141,14 @@ def test_timm_refuses_code_from_the_hub(digits_run, tmp_path, trap, monkeypatch)
     with pytest.raises(custom.UntrustedCodeError, match='someone/something'):
         timm.create_model('hf-hub:someone/something')
     assert not trap.sprung()
+
+
+def test_arm_of_a_comparison_must_not_name_code(tmp_path, trap):
+    (tmp_path / 'arms').mkdir()
+    arm = {'model': 't2t_vit_14', 'args': {'block': trap.block}, 'parameters': 1}
+    (tmp_path / 'arms' / 't2t_vit_14.yaml').write_text(yaml.safe_dump(arm))
+    with pytest.raises(custom.UntrustedCodeError, match='names code to execute'):
+        read_arm(tmp_path, 't2t_vit_14')
 
 
 @pytest.mark.parametrize('way', ['predict', 'config print config', 'resume print config'])
