@@ -1,8 +1,7 @@
-"""Every command and every code block of the README runs, at smoke size; its table is the package's.
+"""Run the commands and code of README.md and the tutorial, in order and at smoke size; check those of other guides.
 
-Of the guides in docs/, the Python blocks of a page run one after the other, and the commands are read by the command
-line's own parsers, not run. A block that says why in its first line, `# not run here: …`, is only compiled or passed
-over; readers see it too.
+In the other pages of docs/ the Python blocks of a page run one after the other, and the commands are parsed, not run.
+A block whose first line is `# not run here: REASON` is skipped.
 """
 
 import argparse
@@ -24,46 +23,37 @@ from t2t_vit import PUBLISHED, VARIANTS, cli
 from t2t_vit.models.listing import count_parameters
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / 'README.md').read_text()
-GUIDES = {file.name: file.read_text() for file in sorted((ROOT / 'docs').glob('*.md'))}
+EXECUTED = {'README.md': ROOT / 'README.md', 'first-model.md': ROOT / 'docs' / 'first-model.md'}
+GUIDES = {
+    file.name: file.read_text(encoding='utf-8')
+    for file in sorted((ROOT / 'docs').glob('*.md'))
+    if file.name not in EXECUTED
+}
 NOT_RUN = '# not run here: '
-LEARNS = 'backbone.md'  # whose long examples are test_backbone's
-SMOKE = [
-    '--epochs',
-    '1',
-    '--optimizer.warmup_epochs',
-    '0',
-    '--optimizer.cooldown_epochs',
-    '0',
-    '--batch_size',
-    '8',
-    '--model_args.depth',
-    '1',
-    '--data.workers',
-    '0',
-]
-SMOKE_BENCH = ['--rounds', '1', '--seconds', '0.01', '--memory', 'false', '--batch_size', '1', '--img_sizes', '[64]']
+LONG_PAGE = 'backbone.md'  # test_backbone runs its long examples
+SMOKE = {
+    'train': ['--epochs', '1', '--batch_size', '8', '--model_args.depth', '1', '--data.workers', '0'],
+    'eval': ['--workers', '0'],
+    'predict': ['--workers', '0'],
+}
 
 
-def blocks(language: str, page: str = README) -> list[str]:
-    return re.findall(rf'^```{language}\n(.*?)^```', page, re.MULTILINE | re.DOTALL)
+def blocks(languages: str, page: str) -> list[tuple[str, str]]:
+    """Return the language and the text of each code block in one of the languages, `sh|python` for instance."""
+    return re.findall(rf'^```({languages})\n(.*?)^```', page, re.MULTILINE | re.DOTALL)
 
 
 def commands(block: str) -> list[list[str]]:
-    """Its lines as words; one that ends in a backslash goes on."""
+    """Split a block into command lines, and each into words; a backslash at the end continues a line."""
     lines = block.replace('\\\n', ' ').splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def run(words: list[str], folder: Path) -> None:
-    """One command line, as far as it can be run small."""
+    """Run a command line at smoke size."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith('MAKE')}
     if words[0] == 't2t-vit':
-        smoke = {
-            'train': [] if '--resume' in words else SMOKE,
-            'bench': SMOKE_BENCH,
-            'visualize': ['--img_size', '32'],
-        }.get(words[1], [])
+        smoke = [] if '--resume' in words else SMOKE.get(words[1], [])
         assert cli.main(words[1:] + smoke) == 0
     elif words[0] == 'make':
         subprocess.run([*words, '--dry-run'], cwd=ROOT, env=environment, check=True, capture_output=True)
@@ -71,46 +61,59 @@ def run(words: list[str], folder: Path) -> None:
         small = ['--no-deps', '--no-build-isolation', '--disable-pip-version-check', '--target', str(folder / 'site')]
         subprocess.run([sys.executable, '-m', *words, *small], cwd=ROOT, check=True, capture_output=True)
     else:
-        pytest.fail(f'nothing here runs {words}')
+        pytest.fail(f'this test cannot run {words}')
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The files that the README speaks of: photos, and of ImageNet a released file and some of the images."""
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Enter a folder with a released file, some images of ImageNet, and photos in class folders."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'photos').symlink_to(photos)
     weights = timm.create_model('t2t_vit_14').state_dict()
     torch.save({'state_dict_ema': weights, 'args': argparse.Namespace()}, tmp_path / '81.5_T2T_ViT_14.pth.tar')
     for i in range(1000):
         (tmp_path / 'imagenet' / 'val' / f'n{i:08}').mkdir(parents=True)
-    for i, (_, _, image) in zip(range(3), crops()):
-        image.save(tmp_path / 'imagenet' / 'val' / f'n{i:08}' / '1.jpg')
+    for i, (_, name, image) in enumerate(crops()):  # twelve of each class
+        if i < 3:
+            image.save(tmp_path / 'imagenet' / 'val' / f'n{i:08}' / '1.jpg')
+        (tmp_path / 'photos' / name).mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / 'photos' / name / f'{i % 12 + 1}.jpg')
     return tmp_path
 
 
-def test_every_command(workplace):
-    """In their order: later ones use what earlier ones leave."""
-    for words in (words for block in blocks('sh') for words in commands(block)):
-        run(words, workplace)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize('page', EXECUTED)
+def test_page_runs_in_order(page, workplace):
+    names: dict[str, object] = {}
+    found = blocks('sh|python', EXECUTED[page].read_text(encoding='utf-8'))
+    assert {language for language, _ in found} == {'sh', 'python'}
+    for language, block in found:
+        if language == 'python':
+            exec(compile(block, page, 'exec'), names)
+        else:
+            for words in commands(block):
+                run(words, workplace)
 
 
-@pytest.mark.parametrize('block', blocks('python'), ids=lambda block: block.splitlines()[-1])
-def test_every_code_block(block, workplace):
-    exec(compile(block, 'README.md', 'exec'), {})
+@pytest.fixture
+def guide(workplace: Path, photos: Path) -> Path:
+    """Enter the same folder, with photos in train/ and val/."""
+    (workplace / 'photos').rename(workplace / 'class-folders')
+    (workplace / 'photos').symlink_to(photos)
+    return workplace
 
 
 @pytest.mark.parametrize('page', [name for name, text in GUIDES.items() if blocks('python', text)])
-def test_code_blocks_of_a_guide(page, workplace):
+def test_code_of_guide_runs(page, guide):
     names: dict[str, object] = {}
-    for block in blocks('python', GUIDES[page]):
+    for _, block in blocks('python', GUIDES[page]):
         code = compile(block, page, 'exec')
-        if not block.startswith(NOT_RUN) and not (page == LEARNS and 'optimizer' in block):
+        if not block.startswith(NOT_RUN) and not (page == LONG_PAGE and 'optimizer' in block):
             exec(code, names)
 
 
 def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One command line of a guide, as far as it can be checked without running it."""
-    while '=' in words[0]:  # of the environment
+    """Parse a command line of a guide without running it."""
+    while '=' in words[0]:  # an environment variable
         words = words[1:]
     if words[0] in ('torchrun', 'python', 'sbatch', 'bash'):
         program = next(
@@ -122,7 +125,7 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             return
         words = ['t2t-vit', *(['train'] if words[0] == 'sbatch' else []), *words[program + 1 :]]
     if words[:2] == ['t2t-vit', 'train']:
-        options = [word for word in words[2:] if word != '--dry_run']
+        options = [word for word in words[2:] if word not in ('--dry_run', '--dry-run')]
         assert cli.train([*options, '--print_config']) == 0
     elif words[0] == 't2t-vit':
         if not cli.COMMANDS[words[1]].function:  # recipes and completion, which take a word
@@ -139,39 +142,42 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         known = re.findall(r'^([\w-]+) = \[$', (ROOT / 'pyproject.toml').read_text(), re.MULTILINE)
         assert {extra for found in extras for part in found for extra in part.split(',') if extra} <= {*known}
     else:
-        pytest.fail(f'nothing here checks {words}; a first line {NOT_RUN!r} and why leaves the block out')
+        pytest.fail(f'this test cannot check {words}; a first line {NOT_RUN!r} with a reason skips the block')
 
 
 @pytest.mark.parametrize('page', [name for name, text in GUIDES.items() if blocks('sh', text)])
-def test_commands_of_a_guide(page, workplace, digits_run, monkeypatch, capsys):
-    (workplace / 'runs').mkdir()
+def test_commands_of_guide_parse(page, guide, digits_run, monkeypatch, capsys):
+    (guide / 'runs').mkdir()
     for name in re.findall(r'--resume (runs/\w+)', GUIDES[page]):
-        (workplace / name).symlink_to(digits_run)
+        (guide / name).symlink_to(digits_run)
     for name in re.findall(r'--weights (\S+)', GUIDES[page]):
-        (workplace / name).write_text('')
-    for block in blocks('sh', GUIDES[page]):
+        (guide / name).write_text('')
+    for _, block in blocks('sh', GUIDES[page]):
         for words in () if block.startswith(NOT_RUN) else commands(block):
             parse(words, monkeypatch)
 
 
-def test_every_block_is_tested():
-    assert {*re.findall(r'^```(\w+)', README, re.MULTILINE)} <= {'sh', 'python', 'bibtex'}
-    assert blocks('sh') and blocks('python')
-    for page, text in GUIDES.items():
-        assert {*re.findall(r'^```(\w+)', text, re.MULTILINE)} <= {'sh', 'python', 'json', 'yaml', 'text'}, page
+@pytest.mark.parametrize('page', [*EXECUTED, *GUIDES])
+def test_every_block_has_a_known_language(page):
+    text = EXECUTED[page].read_text(encoding='utf-8') if page in EXECUTED else GUIDES[page]
+    languages = {*re.findall(r'^```(\w+)', text, re.MULTILINE)}
+    assert languages <= {'sh', 'python', 'json', 'yaml', 'text', 'bibtex'}
 
 
-@pytest.mark.parametrize('page', ['README.md', *(f'docs/{name}' for name in GUIDES)])
-def test_every_page_that_it_points_to(page):
-    pages = re.findall(r'\]\((?!http)([^)#]+)', (ROOT / page).read_text())
-    assert not [name for name in pages if not ((ROOT / page).parent / name).exists()]
+PAGES = sorted(ROOT.glob('*.md')) + sorted((ROOT / 'docs').glob('*.md'))
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda file: file.name)
+def test_links_to_files_exist(page):
+    links = re.findall(r'\]\((?!http)([^)#]+)', page.read_text(encoding='utf-8'))
+    assert not [name for name in links if not (page.parent / name).exists()]
 
 
 def row_of(name: str) -> dict[str, str]:
-    """The table's row of a model."""
+    """Return the row of a model in docs/models.md."""
     with torch.device('meta'):
         variant, model = VARIANTS[name], timm.create_model(name)
-    total, learned = count_parameters(model)
+    total, trained = count_parameters(model)
     depth = variant.depth if isinstance(variant.depth, tuple) else (variant.depth,)
     width = f'{variant.embed_dim} to {model.num_features}' if variant.block == 'dense' else f'{variant.embed_dim}'
     return {
@@ -182,13 +188,14 @@ def row_of(name: str) -> dict[str, str]:
         'heads': f'{variant.num_heads}',
         'MLP ratio': f'{variant.mlp_ratio:g}',
         'parameters': f'{total:,}',
-        'learned': f'{learned:,}',
+        'trained': f'{trained:,}',
     }
 
 
-def test_the_table_of_models():
-    """All of them, with exact numbers; the release puts the top-1 into the names of its files."""
-    lines = [[cell.strip() for cell in line.strip('|').split('|')] for line in README.splitlines() if line[:1] == '|']
+def test_table_of_models_is_exact():
+    """The release puts the top-1 into the names of its files."""
+    page = (ROOT / 'docs' / 'models.md').read_text(encoding='utf-8')
+    lines = [[cell.strip() for cell in line.strip('|').split('|')] for line in page.splitlines() if line[:1] == '|']
     header = next(line for line in lines if 'MLP ratio' in line)
     rows = [dict(zip(header, line)) for line in lines if line[0] in VARIANTS and len(line) == len(header)]
     top1 = {row['model']: row.pop('top-1') for row in rows}
