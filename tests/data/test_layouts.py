@@ -287,6 +287,20 @@ def test_large_label_is_refused_before_it_is_read(tmp_path):
         open_source(str(tmp_path / 'a.tar'), 'val')
 
 
+@pytest.mark.parametrize(
+    'labels, message',
+    [
+        ([[0], [1]], "column 'label' holds nested values; expected numbers or text"),
+        (['a', 'x' * (parquet_module.MAX_LABEL + 1)], 'a label of 1,048,577 characters; at most 1,048,576'),
+    ],
+)
+def test_odd_parquet_labels_are_refused(labels, message, tmp_path):
+    cells = [{'bytes': PNG, 'path': None}] * 2
+    pq.write_table(pa.table({'image': cells, 'label': labels}), tmp_path / 'a.parquet')
+    with pytest.raises(DataError, match=message):
+        open_source(str(tmp_path / 'a.parquet'), 'val')
+
+
 def test_large_parquet_cells_are_refused(tmp_path, monkeypatch):
     cells = [{'bytes': bytes(1 << 16), 'path': None}, {'bytes': PNG, 'path': None}, None]
     pq.write_table(pa.table({'image': cells, 'label': ['a', 'b', 'a']}), tmp_path / 'a.parquet', compression='zstd')

@@ -113,7 +113,7 @@ class Parquet:
                 return
         _, label = find_columns(names, self.files[0])
         values = self.column(label)
-        if long := max((len(value) for value in {*values} if isinstance(value, str)), default=0) > MAX_LABEL:
+        if (long := max((len(value) for value in {*values} if isinstance(value, str)), default=0)) > MAX_LABEL:
             raise DataError(f'{self.files[0]} has a label of {long:,} characters; at most {MAX_LABEL:,} are read')
         self.classes, self.labels = number_labels(values, self.class_names(label), self.files[0], label, classes)
 
@@ -134,6 +134,8 @@ class Parquet:
                     values = file.read(columns=[f'{name}.{leaf}' if leaf else name], use_threads=False).column(name)
             except (pa.ArrowException, OSError) as error:
                 raise DataError(f'cannot read {path} as Parquet: {error}') from error
+            except KeyError as error:  # pyarrow's, for lists and structs
+                raise DataError(f'{path}: column {name!r} holds nested values; expected numbers or text') from error
             found += [row and row[leaf] for row in values.to_pylist()] if leaf else values.to_pylist()
         return found
 
