@@ -59,6 +59,7 @@ def test_images_are_turned_upright_by_exif(tag, kind):
     options = dict(lossless=True) if kind == 'webp' else dict(quality=100) if kind in ('jpeg', 'avif') else {}
     found = decode_image(encode(stored, kind, exif=exif, **options))
     assert same(found, PHOTO, 0 if kind in ('png', 'webp', 'tiff') else 40)
+    assert same(decode_image(found), found)  # not turned again
 
 
 def test_unreadable_exif_leaves_the_image_as_it_is_stored():
@@ -142,6 +143,7 @@ def test_every_mode_equals_its_8_bit_twin(name):
     image, twin, tolerance = MODES[name]
     assert same(decode_image(image), twin, tolerance)
     assert same(decode_image(image, channels=1), twin.convert('L'), tolerance)
+    assert same(decode_image(decode_image(image)), decode_image(image))
 
 
 def test_the_first_frame_is_decoded():
@@ -283,6 +285,11 @@ def test_paths_bytes_files_images_and_arrays_are_decoded_alike(tmp_path):
 def test_reading_and_converting_are_the_two_steps_of_decoding():
     assert read_image(encode(LAYER, 'png')).mode == 'RGBA'
     assert same(convert_image(read_image(encode(LAYER, 'png'))), ON_WHITE)
+
+
+def test_decoding_leaves_a_given_image_as_it_is():
+    image = PHOTO.copy()
+    assert decode_image(image) is not image and decode_image(image, max_side=8).width == 8 and same(image, PHOTO)
 
 
 def test_max_side_reduces_the_image():

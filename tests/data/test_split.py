@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2t_vit.classifier import open_labelled
 from t2t_vit.data import SPLIT_FILE, DataError, Folder, Split, SplitOptions, open_train_val, split_source
+from t2t_vit.inputs import open_own
 
 COUNTS = {'cat': 30, 'dog': 20, 'emu': 10}
 
@@ -145,6 +145,6 @@ def test_evaluation_of_a_run_uses_its_split(pets, tmp_path):
     _, val, split = open_train_val(str(pets), options=SplitOptions(val_fraction=0.2))
     split.save(tmp_path / SPLIT_FILE)
     (tmp_path / 'config.yaml').write_text(f'data: {{root: "{pets}"}}', encoding='utf-8')
-    source, name = open_labelled(str(tmp_path), None, 'val')
+    source, name = open_own(str(tmp_path), 'val', None, 3)
     assert name == str(pets) and [source.name(i) for i in range(12)] == [val.name(i) for i in range(12)]
-    assert len(open_labelled(str(tmp_path), None, 'train')[0].labels) == 48
+    assert len(open_own(str(tmp_path), 'train', None, 3)[0].labels) == 48

@@ -69,8 +69,10 @@ def decode_image(
     """
     raw = read_image(source, channels, max_side, max_aspect)
     image = convert_image(raw, channels, background)
-    if max_side is not None and isinstance(image, Image.Image):
-        image.thumbnail((max_side, max_side))
+    if isinstance(image, Image.Image):
+        image = image.copy() if image is source else image
+        if max_side is not None:
+            image.thumbnail((max_side, max_side))
     return image
 
 
@@ -140,7 +142,8 @@ def convert_image(image: Raw, channels: int = 3, background: str = 'white') -> D
     if isinstance(image, np.ndarray):
         image = _from_array(image, channels)
     try:
-        return _shown(image, background).convert('L' if channels == 1 else 'RGB')
+        shown, mode = _shown(image, background), 'L' if channels == 1 else 'RGB'
+        return shown if shown.mode == mode else shown.convert(mode)
     except (ImageError, MemoryError):
         raise
     except Exception as error:
@@ -240,6 +243,8 @@ def _load_upright(image: Image.Image, max_side: int | None, max_aspect: float) -
         return image
     upright = image.transpose(turn)
     upright.format = image.format
+    for key in ('exif', 'xmp', 'XML:com.adobe.xmp', 'Raw profile type exif'):  # or it would be turned again
+        upright.info.pop(key, None)
     return upright
 
 
