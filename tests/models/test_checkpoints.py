@@ -144,6 +144,8 @@ def test_raw_weights_on_request():
         lambda weights: {'state_dict_ema': None, 'state_dict': weights},
         lambda weights: {f'module._orig_mod.{name}': tensor for name, tensor in weights.items()},
         lambda weights: {f'_orig_mod.module.{name}': tensor for name, tensor in weights.items()},
+        lambda weights: {'epoch': 3, 'state_dict': {f'net.model.{name}': tensor for name, tensor in weights.items()}},
+        lambda weights: {'state_dict': {f'backbone.{name}': tensor for name, tensor in weights.items()}},
     ],
 )
 def test_other_wrappings(wrap):

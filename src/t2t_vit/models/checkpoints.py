@@ -69,8 +69,12 @@ def is_odd(tensor: torch.Tensor) -> bool:
 
 
 def rename(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename tensors to the release's names: without prefixes of wrappers, and from mmpretrain's names."""
+    """Rename tensors to the release's names: without one prefix of a wrapper, and from mmpretrain's names."""
     state_dict = {WRAPPERS.sub('', name): tensor for name, tensor in weights.items()}
+    # Lightning and others prefix the attribute that holds the model, mmpretrain `backbone.`
+    prefixes = [name.removesuffix('cls_token') for name in state_dict if name.endswith('.cls_token')]
+    if 'cls_token' not in state_dict and len(prefixes) == 1 and prefixes != ['backbone.']:
+        state_dict = {name.removeprefix(prefixes[0]): tensor for name, tensor in state_dict.items()}
     if not any(name.startswith('backbone.') for name in state_dict):
         return state_dict
     renamed = {}
