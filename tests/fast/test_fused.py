@@ -248,7 +248,7 @@ def test_gpus_with_the_needed_instructions(monkeypatch):
     assert not operators.capable(0)
 
 
-def test_no_images():
+def test_empty_batch():
     layer = fused.FusedTokenPerformer(3, 32, LATER).to(DEVICE)
     with torch.autocast(DEVICE, torch.float16):
         assert layer(torch.zeros(0, 3, 16, 16, device=DEVICE)).shape == (0, 32, 8, 8)

@@ -1,4 +1,4 @@
-"""The models under others' decoders: the examples of docs/backbone.md learn, and levels are what decoders expect."""
+"""The models as backbones of other libraries: the examples of docs/backbone.md learn, and levels fit decoders."""
 
 import pytest
 import segmentation_models_pytorch as smp
@@ -32,21 +32,21 @@ def test_detection_learns():
     assert sum(names['overlaps']) / 32 > 0.5 and sum(names['right']) > 28
 
 
-def test_anomalies_are_found_where_they_are():
+def test_anomaly_detection_finds_the_anomaly():
     names = run('memory')
     assert names['blotted'].amax((1, 2)).min() > names['normal'].max()
     inside = (names['rows'] - 30).abs().le(7) & (names['columns'] - 46).abs().le(7)
     assert inside.sum() >= 7
 
 
-def test_the_encoder_of_transformers():
+def test_transformers_encoder():
     transformers = pytest.importorskip('transformers')
     config = transformers.TimmWrapperConfig(architecture='t2t_vit_4_16', num_labels=3)
     net = transformers.TimmWrapperForImageClassification(config).eval()
     assert net(torch.zeros(1, 3, 16, 16)).logits.shape == (1, 3)
 
 
-def test_the_encoder_of_fastai():
+def test_fastai_encoder():
     learners = pytest.importorskip('fastai.vision.learner')
     net = learners.create_timm_model('t2t_vit_4_16', 3, pretrained=False)
     assert (net[0] if isinstance(net, tuple) else net)(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
@@ -54,7 +54,7 @@ def test_the_encoder_of_fastai():
 
 @torch.no_grad()
 def test_a_unet_of_stride_32_reads_the_last_block():
-    """smp asks for four levels by number, the fourth of which no T2T-ViT has of its own."""
+    """smp asks for four levels by number; the fourth is pooled."""
     torch.manual_seed(0)
     net = smp.Unet('tu-t2t_vit_7', encoder_weights=None, classes=2).eval()
     assert net.encoder.out_channels == [3, 0, 64, 64, 256, 256]
@@ -95,12 +95,12 @@ def test_chosen_levels(indices, reductions):
 
 
 @pytest.mark.parametrize('indices', [(4,), (-4,), (), 4])
-def test_levels_that_are_not_there(indices):
+def test_unknown_levels_are_refused(indices):
     with pytest.raises(ValueError, match='levels are counted from -3 to 3'):
         Pyramid(tiny(), indices)
 
 
-def test_what_no_level_asked_for_needs_is_dropped():
+def test_unneeded_blocks_are_removed():
     assert [
         len(timm.create_model('t2t_vit_7', features_only=True, out_indices=i, depth=2, device='meta').model.blocks)
         for i in ((0, 1), (1, 2), (3,))

@@ -30,7 +30,7 @@ TOKEN_LAYERS = ('performer', 'transformer', 'convolution', 'none')
 
 
 def tiny(token_layer: str = 'performer', **kwargs) -> TimmT2TViT:
-    """The golden files' model, untrained."""
+    """Build the model of the golden files, untrained."""
     splits = {'splits': ((16, 16, 0),)} if token_layer == 'none' else {}
     return TimmT2TViT(
         token_layer=token_layer,
@@ -43,7 +43,7 @@ def tiny(token_layer: str = 'performer', **kwargs) -> TimmT2TViT:
 
 
 def perturbed(model: TimmT2TViT) -> TimmT2TViT:
-    """The model with something in every parameter, biases and norms too."""
+    """Add noise to every parameter, biases and norms too."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -62,7 +62,7 @@ def golden_distance(model: TimmT2TViT, figures: str) -> float:
 
 
 def release_layout(model: TimmT2TViT) -> dict:
-    """A checkpoint as the official training saves it; the raw weights are zeros."""
+    """Return a checkpoint as the official training saves it; its raw weights are zeros."""
     weights = model.state_dict()
     return {
         'epoch': 309,
@@ -84,14 +84,14 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize('token_layer, file, figures', LAYOUTS)
-def test_published_layouts_give_the_published_logits(token_layer, file, figures):
+def test_published_layouts_match_the_published_logits(token_layer, file, figures):
     model = tiny(token_layer)
     assert load_weights(model, GOLDEN / file) == []
     assert golden_distance(model, figures) <= 1e-5
 
 
-def test_mmpretrain_1x_gives_the_golden_logits(tmp_path):
-    """The golden logits are mmpretrain 1.x's, which multiplies q·k by √d where the release divides."""
+def test_mmpretrain_1x_matches_the_golden_logits(tmp_path):
+    """The golden logits come from mmpretrain 1.x, which multiplies q·k by √d; the release divides."""
     model, file = tiny('transformer'), GOLDEN / 'mmpretrain_transformer.pth'
     assert load_weights(model, file, mmpretrain_1x=True) == []
     assert golden_distance(model, 'mmpretrain_transformer.safetensors') <= 1e-5
@@ -102,8 +102,8 @@ def test_mmpretrain_1x_gives_the_golden_logits(tmp_path):
     assert golden_distance(model, 'mmpretrain_transformer.safetensors') <= 1e-5
 
 
-def test_mmcls_0x_keeps_the_scale_it_was_trained_with():
-    """Its published weights are of 0.x: every tensor as it is, under our names, in the order of the modules."""
+def test_mmcls_0x_keeps_its_scale():
+    """Published weights are from 0.x: every tensor unchanged, under our names."""
     checkpoint = read_checkpoint(GOLDEN / 'mmpretrain_transformer.pth')
     model = tiny('transformer')
     converted = convert_state_dict(checkpoint, model)
@@ -192,7 +192,7 @@ class Attack:
     ids=['zip', 'old', 'pickle 2', 'pickle'],
 )
 @pytest.mark.filterwarnings('ignore:Detected pickle protocol')
-def test_a_pickle_that_wants_more_is_not_executed(write, tmp_path):
+def test_pickle_with_other_types_is_refused_unexecuted(write, tmp_path):
     marker, path = tmp_path / 'executed', tmp_path / 'model.pth.tar'
     write({'state_dict': tiny().state_dict(), 'args': Attack(marker)}, path)
     with pytest.raises(CheckpointError, match='nothing in it was executed|not a whole torch.save'):
@@ -200,13 +200,13 @@ def test_a_pickle_that_wants_more_is_not_executed(write, tmp_path):
     assert not marker.exists()
 
 
-def test_a_pickled_model_is_named(tmp_path):
+def test_error_names_the_class_of_a_pickled_model(tmp_path):
     torch.save(tiny(), tmp_path / 'whole.pth')
     with pytest.raises(CheckpointError, match='asks for t2t_vit.models.timm_api.TimmT2TViT'):
         read_checkpoint(tmp_path / 'whole.pth')
 
 
-def test_allowed_types_stay_no_longer_than_the_reading(tmp_path):
+def test_allowed_types_are_reset_after_reading(tmp_path):
     before = torch.serialization.get_safe_globals()
     read_checkpoint(GOLDEN / 'tiny_performer.pth.tar')
     (tmp_path / 'bad.pth').write_bytes(b'PK\x03\x04')
@@ -240,7 +240,7 @@ def test_truncated_files(file, part, tmp_path):
         (b'\x10\0\0\0\0\0\0\0{"a": "b"}', 'damaged or truncated safetensors file'),
     ],
 )
-def test_files_that_are_no_checkpoints(content, words, tmp_path):
+def test_other_files_are_refused(content, words, tmp_path):
     path = tmp_path / 'model.pth.tar'
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=words) as error:
@@ -248,7 +248,7 @@ def test_files_that_are_no_checkpoints(content, words, tmp_path):
     assert str(path) in str(error.value)
 
 
-def test_a_real_tar(tmp_path):
+def test_tar_archive_is_refused(tmp_path):
     path = tmp_path / 'model.pth.tar'
     with tarfile.open(path, 'w') as tar:
         tar.add(__file__, 'model.pth')
@@ -273,7 +273,7 @@ def test_checkpoints_without_weights(checkpoint):
         convert_state_dict(checkpoint, tiny())
 
 
-def test_files_of_other_models_leave_the_model_as_it_was(tmp_path):
+def test_file_of_another_model_leaves_the_model_unchanged(tmp_path):
     model = tiny()
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     cases = {
@@ -339,13 +339,13 @@ def test_head_swap(classes):
     assert head is None or torch.equal(model.head.weight, head)
 
 
-def test_a_file_without_head_leaves_the_head():
+def test_file_without_head_keeps_the_initial_head():
     weights = tiny(num_classes=0).state_dict()
     assert 'head.weight' not in convert_state_dict(weights, tiny())
 
 
 @pytest.mark.parametrize('img_size', [128, 32, (96, 160), (32, 128)])
-def test_position_table_follows_the_size(img_size):
+def test_position_table_is_resized(img_size):
     source, model = perturbed(tiny()), tiny(img_size=img_size)
     source.pos_embed += torch.randn(1, 17, 32)
     model.load_state_dict(convert_state_dict(source.state_dict(), model))
@@ -358,8 +358,8 @@ def test_position_table_follows_the_size(img_size):
 
 
 @torch.no_grad()
-def test_a_published_position_table_is_of_a_square():
-    """Also where it has as many tokens as the model: 4×4 in the file, 2×8 in the model."""
+def test_published_position_table_is_taken_as_square():
+    """Also if it has as many tokens as the model: 4×4 in the file, 2×8 in the model."""
     source, model = perturbed(tiny()), tiny(img_size=(32, 128))
     source.pos_embed += torch.randn(1, 17, 32)
     model.load_state_dict(convert_state_dict({'state_dict': source.state_dict()}, model))
@@ -367,7 +367,7 @@ def test_a_published_position_table_is_of_a_square():
     assert distance(model(image), source(image)) <= 1e-5
 
 
-def test_a_position_table_of_no_square():
+def test_non_square_position_table_is_refused():
     weights = tiny(img_size=(64, 96)).state_dict()
     convert_state_dict(weights, tiny(img_size=(64, 96)))
     with pytest.raises(CheckpointError, match='table for 24 tokens.* or 16 tokens for 4×4'):
@@ -377,7 +377,7 @@ def test_a_position_table_of_no_square():
 @torch.no_grad()
 @pytest.mark.parametrize('token_layer', TOKEN_LAYERS)
 @pytest.mark.parametrize('in_chans', [1, 6])
-def test_a_grey_image_gives_the_same_in_any_number_of_channels(token_layer, in_chans):
+def test_grey_image_gives_the_same_logits_in_any_number_of_channels(token_layer, in_chans):
     source, model = perturbed(tiny(token_layer)), tiny(token_layer, in_chans=in_chans)
     model.load_state_dict(convert_state_dict(source.state_dict(), model))
     grey = torch.randn(2, 1, 64, 64)
@@ -388,7 +388,7 @@ def test_a_grey_image_gives_the_same_in_any_number_of_channels(token_layer, in_c
 @pytest.mark.parametrize('token_layer', TOKEN_LAYERS)
 @pytest.mark.parametrize('in_chans', [1, 2, 4])
 def test_first_layer_is_adapted_as_a_convolution(token_layer, in_chans):
-    """The linear map of an image, LayerNorm's gamma included, is timm's adaptation of the source's."""
+    """The linear map of an image, with LayerNorm's gamma, is adapted as timm adapts a first convolution."""
     source, model = perturbed(tiny(token_layer)), tiny(token_layer, in_chans=in_chans)
     weights = source.state_dict()
     adapted = convert_state_dict(weights, model)
@@ -428,7 +428,7 @@ def test_half_precision_stays():
     assert {tensor.dtype for tensor in adapted.values()} == {torch.float16}
 
 
-def test_a_kernel_of_another_size_is_no_matter_of_channels():
+def test_kernel_of_another_size_is_not_adapted_as_channels():
     patches = partial(tiny, 'none', depth=1)
     weights = patches(splits=((32, 32, 0),), img_size=128).state_dict()
     with pytest.raises(CheckpointError, match=r'tokens_to_token.project.weight \(32, 3072\) instead of \(32, 256\)'):
@@ -453,7 +453,7 @@ def perturbed_norms(model: TimmT2TViT) -> TimmT2TViT:
 
 @pytest.fixture(scope='module')
 def release(tmp_path_factory):
-    """A server with a release file of t2t_vit_7, the model in it and its address."""
+    """Serve a release file of t2t_vit_7; yield its model and address."""
     folder = tmp_path_factory.mktemp('release')
     torch.manual_seed(0)
     model = perturbed_norms(timm.create_model('t2t_vit_7').eval())
@@ -498,7 +498,7 @@ def test_download(release, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize('custom_load', [True, False])
-def test_a_local_file_through_timm(release, tmp_path, custom_load):
+def test_timm_loads_a_local_file(release, tmp_path, custom_load):
     source, _, folder = release
     overlay = dict(file=str(folder / 'model.safetensors'), custom_load=custom_load)
     image = torch.randn(1, 1, 224, 224)
@@ -516,7 +516,7 @@ def test_timm_refuses_a_file_of_another_model(release, tmp_path, custom_load):
 
 
 @pytest.mark.parametrize('known, sentence', [(dict(size=1), 'expected 1$'), (dict(sha256='00' * 32), 'expected 00')])
-def test_a_download_that_is_not_the_recorded_file(release, tmp_path, monkeypatch, known, sentence):
+def test_download_with_wrong_hash_is_refused(release, tmp_path, monkeypatch, known, sentence):
     address = release[1]
     row = PUBLISHED['t2t_vit_7.in1k']._replace(file='T2T_ViT_7.pth.tar', **known)
     monkeypatch.setitem(PUBLISHED, 't2t_vit_7.in1k', row)
@@ -524,12 +524,12 @@ def test_a_download_that_is_not_the_recorded_file(release, tmp_path, monkeypatch
         pretrained(dict(url=f'{address}/T2T_ViT_7.pth.tar', custom_load=True), tmp_path)
 
 
-def test_a_place_that_cannot_be_written_to(tmp_path):
+def test_save_to_unwritable_path_raises(tmp_path):
     with pytest.raises(OSError, match='cannot write .*model.safetensors'):
         save_weights({'a': torch.zeros(1)}, tmp_path / 'missing' / 'model.safetensors')
 
 
-def test_download_of_nothing(release, tmp_path):
+def test_missing_download_is_an_error(release, tmp_path):
     _, address, folder = release
     with pytest.raises(urllib.error.HTTPError, match='404'):
         pretrained(dict(url=f'{address}/no_such_file.pth.tar', custom_load=True), tmp_path)
@@ -538,7 +538,7 @@ def test_download_of_nothing(release, tmp_path):
         pretrained(dict(url=f'{address}/page.pth.tar', custom_load=True), tmp_path)
 
 
-def test_size_and_hash_of_a_file(tmp_path):
+def test_verify_file_checks_size_and_hash(tmp_path):
     path = tmp_path / 'tiny.pth.tar'
     shutil.copy(GOLDEN / 'tiny_performer.pth.tar', path)
     size, sha256 = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
@@ -550,7 +550,7 @@ def test_size_and_hash_of_a_file(tmp_path):
         verify_file(path, size, '00' * 32)
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path):
+def test_failed_save_keeps_the_old_file(tmp_path):
     path = tmp_path / 'model.safetensors'
     save_weights({'a': torch.zeros(1)}, path)
     with pytest.raises(TypeError):

@@ -108,7 +108,7 @@ def test_parameter_counts(name):
 
 
 @pytest.mark.parametrize('name', PRINTED)
-def test_parameter_counts_are_the_papers(name):
+def test_parameter_counts_match_the_paper(name):
     assert round(COUNTS[name][0] / 1e6, 1) == PRINTED[name]
 
 
@@ -129,7 +129,7 @@ def test_every_parameter_has_a_gradient(name):
 # sizes
 
 
-def test_grid_is_the_papers_formula_and_what_unfold_gives():
+def test_grid_follows_the_formula_and_unfold():
     for kernel, stride, padding, height, width in torch.randint(1, 40, (200, 5)).tolist():
         split = Split(kernel, stride, padding)
         rows, cols = split.grid(height, width)
@@ -158,7 +158,7 @@ def test_non_square_model():
     assert model(torch.randn(1, 3, 32, 96)).shape == (1, 10)
 
 
-def test_set_input_size_is_what_happens_at_run_time():
+def test_set_input_size_equals_resizing_at_run_time():
     images = torch.randn(2, 3, 96, 32)
     model = tiny()
     expected = model(images)
@@ -228,19 +228,19 @@ def test_unknown_name_suggests_the_nearest(argument, name, meant):
         (dict(block='dense', depth=(1, 1), growth_rate=7), 'a block of width .* cannot be split into num_heads'),
     ],
 )
-def test_each_wrong_argument_has_its_sentence(wrong, sentence):
+def test_wrong_argument_is_named(wrong, sentence):
     with pytest.raises(ValueError, match=sentence):
         tiny(**wrong)
 
 
-def test_a_size_that_is_too_small_changes_nothing():
+def test_set_input_size_rejects_small_sizes_unchanged():
     model = tiny()
     with pytest.raises(ValueError, match='too small'):
         model.set_input_size(1)
     assert model.img_size == (64, 64) and model.grid_size == (4, 4)
 
 
-def test_ghost_takes_one_ratio():
+def test_ghost_requires_mlp_ratio_3():
     with pytest.raises(ValueError, match='mlp_ratio must be 3, got 2'):
         tiny(block='ghost', mlp_ratio=2)
 
@@ -445,7 +445,7 @@ def test_stop_early_computes_nothing_after(indices, last):
 
 
 @pytest.mark.parametrize('indices', [[4], [-5], [], 0, 5])
-def test_layers_that_are_not_there(indices):
+def test_unknown_layers_are_refused(indices):
     with pytest.raises(ValueError, match='layers are counted from -4 to 3'):
         tiny().forward_intermediates(torch.randn(1, 3, 64, 64), indices)
 

@@ -1,4 +1,4 @@
-"""Half precision: finite and close to float32, forward and backward, where the published Performer gives NaN.
+"""Half precision is finite and close to float32, forward and backward; the published Performer gives NaN.
 
 Models have their paper's widths and one block (two dense ones), since what is new is in front of the blocks.
 float16 is slow on a CPU, so the token transformer's 3,136² attention is run in it once.
@@ -15,7 +15,7 @@ TOLERANCES = {torch.float16: 4e-3, torch.bfloat16: 3e-2}  # four units in the la
 
 
 def hard_images(size):
-    """Noise, white, zero, noise 100 times as strong and 10,000 times as faint."""
+    """Return noise, white, zero, noise 100 times as strong and 10,000 times as faint."""
     noise = torch.randn(3, size, size)
     return torch.stack([noise, torch.full_like(noise, 2.64), torch.zeros_like(noise), 100 * noise, 1e-4 * noise])
 
@@ -30,7 +30,7 @@ def shallow(name):
 
 
 def step(model, images, dtype):
-    """Logits and all gradients, one vector each, of a forward pass under autocast and a backward pass."""
+    """Return logits and all gradients, one vector each, of a forward pass under autocast and a backward pass."""
     model.eval().zero_grad()
     with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
         logits = model(images)

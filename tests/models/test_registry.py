@@ -1,4 +1,4 @@
-"""What `import t2t_vit` adds to timm's registry."""
+"""The models that `import t2t_vit` registers with timm."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ CLASSES = {'cifar10': 10, 'cifar100': 100}
 
 
 def python(code):
-    """What a fresh interpreter prints, warnings among it."""
+    """Return the output and warnings of a fresh interpreter."""
     done = subprocess.run([sys.executable, '-W', 'always', '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
@@ -89,12 +89,12 @@ def test_model_of_384():
     assert model.pos_embed.shape == (1, 1 + 24**2, 384)
 
 
-def test_size_asked_for_goes_before_the_files():
+def test_requested_size_overrides_the_tag():
     assert timm.create_model('t2t_vit_14.in1k_384', img_size=96, device='meta').grid_size == (6, 6)
 
 
-def test_name_that_timm_has_already():
-    """Ours is built, and one warning says so: a timm to come may have a model of the same name."""
+def test_name_taken_by_timm_warns():
+    """Ours is built, with one warning: a future timm may have a model of the same name."""
     out, err = python("""
 import sys, types
 import timm

@@ -1,4 +1,4 @@
-"""timm's own model tests pass on our models, see timm_suite; `make test-timm` runs all of them on all."""
+"""timm's model tests pass on our models, see timm_suite; `make test-timm` runs all tests on all models."""
 
 import os
 
@@ -7,7 +7,7 @@ from timm_suite import published_tests, run, smallest
 
 
 @pytest.mark.timeout(1800)
-def test_timms_own_tests_pass():
+def test_timm_test_suite_passes():
     try:
         published_tests()
     except RuntimeError as error:

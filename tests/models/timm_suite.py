@@ -38,7 +38,7 @@ NEWER = {  # older releases name models there, none of ours
 
 
 def published_tests():
-    """timm's tests/test_models.py as it was released, downloaded once.
+    """Return timm's tests/test_models.py as released, downloaded once.
 
     Raises:
         RuntimeError: if PyPI has it not, or cannot be reached.
@@ -75,7 +75,7 @@ def published_tests():
 
 
 def ported_tests():
-    """The file to run: the released one with the edits of a port."""
+    """Write the file to run: the released one with the edits of a port."""
     text = published_tests()
     for line, edited in {**EDITS, **NEWER}.items():
         if text.count(line) not in ((0, 1) if line in NEWER else (1,)):
@@ -93,7 +93,7 @@ def ours(name):
 
 
 def smallest():
-    """Of the variants of each structure."""
+    """Return the smallest variant of each structure."""
     from t2t_vit import VARIANTS
 
     by_size = sorted(
@@ -114,7 +114,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """As a plugin, in every worker: timm lists our models alone."""
+    """Let timm list only our models, in every worker."""
     for marker in MARKERS:
         config.addinivalue_line('markers', marker)
     for function in ('list_models', 'list_pretrained'):
@@ -123,7 +123,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out the tests that are about timm's own models, and what the variants of a structure repeat."""
+    """Skip tests of timm's own models, and tests that variants of a structure repeat."""
     chosen = smallest()
 
     def wanted(item):
@@ -139,7 +139,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def run(*args):
-    """Run the suite; its JUnit report's `testsuite`, with counts in its attributes, and pytest's output."""
+    """Run the suite; return the `testsuite` of its JUnit report, and pytest's output."""
     report = CACHE / 'report.xml'
     report.unlink(missing_ok=True)
     done = subprocess.run(
