@@ -68,7 +68,6 @@ def save_folder(model: nn.Module, folder: Path, model_args: dict[str, Any], card
             raise OSError(f'the model cannot be written to {folder}: {error}') from error
         if card is not None:
             (Path(draft) / CARD).write_text(card, encoding='utf-8')
-        (Path(draft) / WEIGHTS).chmod(config.stat().st_mode)  # safetensors creates files that only the owner reads
         for name in (WEIGHTS, CONFIG) + ((CARD,) if card is not None else ()):
             os.replace(Path(draft) / name, folder / name)
 

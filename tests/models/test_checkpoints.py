@@ -146,6 +146,13 @@ def test_raw_weights_on_request():
         lambda weights: {f'_orig_mod.module.{name}': tensor for name, tensor in weights.items()},
         lambda weights: {'epoch': 3, 'state_dict': {f'net.model.{name}': tensor for name, tensor in weights.items()}},
         lambda weights: {'state_dict': {f'backbone.{name}': tensor for name, tensor in weights.items()}},
+        lambda weights: {  # Lightning
+            'state_dict': {
+                **{f'model.net.{name}': tensor for name, tensor in weights.items()},
+                'criterion.weight': torch.ones(3),
+            },
+            'pytorch-lightning_version': '2.6',
+        },
     ],
 )
 def test_other_wrappings(wrap):

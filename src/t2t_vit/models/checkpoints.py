@@ -69,12 +69,16 @@ def is_odd(tensor: torch.Tensor) -> bool:
 
 
 def rename(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename tensors to the release's names: without one prefix of a wrapper, and from mmpretrain's names."""
+    """Rename tensors to the release's names: without prefixes of wrappers, and from mmpretrain's names.
+
+    A training framework such as Lightning saves the model under the name of an attribute, and beside it the tensors of
+    the loss and the metrics: where one prefix has a class token, only the tensors with this prefix count.
+    """
     state_dict = {WRAPPERS.sub('', name): tensor for name, tensor in weights.items()}
-    # Lightning and others prefix the attribute that holds the model, mmpretrain `backbone.`
-    prefixes = [name.removesuffix('cls_token') for name in state_dict if name.endswith('.cls_token')]
-    if 'cls_token' not in state_dict and len(prefixes) == 1 and prefixes != ['backbone.']:
-        state_dict = {name.removeprefix(prefixes[0]): tensor for name, tensor in state_dict.items()}
+    prefixes = {name.removesuffix('cls_token') for name in state_dict if f'.{name}'.endswith('.cls_token')}
+    prefix = prefixes.pop().removesuffix('backbone.') if len(prefixes) == 1 else ''
+    if prefix:
+        state_dict = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
     if not any(name.startswith('backbone.') for name in state_dict):
         return state_dict
     renamed = {}

@@ -5,6 +5,7 @@ import hashlib
 import os
 import pickle
 import re
+import stat
 import zipfile
 from collections.abc import Mapping
 from typing import Any, Union
@@ -155,7 +156,10 @@ def save_weights(
     tensors = {name: tensor.detach().contiguous() for name, tensor in state_dict.items()}
     beside = f'{os.fspath(path)}.{os.getpid()}.part'
     try:
+        with open(beside, 'wb') as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # as the umask says; safetensors' own is 0600
         save_file(tensors, beside, {'format': 'pt', **(metadata or {})})
+        os.chmod(beside, mode)
         os.replace(beside, path)
     except SafetensorError as error:  # raised by the file system
         raise OSError(f'cannot write {os.fspath(path)}: {error}') from error
