@@ -45,8 +45,6 @@ def prepend_preprocessing(proto: Any, preprocessing: Preprocessing) -> Any:
     channels = preprocessing.channels
     text = f'''<ir_version: {proto.ir_version}, opset_import: ["" : {version}]>
     preprocess (uint8[1, H, W, {channels}] image) => (uint8[1, {height}, {width}, {channels}] cropped) {{
-           zero = Constant<value_ints = [0]>()
-           one = Constant<value_ints = [1]>()
            two = Constant<value_ints = [2]>()
            axes = Constant<value_ints = [2, 3]>()
            size = Constant<value_ints = [{height}, {width}]>()
