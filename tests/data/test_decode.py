@@ -306,9 +306,9 @@ def test_only_regular_files_are_opened(tmp_path):
         server.bind(str(tmp_path / 'b.png'))
         (tmp_path / 'c.png').mkdir()
         for name, kind in (('a.png', 'pipe'), ('b.png', 'socket'), ('c.png', 'folder')):
-            with pytest.raises(ImageError, match=f'not a regular file but a {kind}'):
+            with pytest.raises(ImageError, match=f'{name} is not a regular file but a {kind}'):
                 decode_image(tmp_path / name)
-        with pytest.raises(ImageError, match='not a regular file but a device'):
+        with pytest.raises(ImageError, match='/dev/zero is not a regular file but a device'):
             decode_image('/dev/zero')
 
 

@@ -353,3 +353,23 @@ def test_odd_file_names_pass_through_every_source(tmp_path):
         assert all(images.open(i).size == (4, 4) for i in range(count))
     assert folder_source.classes == tar_source.classes == ['caf\u00e9']
     assert json.loads(json.dumps(folder_source.name(0))) == folder_source.name(0)
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='there are no pipes in folders elsewhere')
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize('name', ['a.tar', 'a.parquet', 'a.csv', 'a.txt', 'val/cat/a.png'])
+def test_pipes_are_never_opened(name, tmp_path):
+    """Nobody writes into them, so opening one would wait forever."""
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=f'{name} is not a regular file but a pipe'):
+        find_images([str(tmp_path / name)]).open(0)
+    if name != 'a.txt' and '/' not in name:
+        with pytest.raises(DataError, match=f'{name} is not a regular file but a pipe'):
+            open_source(str(tmp_path / name), 'val')
+    if name.endswith('.png'):
+        source = open_source(str(tmp_path), 'val')
+        assert len(source.labels) == 1
+        for read in (source.open, source.content):
+            with pytest.raises(DataError, match='is not a regular file but a pipe'):
+                read(0)

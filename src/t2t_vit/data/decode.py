@@ -184,17 +184,27 @@ def has_image_suffix(name: str) -> bool:
 
 
 def open_regular(path: 'str | os.PathLike[str]') -> IO[bytes]:
-    """Open a regular file for reading; a pipe, which could wait forever, a device or a socket is refused.
+    """Open a regular file for reading.
 
     Raises:
         ImageError: if it is not a regular file.
         OSError: if it cannot be opened.
     """
+    check_regular(path)
+    return open(path, 'rb')
+
+
+def check_regular(path: 'str | os.PathLike[str]') -> None:
+    """Check that a path leads to a regular file: opening a pipe could wait forever, and a device never ends.
+
+    Raises:
+        ImageError: if it leads to something else.
+        OSError: if it leads nowhere.
+    """
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFDIR: 'folder', stat.S_IFIFO: 'pipe', stat.S_IFSOCK: 'socket'}
-        raise ImageError(f'not a regular file but a {kinds.get(stat.S_IFMT(mode), "device")}')
-    return open(path, 'rb')
+        raise ImageError(f'{os.fspath(path)} is not a regular file but a {kinds.get(stat.S_IFMT(mode), "device")}')
 
 
 @contextmanager

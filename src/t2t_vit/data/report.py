@@ -1,7 +1,7 @@
 """Report on the images of a run before it starts: classes, counts, what was left out, and what looks wrong."""
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ MAX_IMBALANCE = 10  # images of the largest class for each of the smallest
 FEW_IMAGES = 10  # of a class
 SHOWN = 5  # names in a line
 MAX_COMPARED = 200_000  # images whose sizes are looked up to find duplicates
-FIRST_BYTES = 1 << 16  # of a file, hashed first
+MAX_READ = 1 << 31  # bytes of images that are read to find duplicates
 
 
 @dataclass
@@ -99,8 +99,8 @@ def report_data(train: Source, val: Source) -> DataReport:
 def find_duplicates(train: Source, val: Source) -> 'list[tuple[str, str]] | None':
     """Find the validation images whose files have the same content as a training image's.
 
-    Sizes are compared first, then the first 64 KiB, then all: only images of equal size are read. None if a source
-    cannot say the size of its files, or there are more than MAX_COMPARED images.
+    Only images of a size that occurs in both sets are read. None if a source cannot say the size of its files, if there
+    are more than MAX_COMPARED images, or if more than MAX_READ bytes would be read.
     """
     if len(train.labels) + len(val.labels) > MAX_COMPARED:
         return None
@@ -109,23 +109,17 @@ def find_duplicates(train: Source, val: Source) -> 'list[tuple[str, str]] | None
     except (AttributeError, OSError):
         return None
     common = {*sizes[0]} & {*sizes[1]}
-    groups: list[dict[tuple[int, bytes], list[int]]] = []
-    for source, found in zip((train, val), sizes):
-        groups.append(defaultdict(list))
-        for i, size in enumerate(found):
-            if size in common:
-                groups[-1][size, _digest(source, i, FIRST_BYTES)].append(i)
-    pairs = []
-    for key in groups[0].keys() & groups[1].keys():
-        whole = {_digest(train, i): i for i in groups[0][key]}
-        pairs += [(whole[digest], i) for i in groups[1][key] if (digest := _digest(val, i)) in whole]
-    return [(train.name(i), val.name(j)) for i, j in sorted(pairs, key=lambda pair: pair[1])]
+    if sum(size for found in sizes for size in found if size in common) > MAX_READ:
+        return None
+    known = {_digest(train, i): i for i, size in enumerate(sizes[0]) if size in common}
+    found = ((_digest(val, i), i) for i, size in enumerate(sizes[1]) if size in common)
+    return [(train.name(known[digest]), val.name(i)) for digest, i in found if digest in known]
 
 
-def _digest(source: Source, index: int, size: 'int | None' = None) -> bytes:
-    """Hash the first bytes of an image's file, or all; of one that cannot be read, its name."""
+def _digest(source: Source, index: int) -> bytes:
+    """Hash the content of an image's file; of one that cannot be read, its name."""
     try:
-        content = source.content(index)[:size]  # type: ignore[attr-defined]
+        content = source.content(index)  # type: ignore[attr-defined]
     except Exception:  # damaged, and reported when it is opened
         content = source.name(index).encode('utf-8', 'surrogateescape')
     return hashlib.blake2b(content, digest_size=16).digest()

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..decode import Raw, image_suffixes, read_image
+from ..decode import Raw, image_suffixes, open_regular, read_image
 from ..errors import DataError
 from .labels import label_paths, number_labels
 from .names import scan, to_text
@@ -59,7 +59,7 @@ class Folder:
         return to_text(self.path(index))
 
     def content(self, index: int) -> bytes:
-        with open(self.path(index), 'rb') as file:
+        with open_regular(self.path(index)) as file:
             return file.read()
 
     def content_size(self, index: int) -> int:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..decode import Raw, has_image_suffix, read_image
+from ..decode import Raw, check_regular, has_image_suffix, open_regular, read_image
 from ..errors import DataError
 from .labels import LABEL_COLUMNS, number_labels
 from .names import to_text
@@ -66,7 +66,7 @@ class LabelledList:
         return to_text(self.paths[index])
 
     def content(self, index: int) -> bytes:
-        with open(self.paths[index], 'rb') as file:
+        with open_regular(self.paths[index]) as file:
             return file.read()
 
     def content_size(self, index: int) -> int:
@@ -79,6 +79,7 @@ def listed_paths(file: Path) -> Iterator[str]:
     Raises:
         DataError: if it is not text in UTF-8, or has several columns and none of the usual names.
     """
+    check_regular(file)
     if file.suffix.lower() == '.txt':
         with file.open(newline='', encoding='utf-8-sig', errors='surrogateescape') as stream:
             lines = [line.rstrip('\r\n') for line in stream]
@@ -95,6 +96,7 @@ def read_table(file: Path) -> Iterator[list[str]]:
     Raises:
         DataError: if it is not text with comma-separated values.
     """
+    check_regular(file)
     with file.open(newline='', encoding='utf-8-sig', errors='surrogateescape') as stream:
         try:
             for row in csv.reader(stream):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...settings import nearest
+from ..decode import check_regular
 from ..errors import DataError
 from .base import Source
 from .digits import Digits
@@ -60,7 +61,8 @@ def open_source(
             "'torch/NAME', 'hfds/NAME', a folder with train/ and val/ of class folders, "
             'or a folder with train*.parquet and val*.parquet, or train*.tar and val*.tar'
         )
-    if path.is_file():
+    if not path.is_dir():
+        check_regular(path)
         return open_files([path], folder, channels, classes, split)
     if split == 'all' and not has_splits(path):
         files = find_files(str(path), (*SHARDS, *LISTS) if not subfolders(str(path)) else SHARDS)

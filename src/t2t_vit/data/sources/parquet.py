@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..decode import Raw, read_image
+from ..decode import Raw, check_regular, read_image
 from ..errors import DataError, ImageError
 from .labels import IMAGE_COLUMNS, LABEL_COLUMNS, MAX_LABEL, find_columns, label_paths, number_labels
 from .tar import MAX_IMAGE
@@ -31,6 +31,7 @@ class Rows:
 
     def __init__(self, path: str, whole: bool = False, channels: int | None = None) -> None:
         self.path, self.channels = path, channels
+        check_regular(path)
         try:
             with pq.ParquetFile(path) as file:
                 schema, metadata = file.schema_arrow, file.metadata

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..decode import Raw, has_image_suffix, read_image
+from ..decode import Raw, check_regular, has_image_suffix, read_image
 from ..errors import DataError, ImageError
 from .labels import MAX_LABEL, label_paths, number_labels, read_lines
 from .names import is_hidden, suffix_of, to_text
@@ -220,6 +220,7 @@ def tar_members(
         DataError: for a truncated tar, a sparse member, and a label of more than MAX_LABEL bytes.
     """
     skipped = Counter() if skipped is None else skipped
+    check_regular(path)
     try:
         with tarfile.open(path, 'r:', encoding='utf-8', errors='surrogateescape') as tar:
             for member in tar:
