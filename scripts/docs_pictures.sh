@@ -49,7 +49,6 @@ for source, name in (
         ('paper/china-t2t_vit_14-query', 'query'), ('cnn/china-efficientnet_lite0_in1k-class', 'grad-cam'),
         ('trained/985-digits-class', 'class'), ('trained/985-digits-heads', 'heads'), ('curves/runs', 'runs')):
     with Image.open(work / f'{source}.png') as picture:
-        if name in ('features', 'structure', 'class', 'heads', 'runs'):  # the others have too many colours
-            picture = picture.convert('RGB').quantize(256, Image.Quantize.MAXCOVERAGE)
-        picture.save(docs / f'{name}.png', optimize=True)
+        small = picture.convert('RGB').quantize(256, kmeans=8)
+        small.save(docs / f'{name}.png', optimize=True)
 PYTHON

@@ -1,11 +1,13 @@
 """Traces, attention weights, measures of feature maps and Grad-CAM equal what the layers compute."""
 
+import numpy as np
 import pytest
 import timm
 import torch
 from torch import nn
 from torchvision.transforms.functional import to_tensor
 
+from t2t_vit.data import ImageError, Preprocessing
 from t2t_vit.look.attention import Lattice, class_maps, mean_distance, query_maps, rollout, rollout_map
 from t2t_vit.look.features import (
     dead_channels,
@@ -360,6 +362,12 @@ def test_open_model(digits_run, tmp_path):
     mean, std = trained.preprocessing.mean[0], trained.preprocessing.std[0]
     assert torch.allclose(images[:, 0] * std + mean, shown[..., 0], atol=1e-5)
     assert list(trace(trained.model, images).maps.values())[0].shape[-2:] == (10, 12)
+    np.save(tmp_path / 'bands.npy', np.random.default_rng(0).uniform(0, 1, (20, 24, 4)).astype(np.float32))
+    four = Preprocessing((16, 16), 4, (0.5,) * 4, (0.5,) * 4)
+    images, shown = prepare(open_images([str(tmp_path / 'bands.npy')], channels=4), four)
+    assert images.shape == (1, 4, 16, 16) and shown.shape == (1, 16, 16, 3) and (shown.min(), shown.max()) == (0, 1)
+    with pytest.raises(ImageError, match='4'):
+        prepare(open_images(['samples'], channels=4), four)
     release = timm.create_model('t2t_vit_4_16', num_classes=3).state_dict()
     torch.save({'state_dict_ema': release}, tmp_path / 'a.pth.tar')
     file = open_model(f't2t_vit_4_16={tmp_path}/a.pth.tar')

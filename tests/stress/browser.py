@@ -125,7 +125,7 @@ def picture(page: Any, name: str, **how: Any) -> None:
     page.wait_for_timeout(700)
     page.screenshot(path=PICTURES / name, **how)
     with Image.open(PICTURES / name) as image:
-        small = image.convert('RGB').quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        small = image.convert('RGB').quantize(256, kmeans=8)
         small.save(PICTURES / name, optimize=True)
 
 

@@ -4,11 +4,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from huggingface_hub import ModelCard
-from PIL import Image
 from torch import nn
 
 from ..data import MAX_PIXELS, DataError, Preprocessing, convert_image, find_images, pixel_limit
@@ -37,7 +37,7 @@ class Photo:
     """An image and its name."""
 
     name: str
-    image: Image.Image
+    image: Any  # a PIL image, or as read (see `data.Raw`) for models of other numbers of channels than 1 and 3
 
 
 def open_model(text: str, pretrained: bool = False, img_size: Size | None = None) -> OpenModel:
@@ -109,18 +109,19 @@ def _by_name(text: str, pretrained: bool, size: tuple[int, int] | None) -> OpenM
     return OpenModel(text.rpartition(':')[2], weights, model.eval(), Preprocessing.of(cfg), names)
 
 
-def open_images(inputs: Sequence[str], limit: int | None = None) -> list[Photo]:
-    """Open all images that `find_images` finds, or the first `limit`.
+def open_images(inputs: Sequence[str], limit: int | None = None, channels: int = 3) -> list[Photo]:
+    """Open all images that `find_images` finds, or the first `limit`; with all bands if `channels` is not 1 or 3.
 
     Raises:
         DataError: naming all that do not exist or cannot be read.
     """
-    found = find_images(inputs)
+    found = find_images(inputs, channels)
     photos, damaged = [], []
     for index in range(len(found))[:limit]:
         try:
             with pixel_limit(MAX_PIXELS):
-                photos.append(Photo(found.name(index), convert_image(found.open(index))))
+                image = found.open(index)
+                photos.append(Photo(found.name(index), convert_image(image) if channels in (1, 3) else image))
         except Exception:  # decoders raise any type for damaged bytes
             damaged.append(found.name(index))
     if damaged:
@@ -129,8 +130,20 @@ def open_images(inputs: Sequence[str], limit: int | None = None) -> list[Photo]:
 
 
 def prepare(photos: Sequence[Photo], preprocessing: Preprocessing) -> tuple[torch.Tensor, torch.Tensor]:
-    """Preprocess photos: the model's inputs, (B, C, H, W), and the same crops as pictures, (B, H, W, 3), 0 to 1."""
+    """Preprocess photos: the model's inputs, (B, C, H, W), and the same crops as pictures, (B, H, W, 3), 0 to 1.
+
+    Of images with other bands the pictures are of the first three, or of their mean if there are fewer, each stretched.
+
+    Raises:
+        ImageError: if a photo has other bands than the model.
+    """
     images = [preprocessing.convert(photo.image) for photo in photos]
     transform, plain = preprocessing.transform(), preprocessing.transform(normalize=False)
-    shown = torch.stack([torch.as_tensor(plain(image)) for image in images]).permute(0, 2, 3, 1) / 255
-    return torch.stack([transform(image) for image in images]), shown.expand(-1, -1, -1, 3)
+    shown = torch.stack([torch.as_tensor(plain(image)) for image in images]).float()
+    if preprocessing.displayable:
+        shown = shown / 255
+    else:
+        shown = shown[:, :3] if shown.shape[1] > 2 else shown.mean(1, keepdim=True)
+        low, high = shown.amin((2, 3), keepdim=True), shown.amax((2, 3), keepdim=True)
+        shown = (shown - low) / (high - low).clamp(min=1e-12)
+    return torch.stack([transform(image) for image in images]), shown.permute(0, 2, 3, 1).expand(-1, -1, -1, 3)

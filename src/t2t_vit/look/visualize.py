@@ -90,7 +90,8 @@ def visualize(
     records = {name: read_run(Path(run)) for name, run in zip(unique([folder_name(run) for run in runs]), runs)}
     images = images or (['samples'] if models else [])
     opened = [open_model(text, pretrained, img_size) for text in (models or MODELS)] if images else []
-    photos = open_images(images, MAX_IMAGES + 1) if images else []
+    channels = next((one.preprocessing.channels for one in opened if not one.preprocessing.displayable), 3)
+    photos = open_images(images, MAX_IMAGES + 1, channels) if images else []
     if len(photos) > MAX_IMAGES:
         console().print(f'only the first {MAX_IMAGES} images are drawn')
         photos = photos[:MAX_IMAGES]
@@ -271,7 +272,7 @@ class ModelPictures:
             title = f'Grad-CAM at {draw.short(self.cam.layer)}:\n{self.answer(target, probabilities)}'
             heats.append(Heat(title, self.cam.maps[i], self.cam.lattice))
         answer = self.answer(int(probabilities.argmax()), probabilities)
-        return draw.heat_maps(self.result.inputs[i], heats, f'answer: {answer}') if heats else None
+        return draw.heat_maps(self.result.inputs[i], heats, f'predicted {answer}') if heats else None
 
     def answer(self, target: int, probabilities: torch.Tensor) -> str:
         """Format a class with its probability."""
