@@ -160,6 +160,15 @@ def test_import_is_silent_and_registers_the_models_without_experiments():
     assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
 
 
+def test_predict_imports_no_library_of_other_commands():
+    code = (
+        'import sys, t2t_vit.cli, t2t_vit.predict; '
+        'assert not {"torchmetrics", "scipy", "matplotlib", "accelerate", "gradio", "sklearn"} & set(sys.modules)'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, '')
+
+
 @pytest.mark.parametrize('shell', ['bash', 'zsh'])
 def test_completion_script_knows_commands_and_options(run, shell):
     code, lines, _ = run('completion', shell)

@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .metrics import Measures
 from .settings import UsageError
 
 if TYPE_CHECKING:
     import pandas
+
+    from .metrics import Measures
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Evaluation:
     split: str
     augmentation: str
     classes: list[str]
-    measures: Measures
+    measures: 'Measures'
     rows: list[Scored]
     damaged: list[str]
     not_finite: int

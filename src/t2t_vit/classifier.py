@@ -23,7 +23,6 @@ from .classes import few, match_classes, read_classes
 from .data import MAX_PIXELS, DataError, Opener, Piece, Preprocessing, Source, open_batches, open_pieces, open_source
 from .export import ExportedModel, files_of, is_exported, load_exported
 from .inputs import ImageLike, open_all, open_own
-from .metrics import measure
 from .models.safe_load import hash_file
 from .settings import Setting, UsageError, flatten, nearest, read_settings, recipes, resolve
 from .trained import Trained, describe, hash_weights, load_trained, nonfinite_tensors, pick_device, spoken_names
@@ -389,6 +388,8 @@ class Classifier:
         good = every.isfinite().all(1)
         if not good.any():
             raise NotFinite(f'{self.checkpoint} computes NaN or infinity for all {len(every)} images of {data}')
+        from .metrics import measure  # imports torchmetrics and scipy.stats, which predictions do not need
+
         every, truth, place = every[good], truth[good], place[good]
         probabilities = every.softmax(1)
         top = probabilities.max(1)

@@ -17,7 +17,6 @@ from .classifier import Answers, Classifier, NotFinite, Precision
 from .console import Live, console, duration
 from .data import MAX_PIXELS, DataError, Opener, Piece, find_images, printable
 from .export import is_exported
-from .plots import plot_predictions
 from .results import Results, check_place, portable_name
 from .settings import UsageError, require
 from .vectors import Head, Kind
@@ -308,6 +307,8 @@ def save_picture(job: Job, shown: list[Row], path: Path) -> None:
         (job.opener.picture(row['index']), row['classes'][0], row['probabilities'][0], job.images.truth(row['index']))
         for row in shown
     ]
+    from .plots import plot_predictions  # imports matplotlib
+
     plot_predictions(rows, path)
 
 
