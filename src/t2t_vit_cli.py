@@ -290,6 +290,8 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='replace')
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ['help'] and argv[1:2]:
+        argv = [argv[1], '--help']
     if not argv or argv[0] in ('-h', '--help', '--help-all', 'help'):
         print('\n'.join([USAGE, '', *(f'  {name:12}{command.summary}' for name, command in COMMANDS.items())]))
         return 0

@@ -50,11 +50,12 @@ def test_positional_words_fill_options_in_order():
 
 
 def test_misplaced_words_are_all_reported():
-    assert split('a', 'b', 'epochs=3', '--output', '--args.depth', positional=('batch_size',))[1] == [
+    assert split('a', 'b', 'batch=3', 'c=3', '--output', '--args.depth', positional=('batch_size',))[1] == [
+        "unexpected argument 'batch=3', did you mean --batch 3?",
         '--output has no value',
         '--args.depth has no value',
         "unexpected argument 'b', options are --name value",
-        "unexpected argument 'epochs=3', did you mean --epochs 3?",
+        "unexpected argument 'c=3', options are --name value",
     ]
 
 

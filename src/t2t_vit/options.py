@@ -1,6 +1,7 @@
 """Split the words of a command line into settings, and describe the options of a command."""
 
 import inspect
+import os
 import shutil
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
@@ -44,10 +45,13 @@ def split_words(
         if word == '--':
             loose += words
             break
-        if not is_option(word, aliases):
-            loose.append(word)
-            continue
         name, equals, value = word.partition('=')
+        if not is_option(word, aliases):
+            if equals and aliases.get(name, name) in types and not os.path.exists(word):  # as ultralytics has it
+                problems.append(f'unexpected argument {word!r}, did you mean --{name} {value}?')
+            else:
+                loose.append(word)
+            continue
         key = name.removeprefix('--').replace('-', '_') if name.startswith('--') else name
         key = aliases.get(key, key)
         hint = types.get(key, str)
@@ -74,11 +78,8 @@ def split_words(
             found.append(Setting(key, key, loose[i:] if several else loose[i]))
         if several:
             return found, problems
-    for word in loose[len(positional) :]:
-        name, equals, value = word.partition('=')
-        advice = f'did you mean --{name} {value}?' if equals else 'options are --name value'
-        problems.append(f'unexpected argument {word!r}, {advice}')
-    return found, problems
+    extra = loose[len(positional) :]
+    return found, [*problems, *(f'unexpected argument {word!r}, options are --name value' for word in extra)]
 
 
 def is_option(word: str, aliases: Collection[str] = ()) -> bool:
