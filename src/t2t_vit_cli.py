@@ -4,6 +4,7 @@ Importing the package imports torch and timm, which takes seconds, so this modul
 """
 
 import difflib
+import os
 import sys
 from itertools import takewhile
 from pathlib import Path
@@ -348,7 +349,13 @@ def list_recipes(*names: str) -> int:
 
 def entry() -> None:
     """Run the console script."""
-    sys.exit(main())
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
+        code = 141  # as a program that SIGPIPE ends
+    sys.exit(code)
 
 
 if __name__ == '__main__':

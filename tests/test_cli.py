@@ -151,6 +151,17 @@ def test_python_m_runs_the_command_and_returns_its_exit_code():
         assert done.returncode == 2 and 'did you mean train?' in done.stderr and 'Traceback' not in done.stderr
 
 
+@pytest.mark.skipif(sys.platform == 'win32', reason='needs pipes of POSIX')
+def test_closed_pipe_ends_the_command_silently():
+    program = subprocess.Popen(
+        [sys.executable, '-m', 't2t_vit_cli', 'recipes'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert program.stdout and program.stderr
+    program.stdout.close()
+    assert program.stderr.read() == '' and program.wait() == 141
+    program.stderr.close()
+
+
 def test_import_is_silent_and_registers_the_models_without_experiments():
     code = (
         'import sys, t2t_vit, timm; assert timm.is_model("t2t_vit_14"); '

@@ -121,6 +121,8 @@ def run(command: str, argv: Sequence[str]) -> int:
             if command == 'completion':
                 return completion(words)
             return train(words) if command == 'train' else call(command, words)
+    except BrokenPipeError:  # of the reader of the output; the console script ends silently
+        raise
     except (ValueError, OSError, FloatingPointError) as error:
         print('\n'.join(f't2t-vit: {line}' for line in str(error).splitlines()), file=sys.stderr)
         return getattr(error, 'code', 2)  # 1: finished, but a check failed
