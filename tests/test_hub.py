@@ -5,6 +5,8 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from t2t_vit import cli, hub
 from t2t_vit.hub import Card, from_pretrained, licence_of, public, save_pretrained
 from t2t_vit.models.safe_load import CheckpointError
+from t2t_vit.results import locked
 from t2t_vit.settings import UsageError, flatten
 from t2t_vit.train.run import train
 from t2t_vit.train.state import read_state, saved_states
@@ -138,7 +141,7 @@ def test_card_names_the_initial_weights(trained):
     )
     card, cfg = ModelCard.load(trained[1] / 'README.md'), json.loads((trained[1] / 'config.json').read_text())
     assert card.data.license == cfg['pretrained_cfg']['license'] == 'cc-by-4.0'
-    assert 'From the weights first' in card.text and 'they started from, first, have a licence' in card.text
+    assert 'From the weights first' in card.text and 'they started from, first, keep their licence' in card.text
 
 
 def test_card_holds_no_local_paths(tmp_path):
@@ -196,7 +199,7 @@ def test_push_and_load_from_a_hub(trained, served, tmp_path, monkeypatch, capsys
     assert "'hf-hub:me/digits'" in card.text and 'By hand.' in card.text and '## Use' in card.text
     assert json.loads(Hub.files['config.json'])['pretrained_cfg']['license'] == 'apache-2.0'
     assert cli.main(['push', str(trained[1]), 'me/digits', '--license', 'mit']) == 0
-    said = 'mit. The weights that they started from, first, have a licence that holds on: cc-by-4.0.'
+    said = 'mit. The weights that they started from, first, keep their licence: cc-by-4.0.'
     assert said in capsys.readouterr().out and said in ModelCard(Hub.files['README.md'].decode()).text
     assert hub.relicense('By hand.', 'mit', None) == 'By hand.\n\n## Licence of the weights\n\nmit.\n'
 
@@ -213,3 +216,11 @@ def test_push_errors(trained, tmp_path, monkeypatch, capsys):
     assert cli.main(['push', str(weights), 'me/digits']) == 2
     assert 'cannot reach the Hub' in capsys.readouterr().err and 'Not recorded.' in (weights / 'README.md').read_text()
     assert cli.main(['push', str(weights), 'no good/name']) == 2
+
+
+def test_push_during_training_is_refused(trained, capsys):
+    with locked(trained[0] / '.lock', ''):
+        code = 'import sys; from t2t_vit import cli; sys.exit(cli.main(sys.argv[1:]))'
+        words = ['push', str(trained[0]), 'me/digits']
+        done = subprocess.run([sys.executable, '-c', code, *words], capture_output=True, text=True)
+    assert done.returncode == 2 and 'another process is training in' in done.stderr

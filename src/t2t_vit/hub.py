@@ -1,8 +1,9 @@
-"""Models as folders that explain themselves, here and on the Hub: weights, configuration, a model card."""
+"""Save models as folders with a model card, and publish them on the Hugging Face Hub."""
 
 import json
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,31 +16,35 @@ from . import __version__
 from .console import console
 from .models.listing import count_parameters
 from .models.published import PUBLISHED
+from .results import locked
 from .settings import UsageError, nest
 from .trained import CARD, CONFIG, WEIGHTS, check_folder, from_pretrained, save_folder
 
 __all__ = ['Card', 'from_pretrained', 'licence_of', 'push', 'save_pretrained']
 
+RUN_LOCK = '.lock'  # training holds it too
 RELEASE_LICENCE = 'bsd-3-clause-clear'
-UNSTATED = 'Not stated by whoever made them: ask before you use them for anything but a look.'
+UNSTATED = 'Not stated. Ask the authors before you use them.'
 HEADING = '## Licence of the weights'
-INHERITED = re.compile(r' The weights that they started from, .*? holds on')  # what `Card` says of a licence
-PLACE = 'USER/NAME'  # until it is pushed
+INHERITED = re.compile(
+    r' The weights that they started from, .*? keep their licence'
+)  # the sentence that `Card` writes about a licence
+PLACEHOLDER = 'USER/NAME'  # until the model is pushed
 PRIVATE = ('output', 'device', 'threads', 'trackers', 'save_minutes', 'keep', 'data.cache', 'data.download')
 
 
 @dataclass
 class Card:
-    """What a model card says of a model, beside what the model says itself.
+    """The content of a model card that the model itself does not know.
 
     Args:
-        data: What it was trained and scored on, a sentence.
+        data: A sentence about the training and validation data.
         dataset: The name of the data.
         recipe: The configuration of the training, as YAML.
-        scores: Shares of right answers in [0, 1] and the loss, by name.
-        note: How the scores came about.
-        weights: The name of the weights that the training started from; from scratch by default.
-        license: Of the weights, in the Hub's short form, as apache-2.0; None where nobody stated one.
+        scores: Accuracies in [0, 1] and the loss, by name.
+        note: A sentence about the scores.
+        weights: The name of the weights that training started from; None for random ones.
+        license: Of the weights, in the Hub's short form, such as apache-2.0; None if it is not stated.
     """
 
     data: str = 'Not recorded.'
@@ -51,7 +56,7 @@ class Card:
     license: str | None = None
 
     def text(self, model: nn.Module) -> str:
-        """The card in Markdown, with the metadata that the Hub reads."""
+        """Return the card in Markdown, with the metadata that the Hub reads."""
         cfg: Any = model.pretrained_cfg
         name, size = cfg['architecture'], 'x'.join(map(str, cfg['input_size']))
         total, learned = count_parameters(model)
@@ -88,7 +93,7 @@ class Card:
             title,
             '',
             f'An image classifier of {model.num_classes} classes for images of {size}, {total:,} parameters, '
-            f'{learned:,} of them learned. Made with t2t-vit {__version__}.',
+            f'{learned:,} of them trainable. Made with t2t-vit {__version__}.',
             '',
             '## Data',
             '',
@@ -123,7 +128,7 @@ class Card:
             ]
         licence = f'{self.license}.' if self.license else UNSTATED
         if self.weights:
-            licence += f' The weights that they started from, {self.weights}, have a licence that holds on.'
+            licence += f' The weights that they started from, {self.weights}, keep their licence.'
         lines += [
             HEADING,
             '',
@@ -135,16 +140,16 @@ class Card:
             'import timm',
             'import t2t_vit  # registers the models',
             '',
-            f"model = timm.create_model('hf-hub:{PLACE}', pretrained=True).eval()",
+            f"model = timm.create_model('hf-hub:{PLACEHOLDER}', pretrained=True).eval()",
             '```',
             '',
-            f'or `t2t-vit predict IMAGES --checkpoint hf-hub:{PLACE}`.',
+            f'or `t2t-vit predict IMAGES --checkpoint hf-hub:{PLACEHOLDER}`.',
         ]
         return '\n'.join(lines) + '\n'
 
 
 def licence_of(weights: str | None) -> str | None:
-    """The licence of weights to start from: the release's for its files, a run folder's own; None where unknown."""
+    """Return the licence of initial weights: the release's for its files, a run folder's own; None if unknown."""
     if weights is None:
         return None
     path = Path(weights)
@@ -154,7 +159,7 @@ def licence_of(weights: str | None) -> str | None:
 
 
 def relicense(text: str, license: str, before: str | None) -> str:
-    """A card that states this licence; that of the weights which it started from stays, and is said on the screen."""
+    """Return a card with this licence; the licence of the initial weights stays in it, and is printed."""
     head, heading, rest = text.partition(f'{HEADING}\n\n')
     old, gap, tail = rest.partition('\n\n## ')
     inherited = INHERITED.search(old)
@@ -166,7 +171,7 @@ def relicense(text: str, license: str, before: str | None) -> str:
 
 
 def public(settings: list[Any]) -> dict[str, Any]:
-    """Settings of a run, as [(dotted key, value)], without what is of one machine: paths become names."""
+    """Return the settings of a run, [(dotted key, value)], without those of one machine; paths become names."""
     tree: dict[str, Any] = {}
     for key, value in settings:
         if key not in PRIVATE:
@@ -178,16 +183,16 @@ def public(settings: list[Any]) -> dict[str, Any]:
 def save_pretrained(
     model: nn.Module, folder: 'str | Path', card: Card | None = None, model_args: dict[str, Any] | None = None
 ) -> Path:
-    """Write a model with its card into a folder, which `from_pretrained`, timm's `local-dir:` and `push` take.
+    """Write a model with its card into a folder for `from_pretrained`, timm's `local-dir:`, transformers and `push`.
 
     Args:
-        model: Made by `timm.create_model`; its pretrained_cfg says the preprocessing and may name classes.
-        folder: Where to; made where it is not there.
-        card: What there is to say of it.
-        model_args: What it was built with besides its name, as depth.
+        model: Built by `timm.create_model`; its pretrained_cfg holds the preprocessing and may name classes.
+        folder: The folder; it is created if it does not exist.
+        card: The content of the model card.
+        model_args: Arguments that it was built with besides its name, such as depth.
 
     Raises:
-        UsageError: if its pretrained_cfg names another number of classes than it has.
+        UsageError: if its pretrained_cfg names another number of classes than the model has.
     """
     cfg: Any = model.pretrained_cfg
     names = cfg.get('label_names')
@@ -208,28 +213,35 @@ def push(
     revision: str | None = None,
     message: str = 'Add model',
 ) -> str:
-    """Publish a run on the Hub: weights, configuration and model card, nothing else of its folder. Gives the address.
+    """Publish a run on the Hub: weights, configuration and model card, nothing else of its folder.
 
-    The account is that of `hf auth login`, or of the token in HF_TOKEN.
+    The account is that of `hf auth login`, or of the token in HF_TOKEN. Returns the address of the commit.
 
     Args:
-        run: A run's folder.
-        repo: USER/NAME; it is made where it is not there.
-        license: Of the weights, in the Hub's short form, as apache-2.0; by default as the card says. The licence of
-            weights that they started from holds on beside it, and the card goes on saying so.
-        private: Make a new repository that only you see.
+        run: A run folder.
+        repo: USER/NAME; it is created if it does not exist.
+        license: Of the weights, in the Hub's short form, such as apache-2.0; by default the card's. The licence of the
+            initial weights stays valid beside it, and the card keeps it.
+        private: Create a new repository that only you can see.
         revision: The branch; main by default.
-        message: What to say of the change.
+        message: The commit's message.
     """
     folder = Path(run)
     check_folder(folder)
+    busy = f'another process is training in {folder} and may replace its weights: push when it has ended'
+    with locked(folder / RUN_LOCK, busy) if os.access(folder, os.W_OK) else nullcontext():
+        return upload(folder, repo, license, private, revision, message)
+
+
+def upload(folder: Path, repo: str, license: str | None, private: bool, revision: str | None, message: str) -> str:
+    """Upload the three files of a model folder, and return the address of the commit; see `push`."""
     if not (folder / CARD).exists():
-        (folder / CARD).write_text(Card().text(from_pretrained(run)), encoding='utf-8')
+        (folder / CARD).write_text(Card().text(from_pretrained(str(folder))), encoding='utf-8')
     card, config = ModelCard.load(folder / CARD), json.loads((folder / CONFIG).read_text(encoding='utf-8'))
     if license:
         card.text = relicense(card.text, license, config['pretrained_cfg'].get('license'))
         card.data.license = config['pretrained_cfg']['license'] = license
-    text = str(card).replace(PLACE, repo)
+    text = str(card).replace(PLACEHOLDER, repo)
     api = HfApi(library_name='t2t-vit', library_version=__version__)
     try:
         repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
@@ -243,11 +255,11 @@ def push(
                 CommitOperationAdd(WEIGHTS, folder / WEIGHTS),
             ],
         )
-    except (HfHubHTTPError, LocalTokenNotFoundError, ValueError):  # which say what is wrong
+    except (HfHubHTTPError, LocalTokenNotFoundError, ValueError):  # these have clear messages
         raise
-    except Exception as error:  # of whichever HTTP client the Hub's library has
+    except Exception as error:  # the HTTP client's own kinds
         raise OSError(f'cannot reach the Hub: {error}') from error
     if card.data.license is None:
-        console().print('the card states no licence of the weights: --license names one', soft_wrap=True)
+        console().print('the card states no licence of the weights; --license sets one', soft_wrap=True)
     console().print(f'{repo} is at {done.commit_url}; it loads as hf-hub:{repo}', soft_wrap=True)
     return done.commit_url

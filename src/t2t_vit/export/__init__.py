@@ -1,4 +1,4 @@
-"""Models as files for other runtimes, proven against PyTorch; and such files as one kind of callable."""
+"""Write models as files for other runtimes, compare them with PyTorch, and load them as one kind of callable."""
 
 from .metadata import EXPORTED, Metadata, files_of, is_exported
 from .runtime import ExportedModel, load_exported

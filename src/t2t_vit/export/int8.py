@@ -1,10 +1,10 @@
-"""Post-training quantisation to int8 by NNCF, and what of T2T-ViT must stay in float.
+"""Quantise to int8 after training, by NNCF, with the parts of T2T-ViT that must stay in float.
 
-The recipe is found from the graph, not from names. In float stay
+The recipe is derived from the graph, not from names. Kept in float are
 
-- the Performer's kernel attention: φ(x) = exp(w·x - |x|²/2) spans e^16 and more, and its quotient too, against int8's
-  256 steps. So every operation between a soft split's convolution and the projection behind attention that an
-  exponential stands behind or in front of. (Softmax is an operation of its own, and no exponential in this sense.)
+- the Performer's kernel attention: φ(x) = exp(w·x - |x|²/2) spans e^16 and more, and its quotient too, against the
+  256 steps of int8. So every operation between a soft split's convolution and the projection after attention that lies
+  before or after an exponential. (Softmax is an operation of its own, not an exponential in this sense.)
 - the statistics of windows: a flat window's small variance decides what it is divided by. So every operation before
   a square root, up to the map itself.
 """
@@ -21,7 +21,7 @@ from .signal_stack import keep_signal_stack
 
 
 class Node(NamedTuple):
-    """An operation of a graph: its kind, and the names of those whose results it takes."""
+    """An operation of a graph: its kind, and the names of the operations whose results it takes."""
 
     kind: str
     inputs: list[str]
@@ -31,7 +31,7 @@ Graph = dict[str, Node]
 
 
 def openvino_graph(model: Any) -> Graph:
-    """The operations of an openvino.Model by their friendly names."""
+    """Return the operations of an openvino.Model by their friendly names."""
     return {
         op.get_friendly_name(): Node(
             op.get_type_name(), [value.get_source_output().get_node().get_friendly_name() for value in op.inputs()]
@@ -41,7 +41,7 @@ def openvino_graph(model: Any) -> Graph:
 
 
 def onnx_graph(proto: Any) -> Graph:
-    """The operations and constants of an onnx.ModelProto."""
+    """Return the operations and constants of an onnx.ModelProto."""
     makers = {tensor: node.name for node in proto.graph.node for tensor in node.output}
     graph = {tensor.name: Node('Constant', []) for tensor in proto.graph.initializer}
     for node in proto.graph.node:
@@ -51,7 +51,7 @@ def onnx_graph(proto: Any) -> Graph:
 
 
 def constants(graph: Graph) -> set[str]:
-    """Constants, and what is made of them alone."""
+    """Return the constants, and the operations on constants only."""
     fixed = {name for name, node in graph.items() if node.kind == 'Constant'}
     for name, node in graph.items():  # in the order in which they are computed
         if node.inputs and all(value in fixed for value in node.inputs):
@@ -60,7 +60,7 @@ def constants(graph: Graph) -> set[str]:
 
 
 def kept_in_float(graph: Graph) -> list[str]:
-    """The operations of kernel attention and of window statistics, in their order; empty where there is neither."""
+    """Return the operations of kernel attention and of window statistics, in their order; empty without either."""
     fixed, users = constants(graph), {name: [] for name in graph}  # type: set[str], dict[str, list[str]]
     for name, node in graph.items():
         for value in node.inputs:
@@ -87,13 +87,13 @@ def kept_in_float(graph: Graph) -> list[str]:
     maps = {value for name in pads for value in graph[name].inputs}
     statistics = reach(roots, lambda name: graph[name].inputs, pads | maps)
     features = reach(exponentials, lambda name: graph[name].inputs, convolutions | roots)
-    behind = reach((user for name in exponentials for user in users[name]), users.__getitem__, weighted | of('Result'))
-    return [name for name in graph if name in statistics | features | behind]
+    after = reach((user for name in exponentials for user in users[name]), users.__getitem__, weighted | of('Result'))
+    return [name for name in graph if name in statistics | features | after]
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """NNCF's notes on its own progress are not for users of ours."""
+    """Silence NNCF's notes on its own progress."""
     logger = logging.getLogger('nncf')
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -105,12 +105,12 @@ def quietly() -> Iterator[None]:
 
 @keep_signal_stack()
 def quantize(model: Any, graph: Graph, images: Sequence[np.ndarray]) -> Any:
-    """An openvino.Model or onnx.ModelProto with int8 products and convolutions, calibrated on these images.
+    """Return an openvino.Model or onnx.ModelProto with int8 matmuls and convolutions, calibrated on these images.
 
     Args:
-        model: What is to be quantised.
+        model: The model to quantise.
         graph: Its operations.
-        images: What it takes, in batches.
+        images: Its inputs, in batches.
     """
     need('nncf')
     import nncf
