@@ -221,7 +221,7 @@ COMMANDS = {
   --models MODEL…     runs, names that timm knows, NAME=FILE, hf-hub:USER/NAME,
                       or FILE.py:FUNCTION
   --runs RUN…         runs whose curves to compare
-  --output FOLDER     default: looks
+  --output FOLDER     default: looks, or the next free looks-2, looks-3, …
   --pretrained        download the weights of models given by name
   --img-size N        pixels
   --device NAME       auto, cpu, cuda or mps
@@ -235,7 +235,7 @@ COMMANDS = {
         '[--checkpoint RUN] [options]',
         """
   --checkpoint RUN    a run, hf-hub:USER/NAME, a name that timm knows, or a file
-                      of weights; default: the last run, or a small new one
+                      of weights; default: the last run, or a model of digits
   --model NAME        the model that a file of weights is for
   --compare MODEL…    more models to show beside it
   --pretrained        download the weights of models given by name
