@@ -26,7 +26,7 @@ def modules() -> dict[str, list[str]]:
     for file in sorted(API.rglob('*.py')):
         names = [
             node.name
-            for node in ast.parse(file.read_text()).body
+            for node in ast.parse(file.read_text(encoding='utf-8')).body
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith('_')
         ]
         name = '.'.join(['t2t_vit', *file.relative_to(API).with_suffix('').parts])
@@ -37,14 +37,14 @@ def modules() -> dict[str, list[str]]:
 
 def api_page(module: str, names: list[str]) -> str:
     """One page of the reference: what the module says of itself, then each name."""
-    text = (ROOT / 'src' / module.replace('.', '/')).with_suffix('.py').read_text()
+    text = (ROOT / 'src' / module.replace('.', '/')).with_suffix('.py').read_text(encoding='utf-8')
     about = ast.get_docstring(ast.parse(text)) or ''
     return '\n\n'.join([f'# {module}', about, *(f'::: {module}.{name}' for name in names)]) + '\n'
 
 
 def names_page() -> str:
     """What `import t2t_vit` offers, each name with a link to where it is described."""
-    tree = ast.parse((API / '__init__.py').read_text())
+    tree = ast.parse((API / '__init__.py').read_text(encoding='utf-8'))
     lines = [
         f'- [`t2t_vit.{alias.name}`][t2t_vit.{node.module}.{alias.name}]'
         if alias.name in modules()[f't2t_vit.{node.module}']
@@ -108,7 +108,7 @@ def linked(pages: list[Path]) -> list[Path]:
         (page.parent / target).resolve()
         for page in pages
         if page.suffix == '.md'
-        for target in re.findall(r'\]\((?!\w+:)([^)#\s]+)', page.read_text())
+        for target in re.findall(r'\]\((?!\w+:)([^)#\s]+)', page.read_text(encoding='utf-8'))
     }
     return sorted(file for file in targets if file.is_file() and file not in pages)
 

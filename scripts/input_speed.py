@@ -181,7 +181,7 @@ def main() -> None:
             writer = csv.DictWriter(file, rows[0], lineterminator='\n')
             writer.writeheader()
             writer.writerows(rows)
-        (target / 'input.md').write_text(conditions(args, rows))
+        (target / 'input.md').write_text(conditions(args, rows), encoding='utf-8')
 
 
 if __name__ == '__main__':

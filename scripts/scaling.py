@@ -140,7 +140,7 @@ def run_of(recipe: str) -> Run:
 
 def measured() -> dict[str, float]:
     """Read images/s at full batches of the models whose training step was timed on a GPU."""
-    rows = csv.DictReader(MEASURED_GPU.read_text().splitlines())
+    rows = csv.DictReader(MEASURED_GPU.read_text(encoding='utf-8').splitlines())
     return {
         row['model']: full_speed(float(row['images_per_second']), int(row['batch_size']))
         for row in rows
@@ -156,7 +156,10 @@ def tables(speeds: dict[str, float], names: Sequence[str] = RECIPES, machine: Ma
     """
     speeds = {**measured(), **speeds}
     runs = {recipe: run_of(recipe) for recipe in names}
-    cores = {row['model']: float(row['images_per_second']) for row in csv.DictReader(MEASURED.read_text().splitlines())}
+    cores = {
+        row['model']: float(row['images_per_second'])
+        for row in csv.DictReader(MEASURED.read_text(encoding='utf-8').splitlines())
+    }
     lines = [
         '| recipe | model | all-reduce MB | GMAC forward | images/s, one CPU core (measured) | images/s, one GPU '
         f'| hours on {" | ".join(f"{gpus} GPUs" for gpus in GPUS).replace("1 GPUs", "1 GPU", 1)} |',
