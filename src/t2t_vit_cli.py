@@ -31,6 +31,7 @@ TRAIN_OPTIONS = """
   --model NAME        t2t-vit models lists them
   --weights FILE      start from trained weights
   --epochs N
+  --minutes N         as many epochs as fit into this time
   --batch N           images in a step
   --lr X              peak learning rate
   --imgsz N           pixels
@@ -47,6 +48,28 @@ COMMANDS = {
         '[FOLDER] [options]',
         TRAIN_OPTIONS,
         ('photos --epochs 30', '--recipe small-images photos --imgsz 96', '--resume runs/photos'),
+    ),
+    'finetune': Command(
+        'train trained weights on your images',
+        'FOLDER --weights WEIGHTS [options]',
+        """
+  FOLDER              class folders, or train/ and val/ with class folders
+  --weights WEIGHTS   a timm tag such as t2t_vit_14.in1k, hf-hub:USER/NAME, a
+                      run's folder, or a file of weights (then with --model)
+  --recipe NAME       finetune trains all layers, finetune-head only the head
+  --epochs N
+  --minutes N         as many epochs as fit into this time
+  --batch N           images in a step
+  --lr X              peak learning rate
+  --imgsz N           pixels
+  --output FOLDER     the run's folder; default: a new one in runs/
+  --dry-run           print the plan and stop
+""",
+        (
+            'photos --weights t2t_vit_14.in1k',
+            'photos --weights runs/photos --recipe finetune-head',
+            'photos --weights 81.5_T2T_ViT_14.pth.tar --model t2t_vit_14',
+        ),
     ),
     'eval': Command(
         'score a trained model on labelled images',
@@ -324,7 +347,8 @@ def short_help(name: str) -> str:
     """Return the help of one command: its usage, its main options and three examples."""
     command = COMMANDS[name]
     examples = [f'  t2t-vit {name} {words}'.rstrip() for words in command.examples]
-    more = f'\nt2t-vit {name} --help-all describes all options.' if command.function or name in ('train',) else ''
+    described = command.function or name in ('train', 'finetune')
+    more = f'\nt2t-vit {name} --help-all describes all options.' if described else ''
     return '\n'.join(
         [f'usage: t2t-vit {name} {command.usage}', '', f'{command.summary[0].upper()}{command.summary[1:]}.']
         + [command.options.rstrip('\n') or '', '\nexamples:', *examples]

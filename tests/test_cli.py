@@ -204,7 +204,7 @@ def test_completion_refuses_other_shells(run):
 
 
 def test_interrupt_before_anything_is_saved(run, monkeypatch):
-    def interrupted(argv: list[str]) -> int:
+    def interrupted(argv: list[str], command: str) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, 'train', interrupted)
@@ -230,8 +230,19 @@ def test_printed_config_reproduces_itself(run, tmp_path):
 def test_familiar_spellings_of_train_options(run, tmp_path):
     argv = ['--recipe', 'digits', '--data', 'digits', '--batch', 128, '--dry-run', '--data.memory', '--lr', 1e-3]
     code, lines, _ = run('train', *argv, '--output', tmp_path / 'run')
-    assert code == 0 and lines[1].startswith('data      digits: 1,437') and not (tmp_path / 'run').exists()
-    code, lines, _ = run('train', 'elsewhere', '--data.download', '--print-config', '--imgsz', 48, '--workers', 1)
+    assert code == 0 and lines[2].startswith('data      digits: 1,437') and not (tmp_path / 'run').exists()
+    code, lines, _ = run(
+        'train',
+        'elsewhere',
+        '--recipe',
+        'small-images',
+        '--data.download',
+        '--print-config',
+        '--imgsz',
+        48,
+        '--workers',
+        1,
+    )
     assert code == 0 and {'  root: elsewhere', '  download: true', '  img_size: 48', '  workers: 1'} <= set(lines)
     code, lines, _ = run('train', '--print-config', '--lr', '0.01', '--batch', '64')
     assert code == 0 and {'  lr: 0.01', 'batch_size: 64'} <= set(lines)
@@ -329,7 +340,7 @@ def test_resume_continues_a_run(run, digits_run, tmp_path):
             (tmp_path / file.relative_to(digits_run)).parent.mkdir(exist_ok=True)
             (tmp_path / file.relative_to(digits_run)).write_bytes(file.read_bytes())
     code, lines, _ = run('train', '--resume', tmp_path, '--epochs', 3)
-    assert code == 0 and 'from epoch 3, step 1' in lines[2] and lines[-1].endswith(f'are in {tmp_path}')
+    assert code == 0 and 'from epoch 3, step 1' in lines[1] and lines[-1].endswith(f'is in {tmp_path}')
 
 
 # eval

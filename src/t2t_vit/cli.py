@@ -1,6 +1,7 @@
 """Run the commands of `t2t-vit`. Each is one typed function, which is imported when it is called."""
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -38,6 +39,8 @@ TRAIN_SPECIAL = (
     ('--dry-run', 'Print what would be done, and stop.'),
     ('--print-config', 'Print the resolved configuration as YAML, and stop.'),
 )
+TRAINING = ('train', 'finetune')  # commands
+FINETUNING = ('finetune', 'finetune-head')  # recipes
 TRAIN_TYPES = {'recipe': str, 'config': str, 'resume': str, 'dry_run': bool, 'print_config': bool}
 TRAIN_ALIASES = {  # accepted as they are
     **SHORT,
@@ -120,7 +123,7 @@ def run(command: str, argv: Sequence[str]) -> int:
 
             if command == 'completion':
                 return completion(words)
-            return train(words) if command == 'train' else call(command, words)
+            return train(words, command) if command in TRAINING else call(command, words)
     except BrokenPipeError:  # of the reader of the output; the console script ends silently
         raise
     except (ValueError, OSError, FloatingPointError) as error:
@@ -169,12 +172,15 @@ def advise(key: str, known: Sequence[str]) -> str:
     return ''
 
 
-def train(argv: Sequence[str]) -> int:
-    """Run `t2t-vit train`: options override the configuration file, which overrides the recipe."""
+def train(argv: Sequence[str], command: str = 'train') -> int:
+    """Run `t2t-vit train` or `finetune`: options override the configuration file, which overrides the recipe.
+
+    What none of them says is chosen from the data and the machine.
+    """
     from .train.config import Config
 
     if '--help-all' in argv:
-        usage = f'usage: t2t-vit train {COMMANDS["train"].usage}'
+        usage = f'usage: t2t-vit {command} {COMMANDS[command].usage}'
         order = 'Options override --config, which overrides --recipe. A flag needs no value.'
         print(f'{usage}\n\n{order}\n\n{format_help(Config, [*TRAIN_SPECIAL, TRUST])}')
         return 0
@@ -186,7 +192,15 @@ def train(argv: Sequence[str]) -> int:
         from .train.resume import saved_settings
 
         settings += saved_settings(Path(special['resume']))
-    if 'recipe' in special:
+    given = [word for word in words if word.key not in TRAIN_TYPES]
+    recipe = special.get('recipe') or ('finetune' if command == 'finetune' else None)
+    choices: list[str] = []
+    if special.get('resume', 'auto') == 'auto' and 'config' not in special and recipe in (None, *FINETUNING):
+        from .train.choose import choose_settings
+
+        resolve(Config, given, problems, lambda key: advise(key, list(types)))  # mistakes before the data is opened
+        settings, choices = choose_settings(given, recipe, resume='resume' in special)
+    elif 'recipe' in special:
         if special['recipe'] not in recipes():
             raise UsageError(
                 f'unknown recipe {special["recipe"]!r}{nearest(special["recipe"], recipes())}; '
@@ -197,17 +211,20 @@ def train(argv: Sequence[str]) -> int:
         from .train.upgrade import upgrade
 
         settings += upgrade(read_settings(Path(special['config'])), drop=False)[0]
-    settings += [word for word in words if word.key not in TRAIN_TYPES]
+    settings += given
     config = resolve(Config, settings, problems, lambda key: advise(key, list(types)))
     if 'print_config' in special:
         print(config.to_yaml(), end='')
         return 0
 
+    import psutil
+
     from .train.run import train as run_training
     from .train.signals import Interrupted
 
     try:
-        run_training(config, special.get('resume'), 'dry_run' in special)
+        began = time.monotonic() - (time.time() - psutil.Process().create_time())  # imports count too
+        run_training(config, special.get('resume'), 'dry_run' in special, choices, began)
     except Interrupted as stop:
         print(stop)
         return stop.code

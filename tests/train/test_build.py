@@ -1,15 +1,19 @@
 """What is built of a configuration: which parameters learn, at which rate; and the plan, which changes nothing."""
 
+import time
+
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator, tracking
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import LoggerType
-from conftest import digits_config
+from conftest import digits_config, read_records
 
 from t2t_vit.fast.memory import Recompute
 from t2t_vit.settings import UsageError
 from t2t_vit.train.build import build_optimizer, check_groups, parameter_groups
+from t2t_vit.train.measure import Measured, affordable_epochs, measure
 from t2t_vit.train.plan import plan
 from t2t_vit.train.run import train
 from t2t_vit.train.trainer import load
@@ -76,12 +80,56 @@ def test_transfer_as_the_release_does_it(tmp_path):
     assert rates == [pytest.approx([2e-4, 2e-3]), pytest.approx([1.5e-4, 1.05e-3]), pytest.approx([1e-4])]
 
 
-def test_the_memory_of_teacher_and_images(tmp_path, digits_run, capsys):
-    train(
-        digits_config(output=str(tmp_path), **{'objective.kind': 'distill', 'objective.teacher': str(digits_run)}),
-        dry_run=True,
-    )
-    assert 'average, 1 for the teacher, 0 for the images in memory, ' in capsys.readouterr().out  # 0.6 and 0.4 MB
+def test_measurement_leaves_the_run_as_it_is(tmp_path):
+    run = make(tmp_path, model='resnet10t', model_args={}, **{'data.img_size': 32})  # which has running statistics
+    before = {name: value.clone() for name, value in run.parts.task.state_dict().items()}
+    measured = measure(run)
+    assert measured.steps == 5 and 0 < measured.step < measured.epoch and measured.memory > 1e8
+    assert all(torch.equal(value, before[name]) for name, value in run.parts.task.state_dict().items())
+    assert all(p.grad is None for p in run.parameters) and run.done == 0
+
+
+def test_budget_takes_what_fits():
+    measured = Measured(step=0.1, epoch=10.0, memory=0, workers=0, steps=5)
+    assert affordable_epochs(measured, minutes=1, spent=0) == 5
+    assert affordable_epochs(measured, minutes=1, spent=50) == 0
+
+
+def test_fewer_epochs_have_the_schedule_of_a_run_of_that_many(tmp_path):
+    long, short = make(tmp_path, epochs=9), make(tmp_path, epochs=3)
+    long.set_epochs(3)
+    for run in (long, short):
+        run.parts.schedule.step_update(7)
+    assert long.lr == short.lr and long.total_steps == short.total_steps == 15
+
+
+def test_budget_is_kept(tmp_path, capsys):
+    clock = time.monotonic()
+    train(digits_config(output=str(tmp_path / 'run'), epochs=1000, minutes=0.25))
+    assert time.monotonic() - clock < 15
+    config = yaml.safe_load((tmp_path / 'run' / 'config.yaml').read_text())
+    assert config['epochs'] == len(read_records(tmp_path / 'run' / 'metrics.jsonl')) > 1
+    assert 'within 0.25 minutes' in ' '.join(capsys.readouterr().out.split())
+
+
+def test_budget_too_small_for_an_epoch_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r'does not fit into 0.0001 minutes: give --minutes [\d.]+ or more'):
+        train(digits_config(output=str(tmp_path / 'run'), minutes=0.0001))
+    assert not (tmp_path / 'run').exists()
+
+
+def test_run_stops_early_without_a_better_score(tmp_path, capsys):
+    lazy = {'optimizer.lr': 1e-9, 'optimizer.warmup_lr': 1e-9, 'patience': 2, 'epochs': 9, 'ema_decay': 0}
+    train(digits_config(output=str(tmp_path), **lazy))
+    assert 'stopped early: no better score in 2 epochs' in capsys.readouterr().out
+    assert 3 <= len(read_records(tmp_path / 'metrics.jsonl')) < 9
+    train(digits_config(output=str(tmp_path), **lazy), resume='auto')
+    assert 'stopped early, after' in capsys.readouterr().out
+
+
+def test_frozen_except_the_head(tmp_path):
+    run = make(tmp_path, **{'optimizer.frozen': ['*', '!head.*']})
+    assert {n for n, p in run.parts.net.named_parameters() if p.requires_grad} == {'head.weight', 'head.bias'}
 
 
 def test_a_parameter_in_no_group_or_in_two(tmp_path):
@@ -121,8 +169,8 @@ def test_how_far_the_average_reaches(tmp_path, decay, steps, last, advice):
     run = make(tmp_path, ema_decay=decay)
     assert run.parts.ema.get_decay(steps) == pytest.approx(min(decay, (steps - 1) / (steps + 8)))
     run.total_steps = steps
-    lines = [line for line in plan(run) if line.startswith(('average', 'warning'))]
-    assert f'at the end over the last {last} steps' in lines[0]
+    lines = [line for line in plan(run) if line.startswith(('ema', 'warning   ema'))]
+    assert f'averages the last {last} steps at the end' in lines[0]
     assert len(lines) == 1 + bool(advice) and advice in lines[-1]
 
 

@@ -47,7 +47,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
         {
             key: value
             for key, value in record.items()
-            if key not in ('images_per_second', 'input_alone', 'model_alone', 'waited')
+            if key not in ('images_per_second', 'input_alone', 'model_alone', 'waited', 'seconds')
         }
         for record in read_records(folder / 'metrics.jsonl')
     ]
@@ -222,7 +222,7 @@ def test_a_torn_state_is_passed_over(digits_run, tmp_path, capsys):
     last = saved_states(tmp_path / 'checkpoints')[0]
     last.write_bytes(last.read_bytes()[:1000])
     train(config, resume=str(tmp_path))
-    assert f'skipped   {last} cannot be read' in capsys.readouterr().out
+    assert f'skipped {last} cannot be read' in ' '.join(capsys.readouterr().out.split())
     assert same_run(tmp_path, digits_run)
 
 
@@ -393,7 +393,7 @@ def test_another_number_of_processes_is_said(digits_run, tmp_path, capsys):
     last = saved_states(tmp_path / 'run' / 'checkpoints')[0]
     torch.save({**read_state(last), 'processes': 2}, last)
     train(digits_config(), resume=str(tmp_path / 'run'), dry_run=True)
-    assert 'note      1 processes continue a state of 2' in capsys.readouterr().out
+    assert 'note 1 processes continue a state of 2' in ' '.join(capsys.readouterr().out.split())
 
 
 def test_a_single_class_is_refused(photos, tmp_path):
@@ -434,12 +434,13 @@ def test_other_classes_stop_it_before_it_starts(photos, tmp_path):
 def test_short_run_scales_its_settings_down(tmp_path, capsys):
     changes = {'epochs': 1, 'optimizer.warmup_epochs': 10, 'optimizer.cooldown_epochs': 10, 'optimizer.min_lr': 0.1}
     train(digits_config(output=str(tmp_path / 'run'), batch_size=2000, **changes))
-    lines = [' '.join(line.split()) for line in capsys.readouterr().out.splitlines() if line.startswith('note')]
-    assert lines == [
+    said = ' '.join(capsys.readouterr().out.split())
+    for line in (
         'note batch_size 2000 reduced to 1437: there are 1,437 training images',
         'note warm-up reduced from 10 to 0 epochs and cooldown from 10 to 0: the run has 1',
         'note optimizer.min_lr reduced from 0.1 to 2e-05: lr is lower',
-    ]
+    ):
+        assert line in said
     config = yaml.safe_load((tmp_path / 'run' / 'config.yaml').read_text())
     assert (config['batch_size'], config['optimizer']['warmup_epochs']) == (1437, 0)
 
@@ -484,24 +485,31 @@ def test_damaged_images_are_counted_and_named(photos, tmp_path, capsys):
     assert run.damaged() == names
 
 
-def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
+def test_output_fits_80_columns_without_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('COLUMNS', '80')
     monkeypatch.setattr(running, 'Log', lambda folder, accelerator: Log(folder, accelerator, interval=0))
-    train(digits_config(output=str(tmp_path), **SHORT))
+    train(digits_config(output='run', **SHORT))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:5] == [
-        'model     t2t_vit_4_16, 161,772 learnable parameters, images of 1x16x16 on cpu',
-        'data      digits: 1,437 training and 360 validation images, 10 classes, in memory',
-        'schedule  1 epochs of 5 steps, 5 in all, from scratch',
-        'batch     256 images = 1 processes x 1 parts x 256',
-        'optimizer adamw, lr 0.002, weight decay 0.05 on 159,664 of them',
+    assert lines[:7] == [
+        'model     t2t_vit_4_16, 161,772 trainable parameters, images of 1x16x16 on cpu',
+        'weights   from scratch',
+        'data      digits: 1,437 training and 360 validation images, 10 classes, in',
+        '          memory',
+        'classes   training + validation images: 0 142+36, 1 146+36, 2 142+35, 3 146+37,',
+        '          4 145+36, 5 145+37, 6 145+36, 7 143+36, 8 139+35, 9 144+36',
+        'schedule  1 epochs of 5 steps, 5 in all',
     ]
-    assert [line.split()[0] for line in lines[5:9]] == ['average', 'warning', 'input', 'memory']
-    assert lines[9] == f'run       {tmp_path}'
-    assert [line.split()[1] for line in lines[10:15]] == ['1/5', '2/5', '3/5', '4/5', '5/5']
-    assert all(word in lines[10] for word in ('epoch 1/1', 'loss', 'lr', 'images/s', 'left'))
-    assert lines[15].startswith('epoch 1/1  training loss')
-    assert re.search(r'images/s \(the input alone [\d,]+, the model alone [\d,]+\), .*limited by the model', lines[15])
-    assert lines[16].startswith('best top-1')
+    names = [line.split()[0] for line in lines if line[:1].isalpha()]
+    assert names[5:14] == ['batch', 'optimizer', 'ema', 'warning', 'input', 'time', 'memory', 'run', 'warning']
+    table = next(i for i, line in enumerate(lines) if line.startswith(' epoch  train loss  val loss'))
+    steps = lines[table + 1 : table + 6]
+    assert [line.split()[1] for line in steps] == ['1/5', '2/5', '3/5', '4/5', '5/5']
+    assert all(word in steps[0] for word in ('epoch 1/1', 'loss', 'images/s', 'left'))
+    assert re.fullmatch(r' +1 +[\d.]+ +[\d.]+ +[\d.]+ % +[\d.]+ % +[\d,]+ +\d+ % +\d+:\d\d \*', lines[table + 6])
+    assert re.search(r'images/s \(alone: input [\d,]+, model [\d,]+\), limited by the', lines[table + 7])
+    assert lines[table + 8].startswith('best top-1') and len(lines) == table + 9
+    assert max(map(len, lines)) <= 80
     assert '\x1b' not in ''.join(lines)
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -13,9 +12,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from ..data import Preprocessing
-from ..models.checkpoints import load_weights
 from ..settings import UsageError, nearest
-from ..trained import WEIGHTS
 from .config import Config
 from .tasks import Task
 
@@ -58,9 +55,6 @@ def build_model(
     except Exception as error:  # whatever a model raises for arguments that do not fit it
         given = ', '.join(f'{key} {value}' for key, value in args.items())
         raise UsageError(f'{config.model} cannot be built with {given}: {error}') from error
-    if config.weights:
-        path = Path(config.weights)
-        load_weights(model, str(path / WEIGHTS if path.is_dir() else path))
     model.pretrained_cfg.update(
         preprocessing.as_cfg(),
         num_classes=len(classes),
@@ -73,18 +67,20 @@ def build_model(
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> None:
-    """Take the parameters that match a pattern out of training.
+    """Take the parameters that match a pattern out of training, except those that match a pattern after a `!`.
 
     Raises:
         UsageError: naming every pattern that matches none.
     """
     names = [name for name, _ in model.named_parameters()]
+    kept = [pattern[1:] for pattern in patterns if pattern.startswith('!')]
+    patterns = [pattern for pattern in patterns if not pattern.startswith('!')]
     if idle := [pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in names)]:
         raise UsageError(
             '\n'.join(f'optimizer.frozen: no parameter is named {pattern}{nearest(pattern, names)}' for pattern in idle)
         )
     for name, parameter in model.named_parameters():
-        if any(fnmatch(name, pattern) for pattern in patterns):
+        if any(fnmatch(name, pattern) for pattern in patterns) and not any(fnmatch(name, pattern) for pattern in kept):
             parameter.requires_grad = False
 
 

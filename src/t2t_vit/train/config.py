@@ -15,6 +15,7 @@ from ..data import Augment, SplitOptions, is_color
 from ..models.timm_api import argument_names
 from ..models.variants import VARIANTS
 from ..settings import flatten, nearest
+from .start_weights import exists
 
 REQUIRED = 'required'
 RENAMED = {  # names of version 0.1, still accepted
@@ -104,6 +105,8 @@ class Objective:
             (token_labels).
         labels: Folder of token labels, CLASS/IMAGE.pt for every training image; by default a teacher makes them.
         mixtoken: Alpha of MixToken, 0 to turn it off (token_labels, instead of mixup and cutmix).
+        class_weights: `balanced` weights the loss of each image inversely to the number of images of its class (labels,
+            distill).
     """
 
     kind: Literal['labels', 'distill', 'token_labels'] = 'labels'
@@ -114,6 +117,7 @@ class Objective:
     weight: float = 0.5
     labels: str | None = None
     mixtoken: float = 1.0
+    class_weights: Literal['balanced'] | None = None
 
     def problems(self, augment: Augment) -> list[str]:
         """Return a sentence for every invalid value or combination."""
@@ -151,6 +155,7 @@ class Objective:
                 self.weight >= 0 and (dense or self.weight <= 1),
                 f'objective.weight is at least 0{"" if dense else " and at most 1"}, got {self.weight}',
             ),
+            (not dense or not self.class_weights, 'objective.class_weights are not for objective.kind token_labels'),
             (self.mixtoken >= 0, f'objective.mixtoken is at least 0, got {self.mixtoken}'),
         ]
         return [sentence for holds, sentence in rules if not holds]
@@ -170,7 +175,8 @@ class Optimizer:
         momentum: Momentum, for optimizers that have one.
         layer_decay: Factor on the learning rate from each layer to the one before.
         body_lr_scale: Factor on the learning rate of everything but the head, for transfer.
-        frozen: Patterns of parameters that are not trained, such as blocks.0.* or norm.*.
+        frozen: Patterns of parameters that are not trained, such as blocks.0.* or norm.*; those after a ! are trained
+            nevertheless, such as '*' '!head.*'.
         clip_grad: Largest norm of the gradient.
         warmup_epochs: Epochs from warmup_lr up to lr.
         warmup_lr: Learning rate at the start of the warm-up.
@@ -204,13 +210,16 @@ class Config:
     Args:
         model: Any model of `t2t-vit models`, or another one of timm.
         model_args: More arguments of T2TViT, such as drop_path_rate.
-        weights: Weights to start from: a file in any published layout, or a run folder; by default from scratch.
+        weights: Weights to start from: a timm tag such as t2t_vit_14.in1k, a file in any published layout, a run
+            folder, or hf-hub:USER/NAME; by default from scratch.
             `required` is for recipes that make no sense from scratch.
         data: Where images come from.
         augment: How training images are augmented.
         objective: The loss.
         optimizer: Optimizer and schedule.
         epochs: Passes over the training images, warm-up and cooldown included.
+        minutes: Time budget: the run has as many epochs, up to `epochs`, as fit into it, and ends inside it.
+        patience: Stop early after so many epochs without a better validation score.
         batch_size: Images per step of the optimizer, over all processes.
         grad_accum_steps: Micro-batches per step in each process, to save memory.
         ema_decay: Decay of the EMA weights, warmed up; 0 for none.
@@ -233,6 +242,8 @@ class Config:
     objective: Objective = field(default_factory=Objective)
     optimizer: Optimizer = field(default_factory=Optimizer)
     epochs: int = 310
+    minutes: float | None = None
+    patience: int | None = None
     batch_size: int = 512
     grad_accum_steps: int = 1
     ema_decay: float = 0.99996
@@ -279,6 +290,8 @@ class Config:
                 self.batch_size % 2 == 0 or not (a.mixup or a.cutmix),
                 f'mixup and cutmix need an even batch_size, got {self.batch_size}',
             ),
+            (self.minutes is None or self.minutes > 0, f'minutes is above 0, got {self.minutes}'),
+            (self.patience is None or self.patience >= 1, f'patience is at least 1, got {self.patience}'),
             (self.grad_accum_steps >= 1, f'grad_accum_steps is at least 1, got {self.grad_accum_steps}'),
             (self.save_minutes >= 0, f'save_minutes is at least 0, got {self.save_minutes}'),
             (self.keep >= 1, f'keep is at least 1, got {self.keep}'),
@@ -348,8 +361,11 @@ class Config:
                 'this recipe starts from trained weights: give them with --weights FILE, '
                 'or --weights null to start from scratch anyway',
             ),
-            (self.weights in (None, REQUIRED) or Path(str(self.weights)).exists(), f'no weights at {self.weights}'),
-            (self.weights is None or self.family, f'weights are for models of `t2t-vit models`, not {self.model!r}'),
+            (
+                self.weights in (None, REQUIRED) or exists(str(self.weights)),
+                f'no weights at {self.weights}; expected a file, a run folder, hf-hub:USER/NAME, or a timm tag such as '
+                't2t_vit_14.in1k',
+            ),
         ]
         problems = [sentence for holds, sentence in rules if not holds] + d.split_options.problems()
         return problems + self.objective.problems(a) + self.library_problems()

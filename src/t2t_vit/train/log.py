@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from rich.console import Console
 
-from ..console import Live
+from ..console import Live, duration
 from .config import Config
 
 METRICS = 'metrics.jsonl'
@@ -68,8 +68,8 @@ class Log:
         """Show the number of steps done, and what there is to say; once, how long the run will be, and its speed."""
         if done - self.shown.first == FIRST:
             self.say(
-                f'{FIRST} steps in {self.shown.seconds:.1f} s: {self.shown.left(done)} left, '
-                f'validation not counted; {speed}'
+                f'{FIRST} steps in {self.shown.seconds:.1f} s: {self.shown.left(done)} left without validation;\n'
+                f'{speed}'
             )
         self.shown.show(done, text)
 
@@ -95,22 +95,23 @@ def line(record: dict[str, Any]) -> str:
 
 
 def limit(rates: dict[str, Any]) -> str:
-    """What a run's speed is limited by, the slower of input and model: as `Run.rates` has them."""
+    """Say what limits the speed of a run, the slower of input and model; `rates` as `Trainer.rates` returns them."""
     alone, model, waited = rates['input_alone'], rates['model_alone'], rates['waited']
     side = 'the input' if waited > 0.5 or (alone and alone < model) else 'the model'
-    measured = f'the input alone {alone:,.0f}, ' if alone else ''
-    return (
-        f'{rates["images_per_second"]:,.0f} images/s ({measured}the model alone {model:,.0f}), '
-        f'{100 * waited:.0f} % of the time waiting for images: limited by {side}'
-    )
+    measured = f'input {alone:,.0f}, ' if alone else ''
+    return f'{rates["images_per_second"]:,.0f} images/s (alone: {measured}model {model:,.0f}), limited by {side}'
 
 
-def summary(record: dict[str, Any], epochs: int) -> str:
-    """A record as a line."""
-    average = f', average of weights {100 * record["val_top1_ema"]:.2f} %' if 'val_top1_ema' in record else ''
-    skipped = f', {record["skipped"]} steps left out' if record['skipped'] else ''
+def table_head(ema: bool) -> str:
+    """Return the head of the table of epochs, in 80 columns."""
+    return f' epoch  train loss  val loss    top-1{"  EMA top-1" if ema else ""}  images/s  waiting     time'
+
+
+def table_row(record: dict[str, Any], best: bool) -> str:
+    """Return an epoch's row of the table; a star marks the best score so far."""
+    ema = f'  {100 * record["val_top1_ema"]:7.2f} %' if 'val_top1_ema' in record else ''
     return (
-        f'epoch {record["epoch"] + 1}/{epochs}  training loss {record["train_loss"]:.3f}  '
-        f'validation loss {record["val_loss"]:.3f}  top-1 {100 * record["val_top1"]:.2f} %{average}  '
-        f'{limit(record)}{skipped}'
+        f'{record["epoch"] + 1:6}  {record["train_loss"]:10.3f}  {record["val_loss"]:8.3f}  '
+        f'{100 * record["val_top1"]:5.1f} %{ema}  {record["images_per_second"]:8,.0f}  '
+        f'{100 * record["waited"]:5.0f} %  {duration(record["seconds"]):>7}{" *" if best else ""}'
     )

@@ -29,7 +29,17 @@ PER_HOST = (
     'objective.labels',
 )
 # settings that a resumed run may change
-CHANGEABLE = (*PER_HOST, 'epochs', 'grad_accum_steps', 'save_minutes', 'keep', 'max_skipped_steps', 'trackers')
+CHANGEABLE = (
+    *PER_HOST,
+    'epochs',
+    'minutes',
+    'patience',
+    'grad_accum_steps',
+    'save_minutes',
+    'keep',
+    'max_skipped_steps',
+    'trackers',
+)
 
 
 def differences(one: str, other: str, ignored: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
@@ -121,4 +131,5 @@ def saved_settings(path: Path) -> list[Setting]:
     """
     state = read_state(path) if path.is_file() else load_state(path / 'checkpoints')[0]
     settings = settings_of(state, str(path)) if state else upgrade(read_settings(path / 'config.yaml'))[0]
-    return [setting for setting in settings if setting.key not in ('weights', 'output')]  # a folder may have moved
+    # a folder may have moved; a budget was for the run that had it
+    return [setting for setting in settings if setting.key not in ('weights', 'output', 'minutes')]

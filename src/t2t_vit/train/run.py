@@ -2,8 +2,9 @@
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from ..data import SPLIT_FILE, synchronize
+from ..console import duration
+from ..data import SPLIT_FILE, report_data, synchronize
 from ..plots import plot_curves
 from ..settings import UsageError
 from .classes import check_classes
 from .config import Config
-from .log import Log, limit, summary
-from .plan import plan
+from .log import Log, limit, table_head, table_row, write_text
+from .measure import ENDING, RESERVE, Measured, affordable_epochs, measure
+from .plan import plan, wrap
 from .processes import build_accelerator, hold_folder, join_processes
 from .resume import check_same_run, check_same_start, find_start
 from .short_runs import scale_to_data
@@ -29,7 +32,13 @@ from .waiting import Stalled, explain_worker_death
 DRAW_SECONDS = 20  # between two drawings of the curves, which take about one: short epochs do not wait for it
 
 
-def train(config: Config, resume: str | None = None, dry_run: bool = False) -> dict[str, Any]:
+def train(
+    config: Config,
+    resume: str | None = None,
+    dry_run: bool = False,
+    choices: Sequence[str] = (),
+    began: float | None = None,
+) -> dict[str, Any]:
     """Train a model and write a run folder.
 
     Args:
@@ -37,6 +46,8 @@ def train(config: Config, resume: str | None = None, dry_run: bool = False) -> d
         resume: A run folder or one of its state files, to continue; `auto` continues the run in the output folder if
             there is one, and starts a new one if not.
         dry_run: Print the plan and stop; nothing is written.
+        choices: What was chosen for the user, to be printed with the plan, a line each.
+        began: When the time of `config.minutes` began, by time.monotonic(); by default now.
 
     Returns:
         The record of the last epoch; empty after a dry run.
@@ -50,6 +61,7 @@ def train(config: Config, resume: str | None = None, dry_run: bool = False) -> d
     """
     if problems := config.problems():
         raise UsageError('\n'.join(problems))
+    began = time.monotonic() if began is None else began
     if config.threads:
         torch.set_num_threads(config.threads)
     join_processes(config)
@@ -65,7 +77,7 @@ def train(config: Config, resume: str | None = None, dry_run: bool = False) -> d
         state, source, found = find_start(folder, resume)
         notes += found
         check_same_start(config, state)
-        if state and state['position']['epoch'] >= config.epochs and not dry_run:
+        if state and is_finished(state['position'], config) and not dry_run:
             return report_finished(state, config, folder, accelerator)
         if state:
             check_same_run([asked, config], state, source)
@@ -77,26 +89,72 @@ def train(config: Config, resume: str | None = None, dry_run: bool = False) -> d
                 'each draws its own mixup, dropout and drop path'
             )
         trainer = load(config, folder, state, accelerator, sources)
+        stack.callback(trainer.close)
         trainer.measure_input()
+        measured = measure(trainer)
+        if config.minutes:
+            fit_budget(trainer, measured, began)
         log = Log(folder, accelerator)
-        log.say('\n'.join(plan(trainer) + notes))
+        chosen = [f'chosen    {line}' for line in choices]
+        log.say(wrap([*chosen, *plan(trainer, measured, report_data(*sources[:2])), *notes]))
         if dry_run:
             return {}
         if not folder.exists():
             stack.enter_context(hold_folder(folder, accelerator))
-        log.begin(config, trainer.position.records)
+        log.begin(trainer.config, trainer.position.records)
         if sources.split and accelerator.is_main_process:
             sources.split.save(folder / SPLIT_FILE)
-        try:
-            return run_epochs(trainer, log)
-        finally:
-            trainer.close()
-            accelerator.end_training()
+        stack.callback(accelerator.end_training)
+        return run_epochs(trainer, log, began)
+
+
+def fit_budget(trainer: Trainer, measured: Measured, began: float) -> None:
+    """Reduce the number of epochs to what fits into `config.minutes`.
+
+    Raises:
+        UsageError: if not one epoch fits.
+    """
+    minutes, done = trainer.config.minutes or 0.0, trainer.position.epoch
+    spent = time.monotonic() - began
+    epochs = broadcast_object_list([affordable_epochs(measured, minutes, spent)])[0]
+    if epochs < 1:
+        least = (spent + ENDING + RESERVE * measured.epoch) / 60
+        raise UsageError(
+            f'an epoch takes about {duration(measured.epoch)}, which does not fit into {minutes:g} minutes: give '
+            f'--minutes {math.ceil(10 * least) / 10:g} or more, or fewer images with --data.train_images'
+        )
+    if done + epochs < trainer.config.epochs:
+        trainer.set_epochs(done + epochs)
+
+
+def shorten(trainer: Trainer, began: float) -> None:
+    """Drop epochs that no longer fit into `config.minutes`, by the time that the last epoch took."""
+    config, done = trainer.config, trainer.position.epoch
+    if not config.minutes:
+        return
+    left = 60 * config.minutes - ENDING - (time.monotonic() - began)
+    epochs = broadcast_object_list([int(left / (RESERVE * (time.monotonic() - trainer.epoch_began)))])[0]
+    if done + max(epochs, 0) < config.epochs:
+        trainer.set_epochs(done + max(epochs, 0))
+        if trainer.accelerator.is_main_process:
+            write_text(trainer.folder / 'config.yaml', trainer.config.to_yaml())
+
+
+def is_finished(position: dict[str, Any], config: Config) -> bool:
+    """Tell if a run at this position has nothing left to do: all its epochs are done, or it stops early."""
+    patience = config.patience
+    return position['epoch'] >= config.epochs or bool(patience and position.get('since_best', 0) >= patience)
 
 
 def report_finished(state: dict[str, Any], config: Config, folder: Path, accelerator: Accelerator) -> dict[str, Any]:
     """Say that a run is finished, and return its last record; nothing is written."""
     done = state['position']['epoch']
+    if done < config.epochs:
+        Log(folder, accelerator).say(
+            f'the run in {folder} stopped early, after {done} of {config.epochs} epochs: no better score in '
+            f'{config.patience}. Nothing was changed; a larger --patience trains on'
+        )
+        return state['position']['records'][-1]
     asked = f'{config.epochs} epochs' if done == config.epochs else f'{done} epochs, and {config.epochs} were asked for'
     Log(folder, accelerator).say(
         f'the run in {folder} is finished: {asked}. Nothing was changed; --epochs {done + 5} trains it for 5 more'
@@ -122,12 +180,20 @@ def choose_folder(config: Config, resume: str | None) -> Path:
     return Path(broadcast_object_list([resumed or config.output or new])[0])
 
 
-def run_epochs(trainer: Trainer, log: Log) -> dict[str, Any]:
-    """Train from where the run is to its end; return the last record."""
-    config, drawn = trainer.config, -math.inf
+def run_epochs(trainer: Trainer, log: Log, began: float) -> dict[str, Any]:
+    """Train from where the run is to its end, and return the last record.
+
+    Args:
+        trainer: The run.
+        log: Where it is reported.
+        began: When the command began, for `config.minutes`.
+    """
+    drawn = -math.inf
     trainer.watch.say = log.say
+    log.say(table_head(trainer.parts.ema is not None))
     with log.live(trainer.total_steps, trainer.done), stop_signals() as trainer.signals, trainer.watch.active():
-        while trainer.position.epoch < config.epochs:
+        while not is_finished(asdict(trainer.position), trainer.config):
+            trainer.epoch_began = time.monotonic()
             try:
                 trainer.stop_if_asked()
                 train_epoch(trainer, log)
@@ -139,21 +205,25 @@ def run_epochs(trainer: Trainer, log: Log) -> dict[str, Any]:
                 raise Stalled(f'{error}; the state is saved in {path}') from None
             except RuntimeError as error:
                 raise explain_worker_death(error) or error from None
+            shorten(trainer, began)
             trainer.save()
             log.record(trainer.position.records)
-            log.say(summary(record, config.epochs))
-            last = trainer.position.epoch == config.epochs
+            log.say(table_row(record, best=trainer.position.since_best == 0))
+            last = is_finished(asdict(trainer.position), trainer.config)
             if trainer.accelerator.is_main_process and (last or time.monotonic() - drawn >= DRAW_SECONDS):
                 plot_curves(trainer.position.records, trainer.folder / 'curves.png')
                 drawn = time.monotonic()
+    if trainer.position.epoch < trainer.config.epochs:
+        log.say(f'stopped early: no better score in {trainer.config.patience} epochs')
+    if skipped := trainer.position.skipped:
+        log.say(f'{skipped} steps were skipped: loss or gradient were not finite')
     if damaged := trainer.damaged():
         log.say(
             f'{len(damaged)} damaged images were left out: {", ".join(damaged[:5])}'
             f'{", …" * (len(damaged) > 5)}; all of them are named in {trainer.folder / DAMAGED}'
         )
-    log.say(
-        f'best top-1 {100 * trainer.position.best:.2f} %; weights, config, metrics and curves are in {trainer.folder}'
-    )
+    log.say(f'speed: {limit(trainer.position.records[-1])}')
+    log.say(f'best top-1 {100 * trainer.position.best:.2f} %; the run is in {trainer.folder}')
     return trainer.position.records[-1]
 
 
@@ -171,7 +241,7 @@ def train_epoch(trainer: Trainer, log: Log) -> None:
         log.step(
             trainer.done,
             f'epoch {position.epoch + 1}/{trainer.config.epochs}  loss {outcome.loss:.3f}  '
-            f'lr {trainer.lr:.1e}  {rates["images_per_second"]:.0f} images/s',
+            f'{rates["images_per_second"]:.0f} images/s',
             limit(rates),
         )
         if outcome.stop:

@@ -3,7 +3,7 @@
 A task holds all that is trained. Its random numbers are those of NumPy's and torch's own generators.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Task(nn.Module):
 class Classify(Task):
     """Cross-entropy with the labels, of images mixed as the augmentation says."""
 
-    def __init__(self, net: nn.Module, augment: Augment) -> None:
+    def __init__(self, net: nn.Module, augment: Augment, class_weights: torch.Tensor | None = None) -> None:
         super().__init__(net)
         self.mixup = (
             Mixup(
@@ -66,7 +66,11 @@ class Classify(Task):
             if augment.mixup or augment.cutmix
             else None
         )
-        self.loss = SoftTargetCrossEntropy() if self.mixup else nn.CrossEntropyLoss(label_smoothing=augment.smoothing)
+        if self.mixup and class_weights is None:
+            self.loss: nn.Module = SoftTargetCrossEntropy()
+        else:
+            smoothing = 0.0 if self.mixup else augment.smoothing  # mixup's targets are smoothed already
+            self.loss = nn.CrossEntropyLoss(class_weights, label_smoothing=smoothing)
 
     def mix(self, batch: Batch) -> Any:
         """Images and targets."""
@@ -102,8 +106,9 @@ class Distill(Classify):
         weight: float = 0.5,
         temperature: float = 1.0,
         hard: bool = False,
+        class_weights: torch.Tensor | None = None,
     ) -> None:
-        super().__init__(net, augment)
+        super().__init__(net, augment, class_weights)
         self.teacher: Teacher = teacher
         self.weight, self.temperature, self.hard = weight, temperature, hard
 
@@ -157,7 +162,13 @@ class TokenLabels(Task):
         )
 
 
-def make_task(config: Config, net: nn.Module, name: Callable[[int], str]) -> Task:
+def balanced_weights(labels: Sequence[int], classes: int) -> torch.Tensor:
+    """Return a weight for each class, (classes,), inverse to its number of images and 1 on average over images."""
+    counts = torch.bincount(torch.tensor(labels), minlength=classes)
+    return len(labels) / (classes * counts.clamp(min=1))
+
+
+def make_task(config: Config, net: nn.Module, name: Callable[[int], str], labels: Sequence[int] | None = None) -> Task:
     """What config.objective says, for a student with its preprocessing and classes in its pretrained_cfg.
 
     Args:
@@ -170,18 +181,19 @@ def make_task(config: Config, net: nn.Module, name: Callable[[int], str]) -> Tas
         DataError: if there are no labels for the tokens.
     """
     goal, augment = config.objective, config.augment
-    if goal.kind == 'labels':
-        return Classify(net, augment)
     cfg: dict[str, Any] = net.pretrained_cfg  # type: ignore[assignment]
+    weights = balanced_weights(labels, cfg['num_classes']) if goal.class_weights and labels is not None else None
+    if goal.kind == 'labels':
+        return Classify(net, augment, weights)
     if goal.labels:
-        labels: DenseLabels = LabelFiles(
+        dense_labels: DenseLabels = LabelFiles(
             Path(goal.labels).expanduser(), Path(config.data.root).expanduser(), name, cfg['num_classes']
         )
-        return TokenLabels(net, labels, goal.weight, goal.mixtoken, augment.smoothing)
+        return TokenLabels(net, dense_labels, goal.weight, goal.mixtoken, augment.smoothing)
     dense = goal.kind == 'token_labels'
     teacher = load_teacher(str(goal.teacher), cfg, goal.teacher_size, dense)
     if dense:
         task = TokenLabels(net, teacher.label_tokens, goal.weight, goal.mixtoken, augment.smoothing)
         task.teacher = teacher
         return task
-    return Distill(net, augment, teacher, goal.weight, goal.temperature, goal.hard)
+    return Distill(net, augment, teacher, goal.weight, goal.temperature, goal.hard, weights)

@@ -3,7 +3,7 @@
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -39,7 +39,9 @@ from ..trained import save_folder
 from .build import build_model, build_optimizer, build_schedule, freeze, parameter_groups, preprocess
 from .config import Config
 from .log import write_text
+from .short_runs import scale_to_data
 from .signals import Interrupted, StopSignals
+from .start_weights import LoadReport, load_start_weights
 from .state import Position, git_revision, save_state
 from .tasks import Task, make_task
 from .waiting import DataWatch, WatchedBatches
@@ -76,6 +78,7 @@ class Parts:
     """What a run trains, and what it trains with."""
 
     net: Any  # the model: saved, averaged and validated
+    report: LoadReport | None  # of the weights that it started from
     task: Task  # model and loss, with all trainable parameters
     model: nn.Module  # the task as accelerate prepared it
     groups: list[dict[str, Any]]
@@ -183,9 +186,11 @@ def build_parts(config: Config, data: TrainingData, accelerator: Accelerator, li
         UsageError: if they cannot be built as configured.
     """
     seed_all(derive(config.seed))
-    net = build_model(config, data.preprocessing, data.classes, license).to(accelerator.device)
+    net = build_model(config, data.preprocessing, data.classes, license)
+    report = load_start_weights(net, config.weights, data.classes) if config.weights else None
+    net = net.to(accelerator.device)
     freeze(net, config.optimizer.frozen)
-    task = make_task(config, net, data.sources.train.name).to(accelerator.device)
+    task = make_task(config, net, data.sources.train.name, data.sources.train.labels).to(accelerator.device)
     groups = parameter_groups(config, task)
     optimizer = build_optimizer(config, groups)
     schedule = build_schedule(config, optimizer, len(data.train))
@@ -196,7 +201,7 @@ def build_parts(config: Config, data: TrainingData, accelerator: Accelerator, li
         else None
     )
     model, optimizer = accelerator.prepare(task, optimizer)
-    return Parts(net, task, model, groups, optimizer, schedule, ema)
+    return Parts(net, report, task, model, groups, optimizer, schedule, ema)
 
 
 def load(
@@ -245,7 +250,7 @@ class Trainer:
         self.input_alone: float | None = None  # images/s, measured
         self.signals = StopSignals()
         self.watch = DataWatch(config.data.timeout, print)
-        self.last_save = time.monotonic()
+        self.last_save = self.epoch_began = time.monotonic()
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
@@ -262,6 +267,13 @@ class Trainer:
     def lr(self) -> float:
         """Learning rate of the head, which is the peak one under layer decay."""
         return max(group['lr'] for group in self.parts.optimizer.param_groups)
+
+    def set_epochs(self, epochs: int) -> None:
+        """Change how many epochs the run has; the schedule follows from the next step on."""
+        images, processes = self.data.counts[0], self.accelerator.num_processes
+        self.config, _ = scale_to_data(replace(self.config, epochs=epochs), images, processes)
+        self.total_steps = len(self.data.train) * epochs
+        self.parts.schedule = build_schedule(self.config, self.parts.optimizer, len(self.data.train))
 
     def watched(self, batches: Any, source: Any) -> WatchedBatches:
         """Return batches whose waits end on a signal and after data.timeout."""
@@ -430,6 +442,7 @@ class Trainer:
             train_loss=position.loss_sum / updates if updates else math.nan,
             **self.rates(),
             skipped=position.skipped,
+            seconds=round(time.monotonic() - self.epoch_began, 1),
         )
         for suffix, result in scores.items():
             record.update(

@@ -1,0 +1,209 @@
+"""Choose settings that a user left open from the data and the machine, each with its reason."""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from timm.models import get_pretrained_cfg
+
+from ..data import DataError, Source, open_source
+from ..settings import Setting, UsageError, read_settings, recipes
+from ..trained import pick_device
+from .resume import saved_settings
+from .start_weights import StartModel, describe_weights
+from .state import saved_states
+
+MODELS: dict[int, str] = {
+    16: 't2t_vit_4_16',
+    32: 't2t_vit_7_32',
+    64: 't2t_vit_7_64',
+    128: 't2t_vit_7',
+    224: 't2t_vit_7',
+}  # by pixels
+CPU_PIXELS = 64  # the largest size that is chosen for a CPU
+STEPS = {'cpu': 2_000, 'cuda': 20_000}  # of a run, roughly
+EPOCHS: dict[str, tuple[int, int]] = {'cpu': (10, 100), 'cuda': (20, 300)}  # fewest and most
+BATCH = {'cpu': 32, 'cuda': 128}
+STEPS_AN_EPOCH = 8  # at least
+VAL_FRACTION = 0.2
+LOOKED_AT = 32  # images whose size is looked at
+LOPSIDED = 10  # images of the largest class for each of the smallest, beyond which classes are weighted
+
+
+class Facts(NamedTuple):
+    """What the choices depend on."""
+
+    images: int
+    classes: int
+    imbalance: float
+    pixels: int  # median of the shorter sides
+    divided: bool  # training and validation images are apart
+    device: str  # cpu or cuda
+
+
+def choose_settings(
+    given: Sequence[Setting], recipe: str | None = None, resume: bool = False
+) -> tuple[list[Setting], list[str]]:
+    """Return settings for a run of which only `given` is known, and a line for each choice.
+
+    Settings in `given` are not chosen. The digits have a recipe of their own.
+
+    Args:
+        given: What the user said.
+        recipe: The recipe that the choices start from, one of those that fine-tune; by default small-images.
+        resume: If the output folder holds a run, return its settings and choose nothing.
+
+    Raises:
+        DataError: if the data cannot be opened.
+        UsageError: if weights to fine-tune are missing or do not name their model.
+    """
+    values = {setting.key: setting.value for setting in given}
+    output = Path(str(values.get('output') or 'runs'))
+    if resume and 'output' in values and saved_states(output / 'checkpoints'):
+        return saved_settings(output), []
+    root = str(values.get('data.root', 'digits'))
+    if root == 'digits' and not recipe:
+        return read_settings(recipes()['digits']), ['recipe digits: its data is chosen']
+    start = describe_start(values) if recipe else None
+    facts = look_at(root, values)
+    chosen = []
+    reasons: dict[str, list[str]] = {} if recipe else {'no other is given': ['recipe small-images']}
+    for key, value, reason in choices(facts, values, start):
+        if key not in values:
+            chosen.append(Setting(f'{key} chosen', key, value))
+            reasons.setdefault(reason, []).append(f'{key} {value}')
+    lines = [f'{", ".join(what)}: {reason}' for reason, what in reasons.items()]
+    return [*read_settings(recipes()[recipe or 'small-images']), *chosen], lines
+
+
+def describe_start(values: dict[str, Any]) -> StartModel:
+    """Return the model of the weights to fine-tune.
+
+    Raises:
+        UsageError: if there are no weights, or they do not say what model they are for.
+    """
+    weights = values.get('weights')
+    if not weights:
+        raise UsageError(
+            'fine-tuning starts from trained weights: give them with --weights, a timm tag such as t2t_vit_14.in1k, a '
+            'file, a run folder, or hf-hub:USER/NAME'
+        )
+    start = describe_weights(str(weights))
+    if start is None and not values.get('model'):
+        raise UsageError(f'{weights} does not say what model it is for: name it with --model NAME')
+    return start or StartModel(str(values['model']), {}, get_pretrained_cfg(str(values['model'])).to_dict())
+
+
+def look_at(root: str, values: dict[str, Any]) -> Facts:
+    """Open the data and look at the sizes of some images."""
+    source, divided = open_for_choice(root, values)
+    counts = torch.bincount(torch.tensor(source.labels), minlength=len(source.classes))
+    sides = []
+    for i in range(0, len(source.labels), max(1, len(source.labels) // LOOKED_AT)):
+        try:
+            image: Any = source.open(i)
+            sides.append(min(image.size))
+        except Exception:  # damaged: counted when it is trained on
+            continue
+    device = 'cpu' if pick_device(str(values.get('device', 'auto'))).type == 'cpu' else 'cuda'
+    fraction = 1.0 if divided else 1 - float(values.get('data.val_fraction') or VAL_FRACTION)
+    images = int(values.get('data.train_images') or fraction * len(source.labels))
+    imbalance = counts.max().item() / max(counts.min().item(), 1)
+    return Facts(images, len(source.classes), imbalance, int(median(sides or [224])), divided, device)
+
+
+def open_for_choice(root: str, values: dict[str, Any]) -> tuple[Source, bool]:
+    """Open the training images, or all of them; and tell if they are divided into training and validation images."""
+    channels = values.get('data.channels')
+    options = values.get('data.cache'), str(values.get('data.download', 'false')) == 'true', channels and int(channels)
+    if 'data.val_fraction' in values or 'data.fold' in values:
+        return open_source(root, 'all', *options), False
+    try:
+        source = open_source(root, 'train', *options)
+        open_source(root, 'val', *options)
+        return source, True
+    except DataError as error:
+        try:
+            return open_source(root, 'all', *options), False
+        except DataError:
+            raise error from None
+
+
+def choices(facts: Facts, values: dict[str, Any], start: StartModel | None = None) -> Iterator[tuple[str, Any, str]]:
+    """Yield (key, value, reason) for all settings that depend on data, machine, weights and given settings."""
+    on = 'a CPU' if facts.device == 'cpu' else 'a GPU'
+    if not facts.divided and 'data.fold' not in values:
+        yield 'data.val_fraction', VAL_FRACTION, 'the images are not divided; split.json keeps the division'
+    yield from model_of_weights(start) if start else small_model(facts, values, on)
+    largest = 2 ** int(math.log2(max(facts.images // STEPS_AN_EPOCH, 8)))
+    batch = min(BATCH[facts.device] // (2 if start else 1), largest)
+    few = batch == largest and batch > 8
+    yield 'batch_size', batch, f'at least {STEPS_AN_EPOCH} steps an epoch' if few else f'for {on}'
+    batch = int(str(values.get('batch_size', batch)))
+    steps = max(facts.images // max(batch, 1), 1)
+    fewest, most = EPOCHS[facts.device]
+    epochs = min(max(round(STEPS[facts.device] / steps), fewest), most)
+    epochs = math.ceil(epochs / 4) if start else epochs  # trained weights need fewer
+    if 'minutes' in values:
+        epochs = 1000
+        yield 'epochs', epochs, 'as many as fit into the minutes, at most'
+    else:
+        yield 'epochs', epochs, f'{epochs * steps:,} steps on {on}'
+    epochs = int(str(values.get('epochs', epochs)))
+    if not start:
+        if batch > 64:
+            yield 'optimizer.lr_base_size', 64, 'the learning rate follows the batch size'
+        decay = round(min(max(1 - 10 / (epochs * steps), 0.5), 0.999), 4)
+        yield 'ema_decay', decay, 'averages a tenth of the run, at most 1,000 steps'
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    workers = min(8, cores) if facts.device == 'cuda' else min(2, max(cores - 1, 1))
+    yield 'data.workers', workers, f'{cores} cores'
+    if facts.device == 'cuda' and torch.cuda.is_bf16_supported():
+        yield 'precision', 'bf16', 'the GPU computes in bfloat16'
+    elif facts.device == 'cpu' and gains_from_bf16():
+        yield 'precision', 'bf16', 'the processor multiplies matrices in bfloat16 (AMX)'
+    if facts.imbalance > LOPSIDED:
+        reason = f'the largest class has {facts.imbalance:.0f} times the images of the smallest'
+        yield 'objective.class_weights', 'balanced', reason
+
+
+def small_model(facts: Facts, values: dict[str, Any], on: str) -> Iterator[tuple[str, Any, str]]:
+    """Yield the choice of a model to train from scratch, and its size."""
+    if 'model' in values:
+        return
+    limit = CPU_PIXELS if facts.device == 'cpu' else max(MODELS)
+    pixels = max((size for size in MODELS if size <= min(facts.pixels, limit)), default=min(MODELS))
+    asked = values.get('data.img_size')
+    if is_number(asked):
+        pixels = max((size for size in MODELS if size <= int(str(asked))), default=min(MODELS))
+    yield 'model', MODELS[pixels], f'a small model for {pixels} pixels, for {facts.images:,} images on {on}'
+    yield 'data.img_size', pixels, f'half of the images have {facts.pixels} pixels or more, on {on}'
+
+
+def model_of_weights(start: StartModel) -> Iterator[tuple[str, Any, str]]:
+    """Yield the settings that weights to fine-tune ask for."""
+    yield 'model', start.model, 'of the weights'
+    for key, value in start.model_args.items():
+        yield f'model_args.{key}', value, 'of the weights'
+    channels, height, width = start.cfg.get('input_size', (3, 224, 224))
+    yield 'data.img_size', height if height == width else [height, width], 'of the weights'
+    if channels != 3:
+        yield 'data.channels', channels, 'of the weights'
+    for key in ('mean', 'std'):
+        if key in start.cfg:
+            yield f'data.{key}', list(start.cfg[key]), 'of the weights'
+
+
+def is_number(value: Any) -> bool:
+    """Tell if a setting is a whole number, perhaps as text."""
+    return str(value).isdigit()
+
+
+def gains_from_bf16() -> bool:
+    """Tell if this CPU multiplies matrices faster in bfloat16: it has tiles for it (AMX)."""
+    check = getattr(torch.cpu, '_is_amx_tile_supported', None)
+    return bool(check and check())

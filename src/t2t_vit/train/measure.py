@@ -1,0 +1,133 @@
+"""Measure a few real steps before a run starts: how long the run takes, and how much memory."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from accelerate.utils import gather_object
+
+from ..data import synchronize
+from .trainer import Trainer
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+STEPS = 6  # at most; the first is not timed
+SECONDS = 10.0  # after which no further step is measured
+ENDING = 2.0  # seconds kept for the last picture and the end of the process
+RESERVE = 1.1  # factor on the measured time, for saving, drawing and a machine that slows down
+
+
+class Measured(NamedTuple):
+    """Measurements of all processes together.
+
+    Args:
+        step: Seconds of a training step, with its share of waiting for images.
+        epoch: Seconds of an epoch, with validation.
+        memory: Bytes of the process that trains, at its peak; on a GPU, of its memory.
+        workers: Bytes of the processes that open images.
+        steps: How many steps were timed.
+    """
+
+    step: float
+    epoch: float
+    memory: int
+    workers: int
+    steps: int
+
+
+@contextmanager
+def unchanged(trainer: Trainer) -> Iterator[None]:
+    """Leave gradients, buffers and damaged-image lists as they were when the context ends."""
+    buffers = {name: buffer.clone() for name, buffer in trainer.parts.task.named_buffers()}
+    try:
+        yield
+    finally:
+        trainer.parts.optimizer.zero_grad()
+        with torch.no_grad():
+            for name, buffer in trainer.parts.task.named_buffers():
+                buffer.copy_(buffers[name])
+
+
+def measure(trainer: Trainer, steps: int = STEPS, seconds: float = SECONDS) -> Measured:
+    """Time some training steps, without an update, and the scoring of a batch; the trainer stays as it is."""
+    device, parts, position = trainer.accelerator.device, trainer.parts, trainer.position
+    times: list[float] = []
+    parts.model.train()
+    begun = clock = time.perf_counter()
+    batch = None
+    with unchanged(trainer):
+        start = position.step if position.step < len(trainer.data.train) else 0  # an epoch may only lack its scores
+        for batch in islice(trainer.data.train.epoch(position.epoch, start), steps):
+            trainer.accumulate_gradients(type(batch)(*(tensor.clone() for tensor in batch)))
+            parts.optimizer.zero_grad()
+            synchronize(device)
+            times.append(time.perf_counter() - clock)
+            if sum(gather_object([time.perf_counter() - begun])) > seconds * trainer.accelerator.num_processes:
+                break
+            clock = time.perf_counter()
+    step = sum(times[1:]) / len(times[1:]) if times[1:] else times[0]
+    scored = len(batch.labels) / score_seconds(trainer, batch) if batch is not None else 1.0
+    passes = len(trainer.candidates())
+    validation = passes * trainer.data.counts[1] / (scored * trainer.accelerator.num_processes)
+    slowest = max(gather_object([step]))
+    epoch = slowest * len(trainer.data.train) + validation
+    return Measured(slowest, epoch, peak_memory(trainer), worker_memory(), len(times))
+
+
+def score_seconds(trainer: Trainer, batch: Any) -> float:
+    """Return the seconds of a forward pass without gradients."""
+    net = trainer.parts.net
+    net.eval()
+    begun = time.perf_counter()
+    with torch.inference_mode():
+        net(batch.images)
+    synchronize(trainer.accelerator.device)
+    net.train()
+    return time.perf_counter() - begun
+
+
+def peak_memory(trainer: Trainer) -> int:
+    """Return the bytes that training takes at its peak: what was measured, and the state that the optimizer adds.
+
+    On a CPU it is the memory of the whole process; on a GPU what the allocator reserves there.
+    """
+    slots = 1 if trainer.config.optimizer.name in ('sgd', 'momentum') else 2  # the optimizer's, for each weight
+    state = 0 if trainer.position.step or trainer.position.epoch else slots
+    added = state * sum(parameter.numel() * parameter.element_size() for parameter in trainer.parameters)
+    if trainer.accelerator.device.type == 'cuda':
+        return torch.cuda.max_memory_reserved() + added
+    if resource is None:
+        return psutil.Process().memory_info().peak_wset + added
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit + added
+
+
+def worker_memory() -> int:
+    """Return the bytes that the processes that open images take for themselves."""
+    total = 0
+    for child in psutil.Process().children(recursive=True):
+        try:
+            memory = child.memory_full_info()
+            total += getattr(memory, 'uss', memory.rss)
+        except psutil.Error:  # it ended, or may not be looked at
+            continue
+    return total
+
+
+def affordable_epochs(measured: Measured, minutes: float, spent: float) -> int:
+    """Return how many epochs fit into what is left of a budget.
+
+    Args:
+        measured: See `measure`.
+        minutes: The budget.
+        spent: Seconds of it that are gone.
+    """
+    return int((60 * minutes - spent - ENDING) / (RESERVE * measured.epoch))
