@@ -1,4 +1,4 @@
-"""What is in the site, for mkdocs: README, every guide, every result, and the public API, found where they stand."""
+"""Collect the pages of the site for mkdocs: README, guides, results and the public API."""
 
 import ast
 import re
@@ -21,7 +21,7 @@ def guides() -> list[Path]:
 
 
 def modules() -> dict[str, list[str]]:
-    """The package's modules with their public classes and functions, in the order of the files."""
+    """Return the public classes and functions of each module, in the order of the files."""
     found = {}
     for file in sorted(API.rglob('*.py')):
         names = [
@@ -58,7 +58,7 @@ def names_page() -> str:
 
 
 def on_config(config: Any) -> Any:
-    """The navigation follows what is there."""
+    """Build the navigation from the files that exist."""
     results = sorted((ROOT / 'results').rglob('*.md'), key=lambda file: (len(file.parts), file))
     config.nav = [
         {'Home': 'README.md'},
@@ -74,7 +74,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """The repository's pages and pictures under their own paths, and a page of the reference for each module."""
+    """Add the repository's pages and pictures under their own paths, and a reference page for each module."""
     pages = [ROOT / page for page in PAGES] + [
         file
         for folder in ('docs', 'results')
@@ -103,7 +103,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def linked(pages: list[Path]) -> list[Path]:
-    """The other files of the repository that pages point to, as a script or a recipe."""
+    """Return the other files of the repository that pages link to, such as scripts and recipes."""
     targets = {
         (page.parent / target).resolve()
         for page in pages

@@ -22,7 +22,7 @@ from t2t_vit.settings import UsageError
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an untrained model for photos; read only."""
+    """Return the folder of an untrained model for photos; read-only."""
     torch.manual_seed(0)
     net = timm.create_model('t2t_vit_4_16', num_classes=3, **SMALLER)
     torch.nn.init.normal_(net.head.weight)

@@ -55,7 +55,7 @@ def trap(tmp_path: Path) -> Trap:
 
 @pytest.fixture
 def foreign(digits_run: Path, tmp_path: Path, trap: Trap) -> Path:
-    """A run folder whose every file names code."""
+    """Make a run folder whose every file names code."""
     folder = tmp_path / 'foreign'
     shutil.copytree(digits_run, folder)
     config = json.loads((folder / 'config.json').read_text())

@@ -99,7 +99,7 @@ def served() -> Iterator[str]:
 
 @pytest.fixture(scope='module')
 def trained(digits_run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run from scratch, and one that started from it and was resumed."""
+    """Train a run from scratch, and one that starts from it and is resumed."""
     first, second = (tmp_path_factory.mktemp('runs') / name for name in ('first', 'second'))
     shutil.copytree(digits_run, first)
     config = json.loads((first / 'config.json').read_text())

@@ -37,7 +37,7 @@ from t2t_vit.vectors import Embedding
 
 @pytest.fixture(scope='module')
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small untrained model for photos; read only."""
+    """Return the folder of a small untrained model for photos; read-only."""
     torch.manual_seed(0)
     net = timm.create_model('t2t_vit_4_16', num_classes=3, **SMALLER)
     net.pretrained_cfg.update(label_names=CLASSES, num_classes=3)
@@ -46,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope='module')
 def many(photos, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A list of 100 paths; two are damaged, one of them alone in a batch of 4 and shard of 12, the last."""
+    """List 100 paths; two are damaged, one of them alone in the last batch of 4 and shard of 12."""
     root = tmp_path_factory.mktemp('many')
     (root / 'text.png').write_text('not an image')
     files = [str(path) for path in sorted((photos / 'val').rglob('*.*'))] * 9
@@ -65,7 +65,7 @@ def parquet(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope='module')
 def whole(many, model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The unbroken output, as Parquet; read only."""
+    """Return the uninterrupted output as Parquet; read-only."""
     output = tmp_path_factory.mktemp('whole') / 'a.parquet'
     assert run('predict', many, '--checkpoint', model, '--output', output, '--shard_size', 12) == 0
     return output

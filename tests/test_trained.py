@@ -23,7 +23,7 @@ NAMES = ['a|b', 'c$d', 'é <f>']
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an untrained model for RGB images with three classes; read only."""
+    """Return the folder of an untrained model for RGB images with three classes; read-only."""
     torch.manual_seed(0)
     net = timm.create_model('t2t_vit_4_16', num_classes=3, **SMALLER)
     torch.nn.init.normal_(net.head.weight)

@@ -49,7 +49,7 @@ def break_some(folder: Path) -> list[str]:
 
 @pytest.fixture
 def damaged(photos: Path, tmp_path: Path) -> tuple[Folder, list[str]]:
-    """The training photos, two of them damaged, and the names of these."""
+    """Return the training photos, two of them damaged, and the names of those two."""
     for file in sorted(path for path in (photos / 'train').rglob('*') if path.is_file()):
         copy = tmp_path / file.relative_to(photos)
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ def claiming(width: int, height: int) -> bytes:
 
 @pytest.fixture(scope='module')
 def inputs_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same eight images in every kind of input; read only."""
+    """Write the same eight images as every kind of input; read-only."""
     root = tmp_path_factory.mktemp('inputs_root')
     pictures = [encode(image) for _, (_, _, image) in zip(range(8), crops())]
     (root / 'folder' / 'deep').mkdir(parents=True)

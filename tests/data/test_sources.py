@@ -146,7 +146,7 @@ def test_different_classes_are_rejected_by_name(photos, tmp_path):
 
 @pytest.fixture
 def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in CIFAR-10's Python format, of a dozen images; torchvision knows the hashes of the real one only."""
+    """Write a dozen images in CIFAR-10's Python format, and let torchvision accept their hashes."""
     kind = torchvision.datasets.CIFAR10
     folder = tmp_path / 'cache' / kind.base_folder
     folder.mkdir(parents=True)
@@ -207,7 +207,7 @@ class FakeDataset:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package `datasets` that knows one set, of the photos."""
+    """Install a package `datasets` that knows one dataset, of the photos."""
     info = types.SimpleNamespace(
         splits={name: types.SimpleNamespace(num_examples=n) for name, n in (('train', 24), ('test', 12))},
         features={'img': None, 'label': types.SimpleNamespace(names=CLASSES, str2int=CLASSES.index)},
@@ -273,7 +273,7 @@ JPEG = jpeg(Image.new('RGB', (8, 8), 'red'))
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """The photos as WebDataset's shards: two to train on, with .cls, one to validate, with .json; names beside."""
+    """Write the photos as WebDataset shards: two for training with .cls, one for validation with .json, and names."""
     parts: dict[str, list[tuple[str, bytes]]] = {'train-000000': [], 'train-000001': [], 'val-000000': []}
     for i, (split, name, image) in enumerate(crops()):
         shard = f'{split}-{i % 2 if split == "train" else 0:06}'

@@ -36,7 +36,7 @@ needs_gradio = pytest.mark.skipif(not importlib.util.find_spec('gradio'), reason
 
 
 def png(width: int, height: int) -> bytes:
-    """The start of a PNG with these sizes in its header."""
+    """Return the start of a PNG with these sizes in its header."""
     header = b'IHDR' + struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
     return (
         b'\x89PNG\r\n\x1a\n'
@@ -235,7 +235,7 @@ class Server:
         self.client = Client(address, verbose=False)
 
     def get(self, path: str, body: bytes | None = None, method: str | None = None, **headers: str) -> str:
-        """The text of an answer, or its status if it is an error."""
+        """Return the text of an answer, or its status if it is an error."""
         headers = {name.replace('_', '-'): value for name, value in headers.items()}
         try:
             with urlopen(Request(self.address + path, body, headers, method=method), timeout=60) as answer:
@@ -244,7 +244,7 @@ class Server:
             return str(getattr(error, 'code', error))
 
     def upload(self, name: str, content: bytes, **headers: str) -> str:
-        """The token of an uploaded file, or the status of a refusal."""
+        """Return the token of an uploaded file, or the status of a refusal."""
         head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
         body = head.encode() + content + b'\r\n--x--\r\n'
         answer = self.get('gradio_api/upload', body, Content_Type='multipart/form-data; boundary=x', **headers)
@@ -252,7 +252,7 @@ class Server:
         return found[1] if found else answer
 
     def ask(self, name: str, image: Any = None, **fields: Any) -> Any:
-        """The answer of an endpoint, or its error; `image` is a token."""
+        """Return the answer of an endpoint, or its error; `image` is a token."""
         from gradio_client.exceptions import AppError
 
         given = {} if image is None else {'image': {'path': image}}
@@ -262,7 +262,7 @@ class Server:
             return str(error)
 
     def call(self, name: str, *values: Any) -> str:
-        """The events of a call by HTTP alone."""
+        """Return the events of a call over plain HTTP."""
         body = json.dumps({'data': values}).encode()
         answer = self.get(f'gradio_api/call/{name}', body, Content_Type='application/json')
         return self.get(f'gradio_api/call/{name}/{json.loads(answer)["event_id"]}')

@@ -31,7 +31,7 @@ FILES = ('.onnx', '.pt2', '.xml')  # `files` has the structure of 16² pixels, f
 
 
 def small(name: str, **kwargs: Any) -> torch.nn.Module:
-    """A registered model with its own parts and fewer of them; weights that make its logits differ."""
+    """Build a registered model with fewer blocks, and weights that make its logits differ."""
     torch.manual_seed(0)
     variant = VARIANTS[name]
     depth = 1 if isinstance(variant.depth, int) else (1, 1)
@@ -81,7 +81,7 @@ def model() -> torch.nn.Module:
 
 @pytest.fixture(scope='module')
 def files(model: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The model in every format, for images of any size, as uint8."""
+    """Export the model in every format, for images of any size, as uint8."""
     folder = tmp_path_factory.mktemp('files')
     return {suffix: written(model, folder / f'model{suffix}', 'all', pixels='uint8-nhwc') for suffix in FILES}
 
@@ -197,7 +197,7 @@ def test_command_compares_the_file(digits_run, tmp_path, capsys):
 
 
 def verdict(**changes: Any) -> list[str]:
-    """The problems of a report."""
+    """Return the problems of a report."""
     report = Report.__new__(Report)
     values: dict[str, Any] = dict(
         relative_difference=1e-5, mean_relative_difference=1e-6, top1_agreement=1.0, images=1000, not_finite=0,
@@ -302,7 +302,7 @@ def test_damaged_and_foreign_files_are_refused(suffix, files, tmp_path):
 
 
 def rewritten(file: Path, path: Path, changes: dict[str, tuple[bytes, bytes]], more: dict[str, bytes]) -> None:
-    """A copy of an archive with some bytes exchanged, and more entries."""
+    """Copy an archive with some bytes exchanged and more entries."""
     with zipfile.ZipFile(file) as old, zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
             content = old.read(name)

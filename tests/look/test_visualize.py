@@ -226,7 +226,7 @@ def test_default_folder_never_overwrites_pictures(tmp_path):
 
 
 def metrics(*scores: tuple[float, float]) -> list[dict[str, float]]:
-    """Records of epochs with top-1 of the weights and of their moving average."""
+    """Return records of epochs with top-1 of the raw and the EMA weights."""
     return [
         dict(
             epoch=i,

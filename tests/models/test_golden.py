@@ -47,7 +47,7 @@ def read(name):
 
 
 def golden_model(config, kind):
-    """The model that the metadata of a tiny file describes."""
+    """Build the model that the metadata of a tiny file describes."""
     args = {key: config[key] for key in ('embed_dim', 'depth', 'num_heads', 'mlp_ratio', 'img_size', 'num_classes')}
     args.update(token_layer=config['tokens_type'], token_dim=config.get('token_dim', 64))
     block = kind.removeprefix('T2T_ViT').lstrip('_').lower() or 'plain'

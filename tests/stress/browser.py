@@ -28,8 +28,7 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 
 @pytest.fixture(scope='module')
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The page with the last run under RUNS, by default the model of digits in the package, and two models of photos
-    with random weights."""
+    """Serve the page with the last run under RUNS (by default the packaged model of digits) and two random models."""
     folder = tmp_path_factory.mktemp('page')
     words = [
         sys.executable,
@@ -69,7 +68,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, address: str) -> Iterator[Any]:
-    """The loaded page; requests to other machines, errors on its console and failed requests fail the test."""
+    """Load the page; requests to other machines, errors on its console and failed requests fail the test."""
     page = browser.new_page(viewport=dict(width=1200, height=1000))
     wrong = []
     page.on(

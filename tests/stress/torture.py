@@ -1,11 +1,11 @@
-"""Kill a training run at random moments, resume it, and compare with an unbroken one: `make torture`.
+"""Kill a training run at random moments, resume it, and compare with an uninterrupted one (`make torture`).
 
     python tests/stress/torture.py [kills] [processes] [disk]
 
-Every run of three epochs on the digits saves after every step, is killed with SIGKILL after a random time, also in the
-middle of saving, and is started again until it ends; then weights, averages and moments must be those of an unbroken
-run, bit for bit. Prints the count. Runs go on until there were `kills` (100) kills. `processes` (1) train together;
-with `disk`, images are opened and augmented by two worker processes each, and mixed.
+Each run of three epochs on the digits saves after every step. It is killed with SIGKILL after a random time, also in
+the middle of saving, and resumed until it ends. Weights, EMA weights and moments must then equal those of an
+uninterrupted run, bit for bit. Runs are repeated until there were `kills` (100) kills. `processes` (1) train together;
+with `disk`, two worker processes each read and augment images, with mixup.
 """
 
 import random
@@ -15,14 +15,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from test_loop import same_run
+from test_run import same_run
 from test_survival import DISK, finish, start
 
 from t2t_vit.train.state import saved_states
 
 
 def main(kills='100', processes='1', source='memory'):
-    """Returns the number of runs that ended otherwise."""
+    """Return the number of runs that ended with other weights."""
     kills, processes, words = int(kills), int(processes), DISK if source == 'disk' else []
     room = Path(tempfile.mkdtemp())
     begun = time.monotonic()

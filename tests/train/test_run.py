@@ -54,7 +54,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def same_run(folder: Path, expected: Path) -> bool:
-    """Same metrics, same model, same last weights, averages and moments, bit for bit."""
+    """Return whether metrics, model, and last weights, EMA weights and moments are equal, bit for bit."""
     states = [read_state(saved_states(f / 'checkpoints')[0]) for f in (folder, expected)]
     moments = [list(state['optimizer']['state'].values()) for state in states]
     return records(folder) == records(expected) and all(

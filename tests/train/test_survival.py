@@ -116,18 +116,18 @@ def run_forked(words: list[str], log: Path, environment: dict[str, object]) -> N
 
 
 def options(folder: Path, *words: str) -> list[str]:
-    """Saving after every step."""
+    """Return options that save after every step."""
     return [*OPTIONS, '--output', str(folder), '--resume', 'auto', *words]
 
 
 def start(folder: Path, *words: str, processes: int = 1) -> Forked:
-    """The command line in processes of its own."""
+    """Run the command line in new processes."""
     folder.parent.mkdir(exist_ok=True)
     return Forked(options(folder, *words), folder.parent / f'{folder.name}.log', processes)
 
 
 def launch(folder: Path, *words: str) -> 'subprocess.Popen[str]':
-    """The command line under an elastic launcher: two processes, and no start more than two losses need."""
+    """Run the command line under an elastic launcher: two processes, restarts for two losses."""
     return subprocess.Popen(
         [
             sys.executable,
@@ -187,13 +187,13 @@ def test_killed_again_and_again(unbroken, tmp_path):
 
 
 def workers(run: 'subprocess.Popen[str]') -> list[int]:
-    """Processes that an elastic launcher has started."""
+    """Return the processes that an elastic launcher has started."""
     return [int(pid) for pid in Path(f'/proc/{run.pid}/task/{run.pid}/children').read_text().split()]
 
 
 @pytest.fixture(scope='module')
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two processes, with mixup and dropout."""
+    """Train with two processes, with mixup and dropout."""
     folder = tmp_path_factory.mktemp('pair') / 'run'
     finish(start(folder, *LOUD, processes=2))
     return folder
@@ -290,7 +290,7 @@ def test_a_run_on_a_full_disk_says_so(tmp_path, full_disk, minutes, what):
 
 
 def spoil(monkeypatch, steps):
-    """A loss that is not a number in these steps."""
+    """Make the loss NaN in these steps."""
     forward, made = Classify.forward, []
 
     def spoiled(task, batch):
