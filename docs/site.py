@@ -43,7 +43,7 @@ def api_page(module: str, names: list[str]) -> str:
 
 
 def names_page() -> str:
-    """What `import t2t_vit` offers, each name with a link to where it is described."""
+    """Write the page of the names in `t2t_vit`, each with a link to its description."""
     tree = ast.parse((API / '__init__.py').read_text(encoding='utf-8'))
     lines = [
         f'- [`t2t_vit.{alias.name}`][t2t_vit.{node.module}.{alias.name}]'
