@@ -45,15 +45,15 @@ def api_page(module: str, names: list[str]) -> str:
 def names_page() -> str:
     """Write the page of the names in `t2t_vit`, each with a link to its description."""
     tree = ast.parse((API / '__init__.py').read_text(encoding='utf-8'))
-    lines = [
+    lines = {
         f'- [`t2t_vit.{alias.name}`][t2t_vit.{node.module}.{alias.name}]'
         if alias.name in modules()[f't2t_vit.{node.module}']
         else f'- `t2t_vit.{alias.name}`, in `{node.module}`'
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom)
+        for node in ast.walk(tree)  # also imports inside functions
+        if isinstance(node, ast.ImportFrom) and node.level
         for alias in node.names
         if not (alias.asname or alias.name).startswith('_')
-    ]
+    }
     return '\n'.join(['# t2t_vit', '', ast.get_docstring(tree) or '', '', *sorted(lines), ''])
 
 
