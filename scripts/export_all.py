@@ -26,8 +26,9 @@ from t2t_vit.timing import device_name
 
 def row(name: str) -> dict[str, Any]:
     """Compare one model in both runtimes; the relative difference is that of the worst image."""
-    net, cfg, class_names = load(None, name)
-    metadata = describe(net, class_names, cfg, 'float32', 'float', None, 'batch')
+    classifier = load(None, name)
+    net, cfg = classifier.net, classifier.preprocessing
+    metadata = describe(net, classifier.outputs, cfg, 'float32', 'float', None, 'batch')
     images = [*batches(open_images('samples', 'val'), cfg, 4, 8, [])]
     found: dict[str, Any] = {'model': name, 'size': cfg.size[0]}
     with tempfile.TemporaryDirectory() as folder:

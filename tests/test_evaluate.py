@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 import pytest
 import timm
@@ -118,6 +120,9 @@ def test_class_names_of_all_kinds_in_every_output(net, tmp_path, capsys):
     for i, name in enumerate(names):
         (tmp_path / 'data' / name).mkdir(parents=True)
         Image.new('RGB', (20, 20), (90 * i, 50, 200)).save(tmp_path / 'data' / name / '-a.png')
+    odd = os.path.join(os.fsencode(tmp_path / 'data' / 'two\nlines "q"'), b'caf\xe9.png')
+    with open(odd, 'wb') as file:
+        Image.new('RGB', (20, 20)).save(file, 'png')
     other = timm.create_model('t2t_vit_4_16', num_classes=3, **SMALLER)
     other.load_state_dict(net.state_dict())
     other.pretrained_cfg.update(net.pretrained_cfg, label_names=sorted(names))
@@ -126,7 +131,8 @@ def test_class_names_of_all_kinds_in_every_output(net, tmp_path, capsys):
         words = ['--checkpoint', place, '--data', tmp_path / 'data', '--output', tmp_path / flag]
         assert evaluate(*words, '--spreadsheet', flag) == 0
         with (tmp_path / flag / 'images.csv').open(newline='', encoding='utf-8') as file:
-            rows = list(csv.DictReader(file))
+            *rows, last = csv.DictReader(file)
+        assert unquote_to_bytes(last['image'].removeprefix('file://')) == odd
         assert [row['label'].removeprefix("'" if flag == 'true' else '') for row in rows] == sorted(names)
         assert [row['label'][0] for row in rows] == ['$', "'" if flag == 'true' else '=', 't']
         assert (tmp_path / flag / 'confusion.png').exists() and (tmp_path / flag / 'mistakes.png').exists()

@@ -12,7 +12,7 @@ from .classifier import Augmentation, Classifier, Evaluation, NotFinite
 from .console import console
 from .data import Opener, Source, printable
 from .plots import plot_confusion, plot_predictions
-from .results import appearing, cell
+from .results import appearing, cell, portable_name
 from .settings import require
 
 SHOWN = 24  # mistakes in the picture
@@ -148,7 +148,8 @@ def save(found: Evaluation, folder: Path, source: Source, classifier: Classifier
     with appearing(folder / 'scores.json') as draft:
         draft.write_text(json.dumps(found.as_dict(), indent=2, allow_nan=False) + '\n', 'utf-8')
     header = ('index', 'image', 'label', 'predicted', 'probability', 'probability_of_label')
-    write_rows(folder / 'images.csv', [header, *found.rows], spreadsheet)
+    rows: list[Any] = [header, *(row._replace(image=portable_name(row.image)) for row in found.rows)]
+    write_rows(folder / 'images.csv', rows, spreadsheet)
     counts = found.measures.confusion.tolist()
     rows = [['true', *found.classes], *([name, *row] for name, row in zip(found.classes, counts))]
     write_rows(folder / 'confusion.csv', rows, spreadsheet)
@@ -164,6 +165,6 @@ def save(found: Evaluation, folder: Path, source: Source, classifier: Classifier
 
 def write_rows(path: Path, rows: list[Any], spreadsheet: bool) -> None:
     """Write a CSV file; it appears when it is complete."""
-    with appearing(path) as draft, draft.open('w', newline='', encoding='utf-8') as file:
+    with appearing(path) as draft, draft.open('w', newline='', encoding='utf-8', errors='backslashreplace') as file:
         writer = csv.writer(file, lineterminator='\n')
         writer.writerows([cell(value, spreadsheet) for value in row] for row in rows)
