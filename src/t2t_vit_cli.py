@@ -30,6 +30,7 @@ TRAIN_OPTIONS = """
   --recipe NAME       start from a shipped configuration (t2t-vit recipes)
   --model NAME        t2t-vit models lists them
   --weights FILE      start from trained weights
+  --pretrained        start from the published weights of --model
   --epochs N
   --minutes N         as many epochs as fit into this time
   --batch N           images in a step
@@ -56,6 +57,7 @@ COMMANDS = {
   FOLDER              class folders, or train/ and val/ with class folders
   --weights WEIGHTS   a timm tag such as t2t_vit_14.in1k, hf-hub:USER/NAME, a
                       run's folder, or a file of weights (then with --model)
+  --pretrained        the published weights of --model instead
   --recipe NAME       finetune trains all layers, finetune-head only the head
   --epochs N
   --minutes N         as many epochs as fit into this time
@@ -66,7 +68,7 @@ COMMANDS = {
   --dry-run           print the plan and stop
 """,
         (
-            'photos --weights t2t_vit_14.in1k',
+            'photos --pretrained --model t2t_vit_14',
             'photos --weights runs/photos --recipe finetune-head',
             'photos --weights 81.5_T2T_ViT_14.pth.tar --model t2t_vit_14',
         ),

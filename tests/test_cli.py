@@ -248,6 +248,21 @@ def test_familiar_spellings_of_train_options(run, tmp_path):
     assert code == 0 and {'  lr: 0.01', 'batch_size: 64'} <= set(lines)
 
 
+@pytest.mark.parametrize(
+    'argv, weights',
+    [
+        (['train', 'digits', '--pretrained', '--model', 't2t_vit_7'], 't2t_vit_7'),
+        (['finetune', 'digits', '--pretrained'], 't2t_vit_14'),
+        (['finetune', 'digits', '--pretrained', '--model', 't2t_vit_24.token_labeling_in1k'], '*'),
+        (['train', '--recipe', 'imagenet-14-384', '--pretrained'], 't2t_vit_14'),
+    ],
+)
+def test_pretrained_is_the_published_weights_of_the_model(run, argv, weights):
+    code, lines, errors = run(*argv, '--print-config')
+    weights = argv[-1] if weights == '*' else weights
+    assert code == 0 and f'weights: {weights}' in lines, errors
+
+
 def test_train_mistakes_are_reported_together(run):
     code, _, errors = run('train', 'photos', 'word', '--epohcs', 3, '--optimizer.lr=-1', '--seed')
     assert code == 2

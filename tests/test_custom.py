@@ -100,6 +100,7 @@ COMMANDS: dict[str, list[str]] = {
         *('train', '--recipe', 'digits', '--objective.kind', 'distill', '--objective.teacher', '{run}'),
         *('--output', '{tmp}/new'),
     ],
+    'finetune': ['finetune', 'digits', '--weights', '{run}', '--print-config'],
     'weights': ['train', '--recipe', 'digits', '--weights', '{run}', '--dry-run'],
     'push': ['push', '{run}', 'someone/something'],
 }

@@ -36,12 +36,14 @@ TRAIN_SPECIAL = (
         'Continue the run in this folder, or from this state file, with its own configuration; auto: continue the run '
         'in --output if there is one.',
     ),
+    ('--pretrained', 'Start from the published weights of --model; short for --weights with its name.'),
     ('--dry-run', 'Print what would be done, and stop.'),
     ('--print-config', 'Print the resolved configuration as YAML, and stop.'),
 )
 TRAINING = ('train', 'finetune')  # commands
 FINETUNING = ('finetune', 'finetune-head')  # recipes
-TRAIN_TYPES = {'recipe': str, 'config': str, 'resume': str, 'dry_run': bool, 'print_config': bool}
+PRETRAINED = 't2t_vit_14'  # of --pretrained without a model
+TRAIN_TYPES = {'recipe': str, 'config': str, 'resume': str, 'pretrained': bool, 'dry_run': bool, 'print_config': bool}
 TRAIN_ALIASES = {  # accepted as they are
     **SHORT,
     'data': 'data.root',
@@ -83,7 +85,6 @@ ELSEWHERE = {  # names in timm's and ultralytics' training scripts that are not 
     'fliplr': 'augment.hflip',
     'label_smoothing': 'augment.smoothing',
     'train_interpolation': 'augment.interpolation',
-    'pretrained': 'weights',
     'pretrained_path': 'weights',
     'initial_checkpoint': 'weights',
     'checkpoint': 'weights',
@@ -195,6 +196,10 @@ def train(argv: Sequence[str], command: str = 'train') -> int:
     given = [word for word in words if word.key not in TRAIN_TYPES]
     recipe = special.get('recipe') or ('finetune' if command == 'finetune' else None)
     choices: list[str] = []
+    if 'pretrained' in special and not {'recipe', 'config', 'resume'} & set(special):
+        recipe = 'finetune'
+    if 'pretrained' in special and recipe in FINETUNING:  # whose choices depend on the weights
+        given.append(published_weights(given))
     if special.get('resume', 'auto') == 'auto' and 'config' not in special and recipe in (None, *FINETUNING):
         from .train.choose import choose_settings
 
@@ -211,6 +216,8 @@ def train(argv: Sequence[str], command: str = 'train') -> int:
         from .train.upgrade import upgrade
 
         settings += upgrade(read_settings(Path(special['config'])), drop=False)[0]
+    if 'pretrained' in special and recipe not in FINETUNING:
+        settings.append(published_weights([*settings, *given]))
     settings += given
     config = resolve(Config, settings, problems, lambda key: advise(key, list(types)))
     if 'print_config' in special:
@@ -229,6 +236,12 @@ def train(argv: Sequence[str], command: str = 'train') -> int:
         print(stop)
         return stop.code
     return 0
+
+
+def published_weights(settings: Sequence[Setting]) -> Setting:
+    """Return the setting that --pretrained stands for: weights of the model that was chosen, as timm names them."""
+    models = [str(setting.value) for setting in settings if setting.key == 'model']
+    return Setting('--pretrained', 'weights', models[-1] if models else PRETRAINED)
 
 
 def completion(argv: Sequence[str]) -> int:
@@ -251,7 +264,7 @@ def completion(argv: Sequence[str]) -> int:
         if name == 'train':
             options = {'recipe': list(recipes()), **dict.fromkeys(['config', 'resume'], []), **known_options(Config)}
             options.update(dict.fromkeys([word for word in TRAIN_ALIASES if not word.startswith('-')], []))
-            options.update(dict.fromkeys(['dry-run', 'print-config'], []))
+            options.update(dict.fromkeys(['pretrained', 'dry-run', 'print-config'], []))
         for option, values in options.items():
             target = one.add_argument(f'--{option.replace("_", "-")}', choices=values or None)
             if not values:

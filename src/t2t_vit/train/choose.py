@@ -74,7 +74,9 @@ def choose_settings(
     reasons: dict[str, list[str]] = {} if recipe else {'no other is given': ['recipe small-images']}
     for key, value, reason in choices(facts, values, start):
         if key not in values:
-            chosen.append(Setting(f'{key} chosen', key, value))
+            of_weights = key.startswith('model_args.')  # read from the folder of the weights, so not trusted
+            source = f'{key} in {values.get("weights")}' if of_weights else f'{key} chosen'
+            chosen.append(Setting(source, key, value, from_file=of_weights))
             reasons.setdefault(reason, []).append(f'{key} {value}')
     lines = [f'{", ".join(what)}: {reason}' for reason, what in reasons.items()]
     return [*read_settings(recipes()[recipe or 'small-images']), *chosen], lines
