@@ -31,7 +31,7 @@ TRAIN_OPTIONS = """
   --model NAME        t2t-vit models lists them
   --weights FILE      start from trained weights
   --pretrained        start from the published weights of --model
-  --epochs N
+  --epochs N          passes over the training images
   --minutes N         as many epochs as fit into this time
   --batch N           images in a step
   --lr X              peak learning rate
@@ -51,7 +51,7 @@ COMMANDS = {
         ('photos --epochs 30', '--recipe small-images photos --imgsz 96', '--resume runs/photos'),
     ),
     'finetune': Command(
-        'train trained weights on your images',
+        'fine-tune trained weights on your images',
         'FOLDER --weights WEIGHTS [options]',
         """
   FOLDER              class folders, or train/ and val/ with class folders
@@ -59,7 +59,7 @@ COMMANDS = {
                       run's folder, or a file of weights (then with --model)
   --pretrained        the published weights of --model instead
   --recipe NAME       finetune trains all layers, finetune-head only the head
-  --epochs N
+  --epochs N          passes over the training images
   --minutes N         as many epochs as fit into this time
   --batch N           images in a step
   --lr X              peak learning rate
@@ -79,8 +79,9 @@ COMMANDS = {
         """
   RUN                 a run's folder, hf-hub:USER/NAME, or a file of weights
   --model NAME        the model that a file of weights is for
-  --data FOLDER       labelled images
+  --data FOLDER       labelled images; default: those that the run validated on
   --split NAME        val or train
+  --classes FILE      class names of a checkpoint that has none, one a line
   --output FOLDER     write scores.json and confusion.png
   --batch-size N      images at a time
   --workers N         processes that read images
@@ -208,7 +209,7 @@ COMMANDS = {
   --model NAME        the model, for a file of weights or without one
   --precision NAME    float32, fp16, bf16 or int8
   --dynamic NAME      sizes that stay open: none, batch, or all
-  --pixels NAME       float, or uint8 images that the file normalises itself
+  --pixels NAME       the input: float, uint8-nchw, uint8-nhwc, or image
   --img-size N        pixels
   --data FOLDER       images to compare on
   --tolerance X       largest accepted difference
