@@ -335,7 +335,7 @@ def test_api_takes_files_from_gradio_client(server, tmp_path):
 
 def test_uploads_are_deleted_when_read(server):
     first, second = (server.upload('../twice.jpg', encoded(FLOWER)) for _ in range(2))
-    assert first != second and 'twice.jpg' in first and str(server.temp) not in first  # no path is told
+    assert first != second and 'twice.jpg' in first and str(server.temp) not in first  # clients learn no path
     assert [file.name for file in server.files()] == ['twice.jpg'] * 2
     assert 'predictions' in server.ask('classify', first)
     assert 'did not arrive' in server.ask('classify', first)
