@@ -26,14 +26,17 @@ def style(index: int) -> tuple[str, str]:
     return CYCLE[index % len(CYCLE)], MARKERS[(index + index // len(CYCLE)) % len(MARKERS)]
 
 
-def save_figure(figure: Figure, file: Path, dpi: float = DPI) -> Path:
-    """Write a figure as a PNG file and return the file; all text is literal, so `$` starts no formula."""
+def save_figure(figure: Figure, file: Path, dpi: float = DPI, bbox: str | None = None) -> Path:
+    """Write a figure as a PNG file and return the file; all text is literal, so `$` starts no formula.
+
+    With `bbox` 'tight' the picture is as large as its content.
+    """
     for text in figure.findobj(Text):
         text.set_parse_math(False)
     file.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph .* missing')  # drawn as a box
-        figure.savefig(file, dpi=dpi)
+        figure.savefig(file, dpi=dpi, bbox_inches=bbox)
     return file
 
 
@@ -136,7 +139,7 @@ def plot_predictions(rows: list[tuple[Image.Image, str, float, str]], file: Path
             fontsize=9,
             color=RED if wrong else 'black',
         )
-    save_figure(figure, file)
+    save_figure(figure, file, bbox='tight')  # titles lie outside of the axes of narrow images
 
 
 def plot_sizes(curves: dict[str, list[tuple[int, float, float | None]]], conditions: str, file: Path) -> None:
