@@ -37,9 +37,9 @@ class Data:
     """Where images come from.
 
     Args:
-        root: `digits`, torch/NAME, hfds/NAME, or a folder: with train/ and val/ of class folders, or with Parquet files,
-            tars or .csv tables named after the splits. With val_fraction or fold, one folder of class folders or one
-            such file.
+        root: `digits`, torch/NAME, hfds/NAME, or a folder: with train/ and val/ of class folders, or with Parquet
+            files, tars or .csv tables named after the splits. With val_fraction or fold, one folder of class folders or
+            one such file.
         cache: Where torch/ and hfds/ sets are kept; by default ~/.cache/t2t-vit, and the Hub's own for hfds/.
         download: Download a torch/ set that is missing.
         img_size: Pixels, one number or [height, width]; by default the model's.
