@@ -48,7 +48,7 @@ def test_report_counts_and_warns(animals):
     assert unbalanced == 'classes are unbalanced: 12 training images of cat, 1 of emu'
     assert few == 'fewer than 10 training images: emu (1)'
     assert missing == 'no validation images: emu; scores say nothing about them'
-    assert duplicates.startswith('1 validation images are training images too, as ')
+    assert duplicates.startswith('1 validation image is a training image too, as ')
 
 
 def test_balanced_images_make_no_warnings():

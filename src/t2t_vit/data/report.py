@@ -72,10 +72,11 @@ class DataReport:
         if missing and sum(self.val):
             found.append(f'no validation images: {listed(missing)}; scores say nothing about them')
         if self.duplicates:
-            (train, val), *more = self.duplicates
+            train, val = self.duplicates[0]
+            count = len(self.duplicates)
             found.append(
-                f'{len(self.duplicates)} validation images are training images too, as {printable(val)} and '
-                f'{printable(train)}: scores are too high'
+                f'{count} validation image{" is a training image" if count == 1 else "s are training images"} too, as '
+                f'{printable(val)} and {printable(train)}: scores are too high'
             )
         return found
 
