@@ -362,11 +362,11 @@ def saved(change: Callable[[torch.Tensor], Any]) -> Callable[[Path], None]:
         ),
         (
             saved(lambda labels: labels / torch.tensor([0.0, 1]).view(2, 1, 1, 1)),
-            r'x.pt holds scores that are not finite',
+            r'x.pt holds logits that are not finite',
         ),
         (
             saved(lambda labels: labels * torch.tensor([0.07, 1]).view(2, 1, 1, 1)),
-            r'x.pt holds what adds up to 1 at most',
+            r'x.pt holds values that add up to at most 1',
         ),
     ],
     ids=['missing', 'torn', 'empty', 'shape', 'dict', 'classes', 'fractions', 'infinite', 'probabilities'],
@@ -395,7 +395,7 @@ def test_labels_of_another_grid_than_the_first(tmp_path):
 
 @pytest.mark.parametrize('name', ['photos/train.parquet[3]', 'digits/7', 'elsewhere/train/a/x.JPEG'])
 def test_images_without_a_path_have_no_files(tmp_path, name):
-    with pytest.raises(DataError, match='found by the path of an image'):
+    with pytest.raises(DataError, match='token labels need images at'):
         label_files(tmp_path, name)
 
 
@@ -536,14 +536,14 @@ def test_teachers_that_are_not_there(tmp_path, name, message):
 
 
 def test_a_teacher_without_places_labels_none(tmp_path):
-    with pytest.raises(UsageError, match='cannot label places of images of 3x32x32: .*forward_features'):
+    with pytest.raises(UsageError, match='cannot label positions of images of 3x32x32: .*forward_features'):
         load_teacher(write_teacher(tmp_path), student().pretrained_cfg, dense=True)
 
 
 def test_a_teacher_of_other_classes(digits_run):
     net = digits_student()
     net.pretrained_cfg['label_names'] = [str(digit) for digit in reversed(range(10))]
-    with pytest.raises(UsageError, match='have other classes, or another order of them: 0, 1, 2, 3, 4, … and 9, 8,'):
+    with pytest.raises(UsageError, match='different classes, or another order of them: 0, 1, 2, 3, 4, … and 9, 8,'):
         load_teacher(str(digits_run), net.pretrained_cfg)
 
 
@@ -623,7 +623,7 @@ def test_what_no_objective_can_be(tmp_path):
 
 def test_students_without_tokens():
     net = timm.create_model('test_resnet', num_classes=5)
-    with pytest.raises(UsageError, match='ResNet has no tokens on a grid'):
+    with pytest.raises(UsageError, match='ResNet has no token grid'):
         TokenLabels(net, halves)
 
 

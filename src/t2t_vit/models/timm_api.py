@@ -53,7 +53,7 @@ class TimmT2TViT(T2TViT):
 
     num_prefix_tokens = 1
     has_class_token = True
-    __jit_unused_properties__ = ['patch_embed']
+    __jit_unused_properties__ = ['patch_embed', 'in_chans']
 
     def __init__(
         self,
@@ -113,6 +113,11 @@ class TimmT2TViT(T2TViT):
             if exchanged is not None:
                 setattr(self.get_submodule(parent), attribute, exchanged)
         init_model(self)
+
+    @property
+    def in_chans(self) -> int:
+        """Return the number of image channels, as timm's distillation task asks for it."""
+        return self.tokens_to_token.in_chans
 
     @property
     def patch_embed(self) -> Any:

@@ -1,4 +1,4 @@
-"""What a run is made of: model, preprocessing, parameter groups, optimizer, schedule."""
+"""Build the parts of a run: model, preprocessing, parameter groups, optimizer, schedule."""
 
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -18,7 +18,7 @@ from .tasks import Task
 
 
 def preprocess(config: Config, channels: int) -> Preprocessing:
-    """The model's own preprocessing, with what the configuration says otherwise."""
+    """Return the model's preprocessing with the changes that the configuration asks for."""
     own = Preprocessing.of(timm.models.get_pretrained_cfg(config.model).to_dict())
     data, size = config.data, config.data.img_size
     channels = data.channels or channels
@@ -27,7 +27,7 @@ def preprocess(config: Config, channels: int) -> Preprocessing:
         mean = data.mean or (sum(own.mean) / len(own.mean),) * channels
         std = data.std or (sum(own.std) / len(own.std),) * channels
     if len(mean) != channels or len(std) != channels:
-        raise UsageError(f'data.mean and data.std have a value for each of {channels} channels, got {mean}, {std}')
+        raise UsageError(f'data.mean and data.std need a value for each of {channels} channels, got {mean} and {std}')
     return replace(
         own,
         size=own.size if size is None else (size, size) if isinstance(size, int) else size,
@@ -70,7 +70,7 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
     """Take the parameters that match a pattern out of training, except those that match a pattern after a `!`.
 
     Raises:
-        UsageError: naming every pattern that matches none.
+        UsageError: naming every pattern that matches no parameter.
     """
     names = [name for name, _ in model.named_parameters()]
     kept = [pattern[1:] for pattern in patterns if pattern.startswith('!')]
@@ -85,7 +85,7 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
 
 
 def parameter_groups(config: Config, task: Task) -> list[dict[str, Any]]:
-    """Every trainable parameter in exactly one group: norms, biases and the class token by default without decay."""
+    """Put each trainable parameter into one group; norms, biases and the class token have no decay by default."""
     tuning, bare = config.optimizer, task.no_weight_decay()
     if tuning.layer_decay is not None:
         groups = param_groups_layer_decay(task, tuning.weight_decay, bare, layer_decay=tuning.layer_decay)
@@ -103,14 +103,14 @@ def parameter_groups(config: Config, task: Task) -> list[dict[str, Any]]:
     for group in groups:
         if tuning.decay_all:
             group['weight_decay'] = tuning.weight_decay
-        if tuning.same_min_lr:  # timm's schedules scale all they do, the end too, by lr_scale
+        if tuning.same_min_lr:  # timm's schedules scale their end by lr_scale too
             group['lr'] = config.lr * group.pop('lr_scale', 1.0)
     check_groups(task, groups)
     return groups
 
 
 def check_groups(task: nn.Module, groups: list[dict[str, Any]]) -> None:
-    """Raises RuntimeError where a trainable parameter is in no group, or in several."""
+    """Raise RuntimeError if a trainable parameter is in no group, or in several."""
     held = [id(parameter) for group in groups for parameter in group['params']]
     wrong = [
         f'{name} in {held.count(id(parameter))}'
@@ -118,17 +118,17 @@ def check_groups(task: nn.Module, groups: list[dict[str, Any]]) -> None:
         if held.count(id(parameter)) != int(parameter.requires_grad)
     ]
     if wrong:
-        raise RuntimeError(f'every trainable parameter belongs to one group: {", ".join(wrong[:5])}')
+        raise RuntimeError(f'every trainable parameter must be in one group: {", ".join(wrong[:5])}')
 
 
 def build_optimizer(config: Config, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """timm's optimizer of that name."""
+    """Build timm's optimizer of the configured name."""
     tuning = config.optimizer
     return create_optimizer_v2(groups, tuning.name, config.lr, tuning.weight_decay, tuning.momentum)
 
 
 def build_schedule(config: Config, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
-    """A linear warm-up, a cosine, a rest at the minimum, for epochs of `steps` steps."""
+    """Build the schedule: a linear warm-up, a cosine, and a cooldown at the minimum, for epochs of `steps` steps."""
     tuning = config.optimizer
     schedule, _ = create_scheduler_v2(
         optimizer,

@@ -1,4 +1,4 @@
-"""What a run tells: metrics as JSON lines and to trackers, a live line on a terminal or plain lines elsewhere."""
+"""Report a run: records as JSON lines and to trackers, a table of epochs and a progress line on the screen."""
 
 import json
 import math
@@ -15,14 +15,13 @@ from ..console import Live, duration
 from .config import Config
 
 METRICS = 'metrics.jsonl'
-FIRST = 50  # steps after which the time left is said once
+FIRST = 50  # steps after which the time left is printed once
 
 
 class Log:
-    """One run's records: `metrics.jsonl` in its folder, one line an epoch, the trackers that are asked for, the screen.
+    """The records of a run: `metrics.jsonl` in its folder, one line an epoch; trackers; and the screen.
 
-    Where the screen is no terminal, it is told every `interval` seconds. Of several processes only the main one
-    speaks.
+    Without a terminal, progress is a line every `interval` seconds. Only the main process prints.
     """
 
     def __init__(
@@ -34,11 +33,11 @@ class Log:
         self.console = console or Console(highlight=False, quiet=not self.main)
 
     def say(self, text: str) -> None:
-        """Show lines as they are."""
+        """Print lines as they are."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     def begin(self, config: Config, records: list[dict[str, Any]]) -> None:
-        """Make the folder with its configuration, and with the records of the epochs that are done."""
+        """Create the folder with its configuration and the records of the epochs so far."""
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / 'config.yaml', config.to_yaml())
@@ -60,12 +59,12 @@ class Log:
 
     @contextmanager
     def live(self, total: int, done: int) -> Iterator[None]:
-        """While it lasts, `step` shows where the run is."""
+        """Show progress as long as the context lasts; `step` updates it."""
         with Live(self.console, 'step', total, done, self.interval, quiet=not self.main) as self.shown:
             yield
 
     def step(self, done: int, text: str, speed: str = '') -> None:
-        """Show the number of steps done, and what there is to say; once, how long the run will be, and its speed."""
+        """Show the number of steps done and a text; once, also how long the run takes, and its speed."""
         if done - self.shown.first == FIRST:
             self.say(
                 f'{FIRST} steps in {self.shown.seconds:.1f} s: {self.shown.left(done)} left without validation;\n'
@@ -82,7 +81,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def line(record: dict[str, Any]) -> str:
-    """A record as a line of JSON, which has null for what is not finite."""
+    """Return a record as a line of JSON, with null for values that are not finite."""
     return (
         json.dumps(
             {

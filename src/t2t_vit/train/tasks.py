@@ -1,6 +1,6 @@
-"""What a training step minimises: the labels' loss, a teacher's scores too, or a label for every token.
+"""Losses of a training step: cross-entropy, distillation, or a label for every token.
 
-A task holds all that is trained. Its random numbers are those of NumPy's and torch's own generators.
+A task holds all trainable parameters. It draws random numbers from NumPy's and torch's global generators.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,10 +23,10 @@ from .token_labels import DenseLabels, LabelFiles, mix_tokens, token_grid
 
 
 class Task(nn.Module):
-    """A student and its loss: called with a batch, gives a scalar.
+    """A model and its loss: maps a batch to a scalar.
 
     Args:
-        net: The student, which is what is saved, averaged and validated.
+        net: The model, which is saved, averaged and validated.
     """
 
     net: Any  # a module with the attributes of timm's
@@ -37,21 +37,21 @@ class Task(nn.Module):
         self.net = net
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """The loss of a batch, whose images may be changed in place."""
+        """Return the loss of a batch; its images may be changed in place."""
         raise NotImplementedError
 
     def no_weight_decay(self) -> set[str]:
-        """The student's, for timm's optimizers."""
+        """Return the model's parameters without weight decay, for timm's optimizers."""
         return {f'net.{name}' for name in self.net.no_weight_decay()} if hasattr(self.net, 'no_weight_decay') else set()
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """The student's layers, for timm's layer decay; what else is trained is of the last one, as the head is."""
+        """Return the model's layers, for timm's layer decay; other parameters belong to the last one, like the head."""
         layers = group_parameters(self.net, self.net.group_matcher(coarse), reverse=True)
         return lambda name: layers.get(name.removeprefix('net.'), max(layers.values()))
 
 
 class Classify(Task):
-    """Cross-entropy with the labels, of images mixed as the augmentation says."""
+    """Cross-entropy with the labels, of images mixed by mixup and cutmix."""
 
     def __init__(self, net: nn.Module, augment: Augment, class_weights: torch.Tensor | None = None) -> None:
         super().__init__(net)
@@ -73,29 +73,31 @@ class Classify(Task):
             self.loss = nn.CrossEntropyLoss(class_weights, label_smoothing=smoothing)
 
     def mix(self, batch: Batch) -> Any:
-        """Images and targets."""
+        """Return mixed images and their targets."""
         return self.mixup(batch.images, batch.labels) if self.mixup else (batch.images, batch.labels)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """The loss; mixing is in place."""
+        """Return the loss; images are mixed in place."""
         images, targets = self.mix(batch)
         return self.loss(self.net(images), targets)
 
 
 class Distill(Classify):
-    """Cross-entropy with the labels, and with what a teacher says of the same images, mixed or not.
+    """Cross-entropy with the labels, and a distance to a teacher's scores of the same images.
 
-    (1 - weight)·CE(labels) + weight·T²·KL(teacher's scores / T ‖ student's scores / T), Hinton et al. 2015; or, `hard`,
-    the cross-entropy with the teacher's choice instead (DeiT, Touvron et al. 2021, Eq. 3). The student is the plain
-    model: no token is added to learn from the teacher.
+    (1 - weight)·CE(labels) + weight·T²·KL(teacher's logits / T ‖ student's logits / T), Hinton et al. 2015; or, with
+    `hard`, the cross-entropy with the teacher's predicted class instead (DeiT, Touvron et al. 2021, Eq. 3). No
+    distillation token is added. timm's LogitDistillationTask has neither `hard` nor a teacher of another image size;
+    a test compares the two.
 
     Args:
         net: The student.
-        augment: How images are mixed, and the labels smoothed.
-        teacher: Gives its scores of the student's images.
-        weight: The teacher's share, from 0 to 1.
-        temperature: T; above 1, more of the classes that the teacher thinks unlikely counts.
-        hard: The teacher's choice only.
+        augment: Mixup, cutmix and label smoothing.
+        teacher: Returns its logits of the student's images.
+        weight: Weight of the teacher's loss, from 0 to 1.
+        temperature: T; above 1, unlikely classes count more.
+        hard: Use the teacher's predicted class.
+        class_weights: Weight of each class in the cross-entropy with the labels, (classes,).
     """
 
     def __init__(
@@ -113,41 +115,41 @@ class Distill(Classify):
         self.weight, self.temperature, self.hard = weight, temperature, hard
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """The loss; mixing is in place."""
+        """Return the loss; images are mixed in place."""
         images, targets = self.mix(batch)
-        scores, lesson = self.net(images).float(), self.teacher(images)
+        logits, target = self.net(images).float(), self.teacher(images)
         if self.hard:
-            distance = F.cross_entropy(scores, lesson.argmax(1))
+            distance = F.cross_entropy(logits, target.argmax(1))
         else:
-            ours, theirs = ((s / self.temperature).log_softmax(1) for s in (scores, lesson))
+            ours, theirs = ((s / self.temperature).log_softmax(1) for s in (logits, target))
             distance = F.kl_div(ours, theirs, reduction='batchmean', log_target=True) * self.temperature**2
-        return (1 - self.weight) * self.loss(scores, targets) + self.weight * distance
+        return (1 - self.weight) * self.loss(logits, targets) + self.weight * distance
 
 
 class TokenLabels(Task):
-    """Token labeling: cross-entropy of the class token with the label, and of every other token with its own.
+    """Token labeling: cross-entropy of the class token with the label, and of every other token with its own label.
 
-    CE(class token) + weight · mean over tokens of CE(aux_head(token), label of its place), Jiang et al. 2021, Eq. 3.
+    CE(class token) + weight · mean over tokens of CE(aux_head(token), label of its position), Jiang et al. 2021, Eq. 3.
 
     Args:
-        net: The student, a model of tokens.
-        dense: Gives the tokens' labels.
-        weight: Of the tokens' term.
-        mixtoken: Alpha of MixToken, 0 for none. Labels are those of the unmixed images, mixed as their pixels are.
-        smoothing: Of the class token's label.
+        net: The student, a model with a token grid.
+        dense: Returns the tokens' labels.
+        weight: Weight of the tokens' term.
+        mixtoken: Alpha of MixToken, 0 to turn it off. The labels of the unmixed images are mixed as their pixels are.
+        smoothing: Label smoothing of the class token's label.
     """
 
     def __init__(
         self, net: nn.Module, dense: DenseLabels, weight: float = 0.5, mixtoken: float = 1.0, smoothing: float = 0.1
     ) -> None:
         super().__init__(net)
-        token_grid(net, *Preprocessing.of(self.net.pretrained_cfg).size)  # raises where there is none
+        token_grid(net, *Preprocessing.of(self.net.pretrained_cfg).size)  # raises if it has none
         self.dense, self.weight, self.mixtoken, self.smoothing = dense, weight, mixtoken, smoothing
         self.aux_head = nn.Linear(self.net.num_features, self.net.num_classes)
         init_weights(self.aux_head)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """The loss; the batch stays as it is."""
+        """Return the loss; the batch is not changed."""
         images, share = batch.images, 1.0
         dense = self.dense(batch, token_grid(self.net, images.shape[-2], images.shape[-1]))  # (B, C, h, w)
         if self.mixtoken:
@@ -169,16 +171,17 @@ def balanced_weights(labels: Sequence[int], classes: int) -> torch.Tensor:
 
 
 def make_task(config: Config, net: nn.Module, name: Callable[[int], str], labels: Sequence[int] | None = None) -> Task:
-    """What config.objective says, for a student with its preprocessing and classes in its pretrained_cfg.
+    """Build the task that config.objective describes.
 
     Args:
-        config: Without problems.
-        net: The student.
-        name: That of a training image by its index, as `Source.name`.
+        config: A valid configuration.
+        net: The student, with preprocessing and classes in its pretrained_cfg.
+        name: Returns the name of a training image by its index, see `Source.name`.
+        labels: Labels of the training images, for class weights.
 
     Raises:
-        UsageError: if the teacher cannot be loaded or does not fit, or the model has no tokens to label.
-        DataError: if there are no labels for the tokens.
+        UsageError: if the teacher cannot be loaded or does not fit, or the model has no token grid.
+        DataError: if the labels of the tokens are missing.
     """
     goal, augment = config.objective, config.augment
     cfg: dict[str, Any] = net.pretrained_cfg  # type: ignore[assignment]

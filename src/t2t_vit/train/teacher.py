@@ -15,16 +15,16 @@ from .token_labels import Grid, token_grid
 
 
 class Teacher:
-    """A frozen model in evaluation mode, which gets the student's images as it is used to.
+    """A frozen model in evaluation mode, which gets the student's images with its own mean and std.
 
-    A plain object and no module, so that whoever holds it neither saves, trains, averages nor synchronises it. It goes
-    to where the images are.
+    It is not a module, so a module that holds it neither saves, trains, averages nor synchronises it. It moves to the
+    device of the images.
 
     Args:
-        model: Gives (B, classes) of images (B, C, H, W). Mean and std are those of its `pretrained_cfg`; the student's
-            where it has none. A grey image is shown to a model for colour as it is, in all channels.
+        model: Maps images (B, C, H, W) to logits (B, classes). Mean and std are those of its `pretrained_cfg`, or else
+            the student's. A model for colour gets a grey image in all channels.
         student: The preprocessing of the student's images.
-        size: (H, W) that images are resized to; as they are by default.
+        size: (H, W) that images are resized to; by default they are not resized.
     """
 
     def __init__(self, model: nn.Module, student: Preprocessing, size: tuple[int, int] | None = None) -> None:
@@ -36,7 +36,7 @@ class Teacher:
         self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
 
     def see(self, images: torch.Tensor) -> torch.Tensor:
-        """The student's images, (B, C, H, W), with the teacher's own mean and std, at its size."""
+        """Return the student's images, (B, C, H, W), with the teacher's mean, std and size."""
         if self.scale.device != images.device:
             self.scale, self.shift = self.scale.to(images.device), self.shift.to(images.device)
             self.model.to(images.device)
@@ -47,17 +47,17 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Scores of the student's images: (B, C, H, W) -> (B, classes)."""
+        """Return logits of the student's images: (B, C, H, W) -> (B, classes)."""
         return self.model(self.see(images)).float()
 
     @torch.no_grad()
     def score_places(self, images: torch.Tensor) -> torch.Tensor:
-        """Scores of every place of the last feature map, each put through the head by itself: (B, classes, h, w)."""
+        """Return the logits of each position of the last feature map, put through the head: (B, classes, h, w)."""
         images = self.see(images)
         features = self.model.forward_features(images)  # type: ignore[operator]
-        if features.ndim == 4:  # (B, D, h, w): each place is an image of one pixel
+        if features.ndim == 4:  # (B, D, h, w): each position as an image of one pixel
             (h, w), rows = features.shape[-2:], features.permute(0, 2, 3, 1).flatten(0, 2)[..., None, None]
-        else:  # (B, prefix + N, D): each token is all that its image consists of, as class token and as the others
+        else:  # (B, prefix + N, D): each token as an image of its own, as its class token and as its only other token
             h, w = token_grid(self.model, images.shape[-2], images.shape[-1])
             prefix = getattr(self.model, 'num_prefix_tokens', 1)
             rows = features[:, prefix:].flatten(0, 1)[:, None].expand(-1, prefix + 1, -1)
@@ -65,39 +65,39 @@ class Teacher:
         return scores.float().view(len(images), h, w, -1).permute(0, 3, 1, 2)
 
     def label_tokens(self, batch: Batch, grid: Grid) -> torch.Tensor:
-        """A distribution over classes for every token of a student's grid: (B, classes, h, w)."""
+        """Return class probabilities for every token of a student's grid: (B, classes, h, w)."""
         return F.interpolate(self.score_places(batch.images), grid, mode='bilinear', align_corners=False).softmax(1)
 
 
 def load_teacher(
     name: str, cfg: dict[str, Any], size: int | tuple[int, int] | None = None, dense: bool = False
 ) -> Teacher:
-    """The teacher of this name, after one look at an image as the student has them.
+    """Load a teacher, and try it on an image of the student's size.
 
     Args:
-        name: A name of timm's with published weights, a run folder, hf-hub:USER/NAME, local-dir:FOLDER, or
+        name: A timm model with published weights, a run folder, hf-hub:USER/NAME, local-dir:FOLDER, or
             FILE.py:FUNCTION, which is called with img_size.
         cfg: The student's pretrained_cfg, with preprocessing, number and perhaps names of classes.
-        size: Of the images it gets, in pixels; the student's by default.
-        dense: Whether it shall label places.
+        size: Image size in pixels; by default the student's.
+        dense: Set to true if it has to label positions.
 
     Raises:
         UsageError: if it cannot be loaded, or does not fit the student.
     """
     student, size = Preprocessing.of(cfg), (size, size) if isinstance(size, int) else size
     try:
-        if is_model(name) and not get_pretrained_cfg(name).has_weights:  # timm would give a random one
+        if is_model(name) and not get_pretrained_cfg(name).has_weights:  # timm would return random weights
             raise ValueError('no weights of it are published')
         model = build(f'local-dir:{name}' if Path(name).is_dir() else name, size or student.size, pretrained=True)
-    except Exception as error:  # of the file's own, of the Hub, of a checkpoint that does not fit
+    except Exception as error:  # raised by the file, the Hub, or a checkpoint that does not fit
         raise UsageError(f'no teacher {name!r}: {error}') from error
     teacher = Teacher(model, student, size)
     image = torch.zeros(1, student.channels, *student.size)
     try:
         count = (teacher.score_places(image) if dense else teacher(image)).shape[1]
-    except Exception as error:  # whatever it is, the teacher cannot do what it is for
+    except Exception as error:  # the model may raise anything
         raise UsageError(
-            f'the teacher {name!r} cannot {"label places of" if dense else "score"} images of '
+            f'the teacher {name!r} cannot {"label positions of" if dense else "score"} images of '
             f'{"x".join(map(str, image.shape[1:]))}: {error}'
         ) from error
     if count != cfg['num_classes']:
@@ -105,7 +105,7 @@ def load_teacher(
     theirs, ours = getattr(model, 'pretrained_cfg', {}).get('label_names'), cfg.get('label_names')
     if theirs and ours and list(theirs) != list(ours):
         raise UsageError(
-            f'the teacher {name!r} and the student have other classes, or another order of them: '
+            f'the teacher {name!r} and the student have different classes, or another order of them: '
             f'{", ".join(theirs[:5])}, … and {", ".join(ours[:5])}, …'
         )
     return teacher
