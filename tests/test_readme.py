@@ -33,6 +33,7 @@ NOT_RUN = '# not run here: '
 LONG_PAGE = 'backbone.md'  # test_backbone runs its long examples
 SMOKE = {
     'train': ['--epochs', '1', '--batch_size', '8', '--model_args.depth', '1', '--data.workers', '0'],
+    'finetune': ['--epochs', '1', '--batch_size', '8', '--data.workers', '0'],
     'eval': ['--workers', '0'],
     'predict': ['--workers', '0'],
 }
