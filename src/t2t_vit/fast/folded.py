@@ -197,5 +197,9 @@ class FoldedTokensToToken(Fast, TokensToToken):
         """(B, C, H, W) -> (B, D, h, w)."""
         if not self.runs_fast(x):
             return super().last_split(x)
+        padding = self.padding
+        if torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
+            # Inductor fails to save this map, a view with symbolic strides, for the backward pass (docs/clients.md)
+            x, padding = F.pad(x, [padding] * 4), 0
         weight = as_kernel(self.project.weight, self.kernel)
-        return F.conv2d(x, weight, self.project.bias, stride=self.stride, padding=self.padding)
+        return F.conv2d(x, weight, self.project.bias, stride=self.stride, padding=padding)
