@@ -1,0 +1,38 @@
+"""Fixtures of the client tests."""
+
+from collections.abc import Callable
+
+import client_models as cm
+import pytest
+import torch
+
+
+@pytest.fixture(params=cm.NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    """Each model in turn."""
+    return request.param
+
+
+@pytest.fixture(params=cm.T2T)
+def t2t(request: pytest.FixtureRequest) -> str:
+    """Each T2T-ViT in turn."""
+    return request.param
+
+
+@pytest.fixture
+def agree(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """A function that fails if two tensors, or two dictionaries of gradients, differ by more than a tolerance."""
+
+    def agree(found, expected, tolerance: float = 1e-5) -> None:
+        measure = cm.gradient_error if isinstance(found, dict) else cm.error
+        difference = measure(found, expected)
+        record_property('gradient_error' if isinstance(found, dict) else 'error', difference)
+        assert difference <= tolerance
+
+    return agree
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Fix the random state."""
+    torch.manual_seed(0)
