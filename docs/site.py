@@ -9,7 +9,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 API = ROOT / 'src' / 't2t_vit'
-FIRST = ['training', 'data', 'backbone', 'predict', 'export', 'visualize', 'explore']  # guides; others follow
+FIRST = ['training', 'data', 'backbone', 'clients', 'predict', 'export', 'visualize', 'explore']  # others follow
 PAGES = {'README.md': 'Home', 'CONTRIBUTING.md': 'Contributing', 'CHANGELOG.md': 'Changelog'}
 PICTURES = ('.png', '.svg', '.jpg', '.gif', '.webp', '.csv', '.json')
 
