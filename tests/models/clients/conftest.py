@@ -9,19 +9,19 @@ import torch
 
 @pytest.fixture(params=cm.NAMES)
 def name(request: pytest.FixtureRequest) -> str:
-    """Each model in turn."""
+    """Return each model in turn."""
     return request.param
 
 
 @pytest.fixture(params=cm.T2T)
 def t2t(request: pytest.FixtureRequest) -> str:
-    """Each T2T-ViT in turn."""
+    """Return each T2T-ViT in turn."""
     return request.param
 
 
 @pytest.fixture
 def agree(record_property: Callable[[str, object], None]) -> Callable[..., None]:
-    """A function that fails if two tensors, or two dictionaries of gradients, differ by more than a tolerance."""
+    """Return a function that fails if two tensors, or two dictionaries of gradients, differ by too much."""
 
     def agree(found, expected, tolerance: float = 1e-5) -> None:
         measure = cm.gradient_error if isinstance(found, dict) else cm.error

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason='torch without t
 
 @pytest.fixture(autouse=True)
 def group():
-    """A process group of one."""
+    """Start a process group of one."""
     dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()

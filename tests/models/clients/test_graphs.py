@@ -6,6 +6,8 @@ import warnings
 import client_models as cm
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -95,6 +97,24 @@ def test_compile_with_a_second_image_size_and_gradients(name, agree):
         agree(compiled(x).detach(), reference(x).detach())
         found = {key.removeprefix('_orig_mod.'): g for key, g in cm.gradients(compiled, x).items()}
         agree(found, cm.gradients(reference, x))
+
+
+def test_compiled_layers_save_no_permuted_view():
+    """Inductor cannot lower one with symbolic sizes (docs/clients.md); running its compiler takes minutes."""
+    saved = []
+
+    def record(graph, inputs):
+        (output,) = (node for node in graph.graph.nodes if node.op == 'output')
+        saved.extend(node.target for node in output.args[0] if isinstance(node, torch.fx.Node))
+        return make_boxed_func(graph.forward)
+
+    torch.compiler.reset()
+    model = cm.build('t2t_vit_7', depth=1, splits=((7, 4, 2), (3, 2, 1)), token_dim=8, embed_dim=16, num_heads=1)
+    x = cm.images()
+    for side in (2, 3):
+        torch._dynamo.mark_dynamic(x, side)
+    torch.compile(model.tokens_to_token, backend=aot_autograd(fw_compiler=record))(x)
+    assert torch.ops.aten.convolution.default in saved and torch.ops.aten.permute.default not in saved
 
 
 def test_functional_call_and_grad(name, agree):
