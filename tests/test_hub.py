@@ -1,4 +1,4 @@
-"""Model folders and the Hub: a card that says what is known, and a round trip through a Hub that runs here."""
+"""Model folders, model cards, and pushing to and loading from a small local Hub."""
 
 import base64
 import hashlib
@@ -33,7 +33,7 @@ SHORT = {'epochs': 1, 'optimizer.warmup_epochs': 0}
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub as takes a commit of small files and gives them back."""
+    """A Hub that accepts a commit of small files and serves them."""
 
     files: dict[str, bytes] = {}
     asked: dict[str, Any] = {}
@@ -132,7 +132,7 @@ def test_card_of_a_run(trained):
 
 
 def test_card_names_the_initial_weights(trained):
-    """When it is resumed, too; the licence goes on with the weights."""
+    """Also after it is resumed; the licence stays with the weights."""
     states = saved_states(trained[1] / 'checkpoints')
     assert (
         read_state(states[0])['origin']
@@ -174,7 +174,7 @@ def test_save_and_load_a_folder(tmp_path):
 
 
 def test_push_and_load_from_a_hub(trained, served, tmp_path, monkeypatch, capsys):
-    """Through a real server; three files and nothing else."""
+    """Push three files, and nothing else, to a local server, and load them from it."""
     for name, value in {
         'ENDPOINT': served,
         'HUGGINGFACE_CO_URL_TEMPLATE': served + '/{repo_id}/resolve/{revision}/{filename}',

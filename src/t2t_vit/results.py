@@ -85,8 +85,8 @@ class Results:
     """Rows for `count` images, in their order.
 
     They come in parts of `shard_size` images, Parquet files that are each written by one process and never rewritten.
-    `place` is a folder, which keeps the parts and can be read as one data set; or a file, which is made of the parts
-    when the last one is there. A record beside either holds the `settings` that the rows were computed with.
+    `place` is a folder, which keeps the parts and can be read as one data set; or a file, assembled from the parts when
+    the last one is there. A record beside either holds the `settings` that the rows were computed with.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ def written(model: torch.nn.Module, path: Path, dynamic: str = 'batch', **change
 
 
 def weight_bytes(path: Path) -> int:
-    """Of a file; where it is an archive, without the graph's text, which outweighs a small model."""
+    """Return the size of a file, of an archive without the graph's text, which outweighs a small model."""
     if not zipfile.is_zipfile(path):
         return path.stat().st_size
     with zipfile.ZipFile(path) as archive:

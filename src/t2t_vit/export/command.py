@@ -65,7 +65,7 @@ def load(checkpoint: str | None, model: str | None, classes: str | None = None, 
         UsageError: if neither is given, or the checkpoint is an exported file.
     """
     if checkpoint and is_exported(checkpoint):
-        raise UsageError(f'{checkpoint} is an exported file already: export the model that it was made of')
+        raise UsageError(f'{checkpoint} is an exported file already: export its PyTorch model instead')
     if checkpoint:
         return Classifier.load(checkpoint, model, 'cpu', classes=classes, ema=ema)
     if not model:

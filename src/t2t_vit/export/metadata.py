@@ -46,7 +46,7 @@ class Metadata:
         return Preprocessing.of(self.pretrained_cfg)
 
     def pixels_of(self, images: torch.Tensor) -> np.ndarray:
-        """Return normalised images (B, C, H, W) as the file's input; for uint8 the pixels that they were made of."""
+        """Return normalised images (B, C, H, W) as the file's input; for uint8 the pixels before normalisation."""
         if self.pixels == 'float':
             return images.float().contiguous().numpy()
         cfg = self.preprocessing
