@@ -13,7 +13,7 @@ from timm.data import auto_augment as timm_ops
 from timm.data.auto_augment import rand_augment_transform
 from torchvision import transforms
 
-from t2t_vit.data import Augment
+from t2t_vit.data import Augment, Preprocessing
 from t2t_vit.data.augment import (
     OPERATIONS,
     BatchAugment,
@@ -26,6 +26,7 @@ from t2t_vit.data.augment import (
     pad_and_crop,
     resample,
 )
+from t2t_vit.data.preprocessing import TrainTransform
 
 PLAIN = dict(aa=None, mixup=0.0, cutmix=0.0)
 STILL = Augment(**PLAIN, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, reprob=0.0)
@@ -247,3 +248,9 @@ def test_image_does_not_depend_on_its_batch(channels, changes):
     torch.testing.assert_close(alone[0], together[3])
     assert torch.equal(one_box[0], boxes[3])
     assert together.isfinite().all() and together.shape == images.shape
+
+
+def test_several_erased_rectangles_are_for_images_from_disk():
+    assert in_memory(Augment()) and not in_memory(Augment(recount=3))
+    transform = TrainTransform(Preprocessing((16, 16), 3, (0.5,) * 3, (0.5,) * 3), Augment(reprob=1.0, recount=3))
+    assert transform.final.transforms[-1].max_count == 3

@@ -156,9 +156,9 @@ def choices(facts: Facts, values: dict[str, Any], start: StartModel | None = Non
     else:
         yield 'epochs', epochs, f'{epochs * steps:,} steps on {on}'
     epochs = int(str(values.get('epochs', epochs)))
+    if batch > 64:
+        yield 'optimizer.lr_base_size', 64, 'the learning rate follows the batch size'
     if not start:
-        if batch > 64:
-            yield 'optimizer.lr_base_size', 64, 'the learning rate follows the batch size'
         decay = round(min(max(1 - 10 / (epochs * steps), 0.5), 0.999), 4)
         yield 'ema_decay', decay, 'averages a tenth of the run, at most 1,000 steps'
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
