@@ -34,7 +34,7 @@ assert t2t_vit_cli.main(['recipes']) == 0
 assert t2t_vit_cli.main(['predict', '--help']) == 0
 assert t2t_vit_cli.main(['models', 't2t_vit_7']) == 0
 assert t2t_vit_cli.main(['train', '--config', str(folder / 'mine.yaml'), '--print-config']) == 0
-assert t2t_vit_cli.main(['train', '×', '--print-config']) == 0
+assert t2t_vit_cli.main(['train', '--recipe', 'digits', '--data', '×', '--print-config']) == 0
 assert t2t_vit_cli.main(['train', '--größe', '1']) == 2
 code = t2t_vit_cli.main(['predict', 'digits', '--checkpoint', sys.argv[2], '--output', str(folder / 'a.csv')])
 assert code == 0 and (folder / 'a.csv').read_text(encoding='utf-8')
