@@ -125,9 +125,10 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         if words[program] not in ('t2t_vit.cli', 't2t_vit', 'scripts/train.sbatch'):
             return
         words = ['t2t-vit', *(['train'] if words[0] == 'sbatch' else []), *words[program + 1 :]]
-    if words[:2] == ['t2t-vit', 'train']:
+    if words[0] == 't2t-vit' and words[1] in cli.TRAINING:
+        monkeypatch.setattr('t2t_vit.train.choose.choose_settings', lambda *_, **__: ([], []))  # opens the data
         options = [word for word in words[2:] if word not in ('--dry_run', '--dry-run')]
-        assert cli.train([*options, '--print_config']) == 0
+        assert cli.train([*options, '--print_config'], words[1]) == 0
     elif words[0] == 't2t-vit':
         if not cli.COMMANDS[words[1]].function:  # recipes and completion, which take a word
             return
