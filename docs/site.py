@@ -9,13 +9,18 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 API = ROOT / 'src' / 't2t_vit'
-FIRST = ['training', 'data', 'backbone', 'clients', 'predict', 'export', 'visualize', 'explore']  # others follow
-PAGES = {'README.md': 'Home', 'CONTRIBUTING.md': 'Contributing', 'CHANGELOG.md': 'Changelog'}
+FIRST = ['first-model', 'data', 'training', 'predict', 'python', 'models', 'backbone', 'clients', 'export', 'visualize']
+PAGES = {
+    'README.md': 'Home',
+    'CONTRIBUTING.md': 'Contributing',
+    'CHANGELOG.md': 'Changelog',
+    'SECURITY.md': 'Reporting',
+}
 PICTURES = ('.png', '.svg', '.jpg', '.gif', '.webp', '.csv', '.json')
 
 
 def guides() -> list[Path]:
-    """docs/*.md, the usual ones first."""
+    """Return docs/*.md, in the order of FIRST; the others follow."""
     found = sorted((ROOT / 'docs').glob('*.md'))
     return sorted(found, key=lambda file: FIRST.index(file.stem) if file.stem in FIRST else len(FIRST))
 
@@ -36,7 +41,7 @@ def modules() -> dict[str, list[str]]:
 
 
 def api_page(module: str, names: list[str]) -> str:
-    """One page of the reference: what the module says of itself, then each name."""
+    """Write a page of the reference: the module's docstring, then each name."""
     text = (ROOT / 'src' / module.replace('.', '/')).with_suffix('.py').read_text(encoding='utf-8')
     about = ast.get_docstring(ast.parse(text)) or ''
     return '\n\n'.join([f'# {module}', about, *(f'::: {module}.{name}' for name in names)]) + '\n'
@@ -47,7 +52,7 @@ def names_page() -> str:
     tree = ast.parse((API / '__init__.py').read_text(encoding='utf-8'))
     lines = {
         f'- [`t2t_vit.{alias.name}`][t2t_vit.{node.module}.{alias.name}]'
-        if alias.name in modules()[f't2t_vit.{node.module}']
+        if alias.name in modules().get(f't2t_vit.{node.module}', ())
         else f'- `t2t_vit.{alias.name}`, in `{node.module}`'
         for node in ast.walk(tree)  # also imports inside functions
         if isinstance(node, ast.ImportFrom) and node.level
@@ -93,7 +98,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Links to a folder lead to its README, as they do where repositories are read."""
+    """Point links to a folder to its README, as repository viewers do."""
     here = (ROOT / page.file.src_uri).parent
 
     def readme(link: 're.Match[str]') -> str:
@@ -114,5 +119,5 @@ def linked(pages: list[Path]) -> list[Path]:
 
 
 def path(file: Path) -> str:
-    """As the repository has it."""
+    """Return the path relative to the repository."""
     return file.relative_to(ROOT).as_posix()

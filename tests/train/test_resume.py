@@ -213,6 +213,14 @@ def test_state_with_unknown_position_of_a_newer_version_is_refused(run_copy):
     assert 'phase' not in read_state(file)['position'] and 'position.phase' in read_state(file)['notes'][0]
 
 
+@pytest.mark.parametrize('position', [None, 7, [], {1: 2}])
+def test_state_with_damaged_position_is_refused(position, run_copy):
+    file = saved_states(run_copy / 'checkpoints')[0]
+    torch.save({**torch.load(file, weights_only=True), 'position': position}, file)
+    with pytest.raises(CheckpointError, match='its position must have named fields'):
+        read_state(file)
+
+
 def test_state_may_not_name_code(run_copy, tmp_path, capsys):
     (tmp_path / 'evil.py').write_text(f'open({str(tmp_path / "ran")!r}, "w")\nX = 1\n')
     for file in saved_states(run_copy / 'checkpoints'):

@@ -43,8 +43,8 @@ def reproduce(
     Args:
         what: structures, accuracy or report.
         output: Folder of the comparison; `structures` only prints without it.
-        data: Dataset, as train's data.root. A comparison keeps the values it was started with, from here to
-        `precision`.
+        data: Dataset, as train's data.root. A comparison keeps its values of this option and of those from `parameters`
+            to `precision`.
         arms: Models to train, all by default: t2t_vit_14, t2t_vit_14_no_t2t, t2t_vit_c_14, t2t_vit_t_14, vit_s_16,
             vit_s_16_deep_narrow, vit_s_16_shallow_wide, t2t_vit_14_se, t2t_vit_dense, t2t_vit_16_ghost, resnet50,
             t2t_vit_12, mobilenetv2_140, t2t_vit_14_wide, t2t_vit_14_resnext, vit_s_16_se, vit_s_16_dense,

@@ -28,7 +28,7 @@ RESERVE = 1.1  # factor on the measured time, for saving, drawing and a machine 
 class Measured(NamedTuple):
     """Measurements of all processes together.
 
-    Args:
+    Attributes:
         step: Seconds of a training step, with its share of waiting for images.
         epoch: Seconds of an epoch, with validation.
         memory: Bytes of the process that trains, at its peak; on a GPU, of its memory.

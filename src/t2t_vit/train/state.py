@@ -112,6 +112,8 @@ def read_state(file: Path) -> dict[str, Any]:
         raise CheckpointError(f'{file} cannot be read: {reason}') from error
     if not isinstance(state, dict) or 'position' not in state or 'config' not in state:
         raise CheckpointError(f'{file} is no state of a training run')
+    if not isinstance(state['position'], dict) or not all(isinstance(name, str) for name in state['position']):
+        raise CheckpointError(f'{file} is damaged: its position must have named fields, got {state["position"]!r:.80}')
     version = state.get('version')
     tree = parse_settings(str(state['config']), str(file))
     settings, notes = upgrade(as_settings(tree, str(file)), version)
