@@ -152,8 +152,9 @@ def test_commands_of_guide_parse(page, guide, digits_run, monkeypatch, capsys):
     (guide / 'runs').mkdir()
     for name in re.findall(r'--resume (runs/\w+)', GUIDES[page]):
         (guide / name).symlink_to(digits_run)
-    for name in re.findall(r'--weights (\S+)', GUIDES[page]):
-        (guide / name).write_text('')
+    for name in re.findall(r'--weights (?!hf-hub:)(\S+)', GUIDES[page]):
+        (guide / name).parent.mkdir(parents=True, exist_ok=True)
+        (guide / name).touch()
     for _, block in blocks('sh', GUIDES[page]):
         for words in () if block.startswith(NOT_RUN) else commands(block):
             parse(words, monkeypatch)
