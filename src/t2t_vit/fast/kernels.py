@@ -386,7 +386,7 @@ def key_grad(
 def _kept(seeds, row, d, chance, D: tl.constexpr):
     """Return dropout's factors, (M, D): 0 or 1 / (1 - chance), from a hash of the position and two seeds.
 
-    Philox's draws take longer than all the rest of these kernels (results/profile.md).
+    Philox's draws take longer than all the rest of these kernels (results/speed-h200-2026-11-26).
     """
     h = (row[:, None] * D + d[None, :]).to(tl.uint32) + tl.load(seeds).to(tl.uint32)
     h = (h ^ (h >> 16)) * 0x21F0AAAD ^ tl.load(seeds + 1).to(tl.uint32)

@@ -28,7 +28,7 @@ except ImportError:  # Triton does not support every system
     kernels = None
 
 interpreted = False  # set by tests: run kernels on a CPU, with TRITON_INTERPRET=1
-LAUNCH = {  # tokens per tile and warps: the fastest measured, see results/profile.md
+LAUNCH = {  # tokens per tile and warps: the fastest measured, see results/speed-h200-2026-11-26
     'split': dict(M=64, num_warps=4),
     'split_weight': dict(M=64, BK=64, num_warps=4),
     'row': dict(M=64, num_warps=4),
