@@ -16,8 +16,8 @@ import pytest
 import timm
 from scipy import stats
 
-import t2t_vit
 from t2t_vit import cli
+from t2t_vit.custom import UntrustedCodeError
 from t2t_vit.reproduce.arms import ARMS, PAIRS, REFERENCE, Inputs, Pair, base_of, build_scaled, published_ratio, scale
 from t2t_vit.reproduce.command import reproduce
 from t2t_vit.reproduce.comparison import RESULT, Plan, read_arm, read_plan, results, run_config, run_folder
@@ -41,7 +41,6 @@ from t2t_vit.reproduce.verdicts import (
 )
 from t2t_vit.settings import UsageError
 from t2t_vit.train.run import train
-from t2t_vit.trained import load_model
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -349,7 +348,7 @@ def test_arm_of_the_paper_cannot_name_code(tmp_path, data):
     prepare(folder, data, [REFERENCE])
     file = folder / 'arms' / f'{REFERENCE}.yaml'
     file.write_text(file.read_text().replace('num_heads:', 'block: evil.py:Block\n  num_heads:'))
-    with pytest.raises(UsageError, match='is not that of t2t_vit_14'):
+    with pytest.raises(UntrustedCodeError, match='names code to execute'):
         prepare(folder, data, [REFERENCE])
 
 
@@ -468,10 +467,15 @@ def test_failed_run_is_skipped_and_named(comparison, tmp_path, capsys):
     assert 'runs/mobilenetv1_100/seed-1 (ValueError: no)' in (out / 'README.md').read_text()
 
 
-def test_a_run_loads_where_comparisons_are_unknown(comparison):
-    load_model(str(run_folder(comparison, 'mobilenetv1_100', 0)))
-    home = timm.models.model_entrypoint('scaled_mobilenetv1_100').__module__
-    assert sys.modules[home] in vars(t2t_vit).values()  # the package itself imports what registers it
+def test_commands_open_a_scaled_mobilenet_that_the_package_alone_does_not_register(comparison):
+    run = run_folder(comparison, 'mobilenetv1_100', 0)
+    script = (
+        'import sys, timm, t2t_vit; from t2t_vit import cli\n'
+        'assert not timm.is_model("scaled_mobilenetv1_100")\n'
+        'sys.exit(cli.main(["predict", "digits", "--checkpoint", sys.argv[1], "--workers", "0", "--device", "cpu"]))'
+    )
+    done = subprocess.run([sys.executable, '-c', script, str(run)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_resumed_run_equals_uninterrupted_run(comparison, tmp_path):
