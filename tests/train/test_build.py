@@ -39,12 +39,12 @@ def test_build_rejects_impossible_model_args(tmp_path, args):
         make(tmp_path, **{f'model_args.{key}': value})
 
 
-def test_a_pattern_of_nothing_is_refused(tmp_path):
+def test_frozen_pattern_without_match_is_refused(tmp_path):
     with pytest.raises(UsageError, match='no parameter is named cls_tokn, did you mean cls_token'):
         make(tmp_path, **{'optimizer.frozen': ['cls_tokn']})
 
 
-def test_the_body_learns_at_its_own_rate(tmp_path):
+def test_body_lr_scale_spares_the_head(tmp_path):
     run = make(tmp_path, **{'optimizer.body_lr_scale': 0.01})
     rates = {id(p): group['lr_scale'] for group in run.parts.groups for p in group['params']}
     assert {name: rates[id(p)] for name, p in run.parts.net.named_parameters()} == {
@@ -52,14 +52,14 @@ def test_the_body_learns_at_its_own_rate(tmp_path):
     }
 
 
-def test_what_has_no_decay(tmp_path):
+def test_norms_biases_and_class_token_have_no_weight_decay(tmp_path):
     run = make(tmp_path)
     decay = {id(p): group['weight_decay'] for group in run.parts.groups for p in group['params']}
     for name, p in run.parts.net.named_parameters():
         assert (decay[id(p)] == 0) == (p.ndim <= 1 or name == 'cls_token'), name
 
 
-def test_transfer_as_the_release_does_it(tmp_path):
+def test_decay_all_and_same_min_lr_match_the_release(tmp_path):
     """Decay on all that learns, and one end for the rates of head and body: eta_min of a plain cosine."""
     run = make(
         tmp_path,
@@ -132,7 +132,7 @@ def test_frozen_except_the_head(tmp_path):
     assert {n for n, p in run.parts.net.named_parameters() if p.requires_grad} == {'head.weight', 'head.bias'}
 
 
-def test_a_parameter_in_no_group_or_in_two(tmp_path):
+def test_parameter_in_no_group_or_two_groups_is_refused(tmp_path):
     run = make(tmp_path)
     groups = parameter_groups(run.config, run.parts.task)
     for wrong in (groups[:1], [*groups, groups[0]]):
@@ -140,14 +140,14 @@ def test_a_parameter_in_no_group_or_in_two(tmp_path):
             check_groups(run.parts.task, wrong)
 
 
-def test_the_rate_follows_the_batch(tmp_path):
+def test_learning_rate_scales_with_batch_size(tmp_path):
     run = make(tmp_path, **{'optimizer.lr_base_size': 512})  # of a batch of 256
     optimizer = build_optimizer(run.config, parameter_groups(run.config, run.parts.task))
     assert optimizer.param_groups[0]['lr'] == pytest.approx(1e-3)
     assert any('lr 0.001 = 0.002 x 256 / 512' in line for line in plan(run))
 
 
-def test_the_plan_leaves_the_model_as_it_is(tmp_path):
+def test_plan_does_not_change_the_model(tmp_path):
     run = make(tmp_path, model='resnet10t', model_args={}, **{'data.img_size': 32})  # which has running statistics
     before = {name: value.clone() for name, value in run.parts.task.state_dict().items()}
     plan(run)
@@ -164,7 +164,7 @@ def test_the_plan_leaves_the_model_as_it_is(tmp_path):
         (0.999999, 100_000, '11,112', '0.9999 averages a tenth'),
     ],
 )
-def test_how_far_the_average_reaches(tmp_path, decay, steps, last, advice):
+def test_plan_says_how_many_steps_ema_averages(tmp_path, decay, steps, last, advice):
     """After t steps t / (t + 9), up to the decay: over a ninth of the steps made, and its own in the paper's run."""
     run = make(tmp_path, ema_decay=decay)
     assert run.parts.ema.get_decay(steps) == pytest.approx(min(decay, (steps - 1) / (steps + 8)))
@@ -174,13 +174,13 @@ def test_how_far_the_average_reaches(tmp_path, decay, steps, last, advice):
     assert len(lines) == 1 + bool(advice) and advice in lines[-1]
 
 
-def test_a_dry_run_says_its_plan_and_writes_nothing(tmp_path, capsys):
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     assert train(digits_config(output=str(tmp_path / 'run')), dry_run=True) == {}
     assert 'schedule  2 epochs of 5 steps' in capsys.readouterr().out
     assert not (tmp_path / 'run').exists()
 
 
-def test_trackers_that_are_none(tmp_path):
+def test_unknown_tracker_is_refused(tmp_path):
     with pytest.raises(UsageError, match='unknown tracker .tensorbord., did you mean tensorboard'):
         train(digits_config(output=str(tmp_path), trackers=['tensorbord']))
 
@@ -205,7 +205,7 @@ class Tracker(GeneralTracker):
         self.told.append((step, values['train_loss']))
 
 
-def test_a_tracker_gets_the_run(tmp_path, monkeypatch):
+def test_tracker_receives_configuration_and_records(tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, '_available_trackers', [LoggerType.TENSORBOARD])
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, 'tensorboard', Tracker)
     record = train(
@@ -214,7 +214,7 @@ def test_a_tracker_gets_the_run(tmp_path, monkeypatch):
     assert Tracker.told == [str(tmp_path), 2e-3, (0, record['train_loss'])]
 
 
-def test_what_is_made_again_stands_where_it_stood():
+def test_recomputed_tensor_keeps_its_layout():
     """Also where the function lays it out otherwise than the original was."""
     value = torch.randn(3, 4).t()
     pack = Recompute(value, torch.Tensor.contiguous, value.clone())

@@ -31,7 +31,7 @@ def config(name, **changes):
 
 
 @pytest.mark.parametrize('name', recipes())
-def test_its_head_says_what_it_is(name):
+def test_recipe_header_has_command_time_and_score(name):
     head = [line for line in recipes()[name].read_text().splitlines() if line.startswith('#')]
     text = '\n'.join(head)
     assert f'--recipe {name}' in text and re.search(r'\bscore\b', text, re.IGNORECASE)  # its command; its score
@@ -54,7 +54,7 @@ def teacher(tmp_path_factory, photos):
 
 
 @pytest.mark.parametrize('name', [name for name in recipes() if name != 'digits'])
-def test_it_trains(name, photos, tmp_path, teacher):
+def test_recipe_trains(name, photos, tmp_path, teacher):
     whole = config(
         name, weights=None, **({'objective.teacher': 'resnet18'} if name.startswith(('distill', 'token')) else {})
     )
@@ -92,7 +92,7 @@ def test_token_labeling_with_label_files(photos, tmp_path):
     assert 0 < record['train_loss'] < 10
 
 
-def test_the_papers_rates():
+def test_recipes_have_the_papers_learning_rates():
     """Learning rate / weight decay at batch 512, of the release's commands."""
     rates = {
         '7': (1e-3, 0.03),
@@ -112,7 +112,7 @@ def test_the_papers_rates():
     assert config('imagenet-14', batch_size=1024).lr == 1e-3
 
 
-def test_a_file_of_ones_own_derives_from_a_recipe_or_a_file(tmp_path):
+def test_custom_file_derives_from_a_recipe_or_a_file(tmp_path):
     (tmp_path / 'mine.yaml').write_text('base: imagenet-14\nbatch_size: 64\n')
     (tmp_path / 'other.yaml').write_text('base: mine.yaml\nepochs: 20\n')
     found = resolve(Config, read_settings(tmp_path / 'other.yaml'))
@@ -123,7 +123,7 @@ def test_a_file_of_ones_own_derives_from_a_recipe_or_a_file(tmp_path):
     'base, text',
     [('imagenet-41', 'no recipe and no file .*did you mean imagenet-'), ('mine.yaml', 'leads back to itself')],
 )
-def test_a_base_that_is_none(tmp_path, base, text):
+def test_unknown_or_circular_base_is_refused(tmp_path, base, text):
     (tmp_path / 'mine.yaml').write_text(f'base: {base}\n')
     with pytest.raises(UsageError, match=text):
         read_settings(tmp_path / 'mine.yaml')

