@@ -23,6 +23,8 @@ from ..models.t2t_vit import TokenAttention, TokenPerformer, TokensToToken, Toke
 from .memory import recomputed, scale_shift
 from .rule import Fast
 
+is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)  # unknown to old torch
+
 
 def to_tokens(x: Tensor) -> Tensor:
     """(B, C, h, w) -> (B, N, C); a view if the map is channels_last."""
@@ -36,7 +38,10 @@ def to_map(x: Tensor, height: int, width: int) -> Tensor:
 
 def as_kernel(weight: Tensor, kernel: int) -> Tensor:
     """Return a Linear's weight over windows, (O, n), as that of a channels_last convolution, (O, C, k, k)."""
-    return weight.view(weight.shape[0], -1, kernel, kernel).contiguous(memory_format=torch.channels_last)
+    weight = weight.view(weight.shape[0], -1, kernel, kernel)
+    if is_exporting():  # runtimes choose the layout of their kernels; XNNPACK takes no other than the usual one
+        return weight
+    return weight.contiguous(memory_format=torch.channels_last)
 
 
 def as_tf32(weight: Tensor) -> Tensor:
