@@ -1,5 +1,6 @@
 """Signals: the first saves, also while waiting for images; the second ends the process."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -7,7 +8,6 @@ import sys
 import textwrap
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from conftest import digits_config
@@ -132,11 +132,12 @@ def test_source_that_does_not_answer_stops_the_run_and_is_named(tmp_path, slow_t
 
 
 def test_killed_data_worker_is_named(tmp_path, slow_training):
-    def kill_worker():
-        for pid in Path(f'/proc/{os.getpid()}/task/{os.getpid()}/children').read_text().split():
-            os.kill(int(pid), signal.SIGKILL)
+    def kill_workers():
+        for process in multiprocessing.active_children():
+            if process.daemon:  # as DataLoader starts them
+                process.kill()
 
-    timer = threading.Timer(3, kill_worker)
+    timer = threading.Timer(3, kill_workers)
     timer.start()
     with pytest.raises(DataError, match='a process that opens images died: .*fewer data.workers'):
         train(slow_config(tmp_path / 'run', **{'data.workers': 1}))
