@@ -30,6 +30,7 @@ from t2t_vit.train.run import train
 if 'PYTEST_XDIST_WORKER' in os.environ:
     torch.set_num_threads(1)
 
+pytest_plugins = ['client_fixtures']
 CLASSES = ['flower', 'roof', 'sky']
 SMALLER = {'depth': 1, 'token_dim': 16}
 
