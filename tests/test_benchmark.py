@@ -171,7 +171,7 @@ def test_bench_rejects_unknown_models(tmp_path, capsys):
     with pytest.raises(ValueError, match='no file'):
         build(f'{tmp_path}/none.py:small', 16)
     (tmp_path / 'mine.py').touch()
-    with pytest.raises(ValueError, match='mine.py has no function small'):
+    with pytest.raises(ValueError, match='mine.py defines no function or class .small'):
         build(f'{tmp_path}/mine.py:small', 16)
     assert main(['bench', 't2t_vit_8', '--rounds', '1']) == 2
     assert 't2t_vit_8' in capsys.readouterr().err

@@ -303,7 +303,7 @@ def test_file_of_another_model_leaves_the_model_unchanged(tmp_path):
         'shallower': (tiny(depth=1).state_dict(), ['11 missing: blocks.1.norm1.weight, ']),
         'wider': (
             tiny(embed_dim=48).state_dict(),
-            ['depth 2 and width 48', r'of another shape: cls_token \(1, 1, 48\) instead of \(1, 1, 32\), pos_embed'],
+            ['depth 2 and width 48', r'with another shape: cls_token \(1, 1, 48\) instead of \(1, 1, 32\), pos_embed'],
         ),
         'transformer': (
             tiny('transformer').state_dict(),

@@ -161,7 +161,7 @@ def save_weights(
         save_file(tensors, beside, {'format': 'pt', **(metadata or {})})
         os.chmod(beside, mode)
         os.replace(beside, path)
-    except SafetensorError as error:  # raised by the file system
+    except (OSError, SafetensorError) as error:
         raise OSError(f'cannot write {os.fspath(path)}: {error}') from error
     finally:
         if os.path.exists(beside):
