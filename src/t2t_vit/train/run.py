@@ -72,7 +72,8 @@ def train(
     asked = config
     config, notes = scale_to_data(config, len(sources.train.labels), accelerator.num_processes)
     with ExitStack() as stack:
-        if folder.exists() and not dry_run:
+        existed = broadcast_object_list([folder.exists()])[0]  # one answer, since the first process creates the folder
+        if existed and not dry_run:
             stack.enter_context(hold_folder(folder, accelerator))
         state, source, found = find_start(folder, resume)
         notes += found
@@ -99,7 +100,7 @@ def train(
         log.say(wrap([*chosen, *plan(trainer, measured, report_data(*sources[:2])), *notes]))
         if dry_run:
             return {}
-        if not folder.exists():
+        if not existed:
             stack.enter_context(hold_folder(folder, accelerator))
         log.begin(trainer.config, trainer.position.records)
         if sources.split and accelerator.is_main_process:
