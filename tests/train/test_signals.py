@@ -15,7 +15,8 @@ from PIL import Image
 from test_run import SHORT
 
 from t2t_vit.data import DataError
-from t2t_vit.train import trainer, waiting
+from t2t_vit.train import run, trainer, waiting
+from t2t_vit.train.measure import Measured
 from t2t_vit.train.run import train
 from t2t_vit.train.signals import INTERRUPTED, RESTART, Interrupted, WaitInterrupted, stop_signals
 from t2t_vit.train.state import load_state
@@ -102,6 +103,7 @@ def slow_training(monkeypatch):
     monkeypatch.setattr(trainer, 'open_train_val', lambda *_, **__: (Slow(), Slow(), None), raising=False)
     monkeypatch.setattr(trainer, 'open_source', lambda *_, **__: Slow(), raising=False)
     monkeypatch.setattr(trainer, 'measure_input', lambda *_: 0.0)
+    monkeypatch.setattr(run, 'measure', lambda _: Measured(1.0, 8.0, 0, 0, 1))  # it would read the slow image
 
 
 def slow_config(folder, **changes):
@@ -109,10 +111,25 @@ def slow_config(folder, **changes):
     return digits_config(output=str(folder), **changes)
 
 
+def once_training(act):
+    """Call `act` 3 s after the run handles signals; never before, when a signal would end the tests."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def watch():
+        for _ in range(1200):
+            if signal.getsignal(signal.SIGTERM) is not handler:
+                time.sleep(3)
+                if signal.getsignal(signal.SIGTERM) is not handler:
+                    act()
+                return
+            time.sleep(0.05)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @pytest.mark.parametrize('workers', [0, 1])
 def test_signal_is_answered_while_waiting_for_images(tmp_path, slow_training, workers):
-    timer = threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
+    once_training(lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted, match='the state is saved in .*step-0000000'):
         train(slow_config(tmp_path / 'run', **{'data.workers': workers}))
     state = load_state(tmp_path / 'run' / 'checkpoints')[0]
@@ -137,7 +154,6 @@ def test_killed_data_worker_is_named(tmp_path, slow_training):
             if process.daemon:  # as DataLoader starts them
                 process.kill()
 
-    timer = threading.Timer(3, kill_workers)
-    timer.start()
+    once_training(kill_workers)
     with pytest.raises(DataError, match='a process that opens images died: .*fewer data.workers'):
         train(slow_config(tmp_path / 'run', **{'data.workers': 1}))
