@@ -11,7 +11,7 @@ from t2t_vit import Pyramid
 
 EXAMPLES = {
     name: block
-    for block in blocks('python', (ROOT / 'docs' / 'backbone.md').read_text())
+    for _, block in blocks('python', (ROOT / 'docs' / 'backbone.md').read_text(encoding='utf-8'))
     for name in ('smp.Unet', 'FCOS(', 'memory')
     if name in block
 }

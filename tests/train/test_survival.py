@@ -257,7 +257,7 @@ def test_only_damaged_states_are_refused(tmp_path):
 
 def test_last_states_are_kept(tmp_path):
     for step in range(5, 20, 5):
-        save_state(tmp_path, {'position': vars(Position(epoch=step))}, step, keep=2)
+        save_state(tmp_path, {'position': vars(Position(epoch=step)), 'config': {}}, step, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['step-00000010.pt', 'step-00000015.pt']
     assert load_state(tmp_path)[0]['position']['epoch'] == 15
 
@@ -272,9 +272,9 @@ def full_disk():
 
 
 def test_full_disk_keeps_the_last_good_state(tmp_path, full_disk):
-    save_state(tmp_path, {'position': {}, 'model': torch.zeros(10)}, 1, keep=1)
+    save_state(tmp_path, {'position': {}, 'config': {}, 'model': torch.zeros(10)}, 1, keep=1)
     with pytest.raises(OSError, match=f'the state cannot be written to {tmp_path}: .*'):
-        save_state(tmp_path, {'position': {}, 'model': torch.zeros(100_000)}, 2, keep=1)
+        save_state(tmp_path, {'position': {}, 'config': {}, 'model': torch.zeros(100_000)}, 2, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ['step-00000001.pt']
     assert load_state(tmp_path)[0]['model'].shape == (10,)
 
