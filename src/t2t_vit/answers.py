@@ -85,7 +85,7 @@ class Evaluation:
         return sorted(wrong, key=lambda row: -row.probability)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the numbers as plain values, None where there is none: what scores.json holds."""
+        """Return the numbers as plain values for scores.json; None if a number is undefined."""
         found, names = self.measures, self.classes
         plain = {key: value for key, value in vars(found).items() if key not in ('per_class', 'confusion')}
         return dict(

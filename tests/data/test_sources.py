@@ -312,7 +312,7 @@ def test_shards_are_indexed_again_only_when_they_change(shards, monkeypatch):
 
 
 def test_index_of_shards_in_a_read_only_folder_is_cached(shards, tmp_path, monkeypatch):
-    """Their index is kept in the cache; without a cache it is made again."""
+    """Their index is kept in the cache; without a cache it is rebuilt."""
     replace = os.replace
 
     def refusing(draft: Path, path: Path) -> None:

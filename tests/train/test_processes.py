@@ -1,4 +1,4 @@
-"""The device of a training and what accelerate is told about it."""
+"""The device of a training run, and how it is passed to accelerate."""
 
 import pytest
 import torch

@@ -27,7 +27,7 @@ class CheckpointError(ValueError):
 
 
 def read_checkpoint(path: PathLike) -> Mapping[str, Any]:
-    """Read a checkpoint file to the CPU; its kind is told by its content, not by its name.
+    """Read a checkpoint file to the CPU; its content decides its kind, not its name.
 
     Nothing in the file is executed: a pickle may ask for tensors, plain containers and `SAFE_TYPES` only.
 

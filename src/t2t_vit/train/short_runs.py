@@ -19,7 +19,7 @@ def scale_to_data(config: Config, images: int, processes: int = 1) -> tuple[Conf
     notes: list[str] = []
     tuning = config.optimizer
     micro = processes * config.grad_accum_steps
-    unit = micro * (2 if config.augment.mixup or config.augment.cutmix else 1)  # what a batch is divided into
+    unit = micro * (2 if config.augment.mixup or config.augment.cutmix else 1)  # a batch is a multiple of this
     if config.batch_size > images >= unit:
         size = images // unit * unit
         notes.append(

@@ -142,7 +142,7 @@ def read_slice(path: 'Path | str', offset: int, size: int) -> bytes:
 def load_index(files: Sequence[Path], cache: Path) -> pa.Table:
     """Load the index of the images of tar files, a row each, or make it.
 
-    It is kept beside the tars, or in `cache` if that folder cannot be written to, and made again when a tar's size or
+    It is kept beside the tars, or in `cache` if that folder cannot be written to, and rebuilt when a tar's size or
     time changes.
     """
     stamp = json.dumps(
