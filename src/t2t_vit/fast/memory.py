@@ -82,11 +82,13 @@ def scale_shift(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> to
     """
     if not torch.is_grad_enabled():
         return x.mul_(scale).add_(shift)
-    if not may_recompute(x):
+    if torch.compiler.is_compiling():
         return x * scale + shift
+    if not may_recompute(x):
+        return torch.addcmul(shift, x, scale)
     pack = Recompute(x, partial(invert_scale_shift, scale.detach(), shift.detach()))
     with torch.autograd.graph.saved_tensors_hooks(pack, pack.unpack):
-        y = x * scale + shift
+        y = torch.addcmul(shift, x, scale)  # one pass; exported graphs get two operations, which more runtimes have
     pack.source = y.detach()
     return y
 
