@@ -139,6 +139,16 @@ def test_train_returns_a_classifier_and_prints_nothing(tmp_path, capsys):
         Classifier.train('digits', recipe='digit')
 
 
+def test_train_chooses_settings_and_takes_options_of_the_data(photos, tmp_path, capsys):
+    small = dict(model='t2t_vit_4_16', model_args=SMALLER, epochs=1, device='cpu')
+    data = {'img_size': 16, 'workers': 0}
+    found = Classifier.train(photos, output=tmp_path / 'run', verbose=True, data=data, **small)
+    assert 'chosen    batch_size 8' in capsys.readouterr().out
+    assert found.preprocessing.size == (16, 16) and found.classes == CLASSES
+    tuned = Classifier.train(photos, 'finetune', tmp_path / 'tuned', weights=found.checkpoint, epochs=1, device='cpu')
+    assert tuned.preprocessing.size == (16, 16)
+
+
 def test_class_file_names_a_foreign_checkpoint(photos, tmp_path):
     """A checkpoint without names: numbers and a note; with a file its names and order, in every result."""
     torch.manual_seed(0)

@@ -131,6 +131,7 @@ class Classifier:
     def train(
         cls,
         data: 'str | os.PathLike[str]',
+        /,
         recipe: str | None = None,
         output: 'str | os.PathLike[str] | None' = None,
         verbose: bool = False,
@@ -138,35 +139,38 @@ class Classifier:
     ) -> 'Classifier':
         """Train a classifier, and return it with its best weights; the run folder is its `checkpoint`.
 
-        The same as `t2t-vit train`; the records of all epochs are in the attribute `history`.
+        The same as `t2t-vit train`, or `finetune` with the recipe finetune or finetune-head: what is not given is
+        chosen from the data and the machine. The records of all epochs are in the attribute `history`.
 
         Args:
             data: As for --data of the command: digits, torch/NAME, hfds/NAME, or a folder.
             recipe: The name of a shipped recipe (`t2t-vit recipes`).
             output: The run folder; by default a new one in runs.
             verbose: Print the plan and the progress.
-            settings: Options of the command, groups as dictionaries: epochs=10, optimizer={'lr': 1e-3}.
+            settings: Options of the command, groups as dictionaries: epochs=10, data={'img_size': 64}.
 
         Raises:
             UsageError: for settings that cannot be used; all problems in one message.
             DataError: for data that cannot be used.
         """
+        from .train.choose import FINETUNING, choose_settings
         from .train.config import Config
         from .train.run import train
 
-        base = []
-        if recipe is not None:
-            if recipe not in recipes():
-                raise UsageError(
-                    f'unknown recipe {recipe!r}{nearest(recipe, recipes())}; recipes: {", ".join(recipes())}'
-                )
-            base = read_settings(recipes()[recipe])
-        given = {**settings, 'data': {'root': os.fspath(data), **settings.get('data', {})}}
-        config = resolve(Config, [*base, *(Setting(key, key, value) for key, value in flatten(given))])
+        tree = {**settings, 'data': {'root': os.fspath(data), **settings.get('data', {})}}
+        given, choices = [Setting(key, key, value) for key, value in flatten(tree)], list[str]()
+        if recipe is not None and recipe not in recipes():
+            raise UsageError(f'unknown recipe {recipe!r}{nearest(recipe, recipes())}; recipes: {", ".join(recipes())}')
+        if recipe in (None, *FINETUNING):
+            resolve(Config, given)  # mistakes before the data is opened
+            base, choices = choose_settings(given, recipe)
+        else:
+            base = read_settings(recipes()[str(recipe)])
+        config = resolve(Config, [*base, *given])
         folder = os.fspath(output) if output else f'runs/{config.model}-{datetime.now():%Y%m%d-%H%M%S}'
         quiet = io.StringIO()
         with nullcontext() if verbose else redirect_stdout(quiet):
-            train(replace(config, output=folder))
+            train(replace(config, output=folder), choices=choices)
         found = cls.load(folder, device=config.device)
         lines = (Path(folder) / 'metrics.jsonl').read_text('utf-8').splitlines()
         found.history = [json.loads(line) for line in lines]

@@ -41,7 +41,6 @@ TRAIN_SPECIAL = (
     ('--print-config', 'Print the resolved configuration as YAML, and stop.'),
 )
 TRAINING = ('train', 'finetune')  # commands
-FINETUNING = ('finetune', 'finetune-head')  # recipes
 PRETRAINED = 't2t_vit_14'  # of --pretrained without a model
 TRAIN_TYPES = {'recipe': str, 'config': str, 'resume': str, 'pretrained': bool, 'dry_run': bool, 'print_config': bool}
 TRAIN_ALIASES = {  # accepted as they are
@@ -178,6 +177,7 @@ def train(argv: Sequence[str], command: str = 'train') -> int:
 
     What none of them says is chosen from the data and the machine.
     """
+    from .train.choose import FINETUNING, choose_settings
     from .train.config import Config
 
     if '--help-all' in argv:
@@ -201,8 +201,6 @@ def train(argv: Sequence[str], command: str = 'train') -> int:
     if 'pretrained' in special and recipe in FINETUNING:  # whose choices depend on the weights
         given.append(published_weights(given))
     if special.get('resume', 'auto') == 'auto' and 'config' not in special and recipe in (None, *FINETUNING):
-        from .train.choose import choose_settings
-
         resolve(Config, given, problems, lambda key: advise(key, list(types)))  # mistakes before the data is opened
         settings, choices = choose_settings(given, recipe, resume='resume' in special)
     elif 'recipe' in special:

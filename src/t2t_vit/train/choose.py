@@ -24,12 +24,14 @@ MODELS: dict[int, str] = {
     128: 't2t_vit_7',
     224: 't2t_vit_7',
 }  # by pixels
+FINETUNING = ('finetune', 'finetune-head')  # recipes
 CPU_PIXELS = 64  # the largest size that is chosen for a CPU
 STEPS = {'cpu': 2_000, 'cuda': 20_000}  # of a run, roughly
 EPOCHS: dict[str, tuple[int, int]] = {'cpu': (10, 100), 'cuda': (20, 300)}  # fewest and most
 BATCH = {'cpu': 32, 'cuda': 128}
 STEPS_AN_EPOCH = 8  # at least
 VAL_FRACTION = 0.2
+LORA_LR = 5e-3
 LOOKED_AT = 32  # images whose size is looked at
 LOPSIDED = 10  # images of the largest class for each of the smallest, beyond which classes are weighted
 
@@ -158,6 +160,9 @@ def choices(facts: Facts, values: dict[str, Any], start: StartModel | None = Non
     epochs = int(str(values.get('epochs', epochs)))
     if batch > 64:
         yield 'optimizer.lr_base_size', 64, 'the learning rate follows the batch size'
+    if values.get('lora') not in (None, 'null'):
+        yield 'optimizer.lr', LORA_LR, 'for adapters'
+        yield 'optimizer.layer_decay', None, 'for adapters'
     if not start:
         decay = round(min(max(1 - 10 / (epochs * steps), 0.5), 0.999), 4)
         yield 'ema_decay', decay, 'averages a tenth of the run, at most 1,000 steps'
