@@ -23,6 +23,7 @@ from .custom import UntrustedCodeError, refuse_code
 from .data import Preprocessing, is_color
 from .models.checkpoints import convert_state_dict, few
 from .models.listing import build_from_file, check_name
+from .models.lora import merge_adapters
 from .models.safe_load import CheckpointError, read_checkpoint, save_weights
 from .models.variants import VARIANTS
 from .settings import UsageError
@@ -239,9 +240,11 @@ def read_weights(path: Path, ema: bool) -> Mapping[str, torch.Tensor]:
     checkpoint = read_checkpoint(path)
     if 'position' in checkpoint:  # a training state
         if ema and 'ema' in checkpoint:
-            return checkpoint['ema']
+            return merge_adapters(checkpoint['ema'])
         task = checkpoint['model']
-        return {name.removeprefix('net.'): tensor for name, tensor in task.items() if name.startswith('net.')}
+        return merge_adapters(
+            {name.removeprefix('net.'): tensor for name, tensor in task.items() if name.startswith('net.')}
+        )
     if path.suffix == '.safetensors':
         with safe_open(path, 'pt') as file:
             digest = (file.metadata() or {}).get(DIGEST)

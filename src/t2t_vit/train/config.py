@@ -214,6 +214,8 @@ class Config:
         weights: Weights to start from: a timm tag such as t2t_vit_14.in1k, a file in any published layout, a run
             folder, or hf-hub:USER/NAME; by default from scratch.
             `required` is for recipes that make no sense from scratch.
+        lora: Train low-rank adapters of this rank and the head instead of all weights; they are merged into the saved
+            model. Needs peft, and weights to start from.
         data: Where images come from.
         augment: How training images are augmented.
         objective: The loss.
@@ -238,6 +240,7 @@ class Config:
     model: str = 't2t_vit_7'
     model_args: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None
+    lora: int | None = None
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     objective: Objective = field(default_factory=Objective)
@@ -298,6 +301,11 @@ class Config:
             (self.keep >= 1, f'keep is at least 1, got {self.keep}'),
             (self.max_skipped_steps >= 1, f'max_skipped_steps is at least 1, got {self.max_skipped_steps}'),
             (0 <= self.ema_decay < 1, f'ema_decay is at least 0 and below 1, got {self.ema_decay}'),
+            (self.lora is None or self.lora >= 1, f'lora is at least 1, got {self.lora}'),
+            (
+                not (self.lora and o.frozen),
+                f'lora freezes everything but its adapters and the head: leave out optimizer.frozen, got {o.frozen}',
+            ),
             (self.threads is None or self.threads >= 1, f'threads is at least 1, got {self.threads}'),
             (d.workers >= 0, f'data.workers is at least 0, got {d.workers}'),
             (d.timeout > 0, f'data.timeout is above 0, got {d.timeout}'),

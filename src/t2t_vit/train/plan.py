@@ -68,7 +68,8 @@ def start(trainer: Trainer) -> str:
     """Say what the run starts from."""
     if trainer.done:
         return f'from epoch {trainer.position.epoch + 1}, step {trainer.position.step + 1}, of this run'
-    return str(trainer.parts.report or 'from scratch')
+    adapters = f'; adapters of rank {trainer.config.lora} and the head are trained' if trainer.config.lora else ''
+    return f'{trainer.parts.report or "from scratch"}{adapters}'
 
 
 def classes(report: DataReport) -> list[str]:

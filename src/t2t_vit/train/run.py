@@ -80,6 +80,8 @@ def train(
         check_same_start(config, state)
         if state and is_finished(state['position'], config) and not dry_run:
             return report_finished(state, config, folder, accelerator)
+        if config.lora and not (config.weights or state):
+            raise UsageError('lora adapts trained weights: give them with --weights')
         if state:
             check_same_run([asked, config], state, source)
         counts = len(sources.train.labels), len(sources.val.labels)

@@ -33,6 +33,7 @@ from ..data import (
     seed_all,
 )
 from ..hub import Card, licence_of, public
+from ..models.lora import add_adapters, merged_model
 from ..scoring import Scores, score
 from ..settings import UsageError, flatten
 from ..trained import save_folder
@@ -188,6 +189,8 @@ def build_parts(config: Config, data: TrainingData, accelerator: Accelerator, li
     seed_all(derive(config.seed))
     net = build_model(config, data.preprocessing, data.classes, license)
     report = load_start_weights(net, config.weights, data.classes) if config.weights else None
+    if config.lora:
+        add_adapters(net, config.lora)
     net = net.to(accelerator.device)
     freeze(net, config.optimizer.frozen)
     task = make_task(config, net, data.sources.train.name, data.sources.train.labels).to(accelerator.device)
@@ -452,7 +455,7 @@ class Trainer:
 
     def save_best(self, suffix: str, scores: Scores) -> None:
         """Write a candidate with its model card into the run folder."""
-        model = self.candidates()[suffix]
+        model = merged_model(self.candidates()[suffix])
         card = self.card(scores, 'the EMA weights' if suffix else 'the weights')
         save_folder(model, self.folder, self.config.model_args, card.text(model))
 
