@@ -455,6 +455,11 @@ def test_names_of_all_kinds_are_read_back_from_every_format(model, photos, tmp_p
         assert sorted(os.path.basename(path) for path in paths) == sorted(names)
         assert all(os.path.exists(path) for path in paths)
         assert [bool(row['error']) for row in found] == [b'caf' in path for path in paths]
+    assert run('predict', tmp_path / 'a.csv', '--checkpoint', model, '--output', tmp_path / 'again.jsonl') == 0
+    again = [json.loads(line) for line in (tmp_path / 'again.jsonl').read_text('utf-8').split('\n')[:-1]]
+    assert [(row['image'], row['classes']) for row in again] == [
+        (row['image'], row['classes']) for row in rows['jsonl']
+    ]
 
 
 def test_errors_are_the_same_in_every_run(many, model, tmp_path):

@@ -63,16 +63,19 @@ def locked(path: Path, busy: str) -> Iterator[None]:
         lock.release()
 
 
-def portable_name(name: str) -> str:
+def portable_name(name: str, line: bool = False) -> str:
     """Return a file's name as text that every format can hold and that leads back to the file.
 
-    That is the name itself, or its address, file:///…, if the name is not UTF-8 (Python then has surrogates in it).
+    That is the name itself, or its address, file:///…, if the name is not UTF-8 (Python then has surrogates in it), or
+    is longer than the one `line` that it must fit into. Lists of images may hold both.
     """
     try:
         name.encode('utf-8')
-        return name
+        if not line or name.splitlines() == [name]:
+            return name
     except UnicodeEncodeError:
-        return f'file://{quote_from_bytes(os.path.abspath(name).encode("utf-8", "surrogateescape"))}'
+        pass
+    return f'file://{quote_from_bytes(os.path.abspath(name).encode("utf-8", "surrogateescape"))}'
 
 
 def cell(value: Any, spreadsheet: bool) -> Any:

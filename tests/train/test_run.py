@@ -23,7 +23,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from t2t_vit.console import duration
-from t2t_vit.data import Batch, DataError, Digits, DiskBatches, MemoryBatches
+from t2t_vit.data import Batch, DataError, Digits, DiskBatches, MemoryBatches, find_images, printable
 from t2t_vit.scoring import score
 from t2t_vit.settings import UsageError
 from t2t_vit.train import resume, trainer
@@ -466,14 +466,16 @@ def test_damaged_images_are_counted_and_named(photos, tmp_path, capsys):
         (tmp_path / 'val' / name).mkdir(parents=True)
         for file in (photos / 'val' / name).iterdir():
             (tmp_path / 'val' / name / file.name).symlink_to(file)
-    names = [str(tmp_path / 'val' / 'sky' / f'text{i}.jpg') for i in range(6)]
+    odd = ['text\n1.jpg', *(f'text{i}.jpg' for i in range(4)), 'text\udce9.jpg']
+    names = [str(tmp_path / 'val' / 'sky' / name) for name in odd]
     for name in names:
         Path(name).write_text('not an image')
     train(digits_config(output=str(tmp_path / 'run'), batch_size=8, **SHORT, **PHOTOS, **{'data.root': str(tmp_path)}))
     assert records(tmp_path / 'run')[0]['damaged'] == 6
-    said = f'6 damaged images were left out: {", ".join(names[:5])}, …; all of them are named in '
+    said = f'6 damaged images were left out: {", ".join(map(printable, names[:5]))}, …; all of them are named in '
     assert said + str(tmp_path / 'run' / 'damaged.txt') in capsys.readouterr().out
-    assert (tmp_path / 'run' / 'damaged.txt').read_text().splitlines() == names
+    listed = find_images([str(tmp_path / 'run' / 'damaged.txt')])
+    assert [listed.name(i) for i in range(len(listed))] == names
     state = load_state(tmp_path / 'run' / 'checkpoints')[0]
     assert state['damaged'] == names  # a resumed run knows those of before
     run = load(

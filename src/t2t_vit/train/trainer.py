@@ -34,6 +34,7 @@ from ..data import (
 )
 from ..hub import Card, licence_of, public
 from ..models.lora import add_adapters, merged_model
+from ..results import portable_name
 from ..scoring import Scores, score
 from ..settings import UsageError, flatten
 from ..trained import save_folder
@@ -47,7 +48,7 @@ from .state import Position, git_revision, save_state
 from .tasks import Task, make_task
 from .waiting import DataWatch, WatchedBatches
 
-DAMAGED = 'damaged.txt'  # one name per line
+DAMAGED = 'damaged.txt'  # a name a line, as `portable_name` writes it
 
 
 class Diverged(FloatingPointError):
@@ -424,7 +425,8 @@ class Trainer:
         record, damaged = self.record(scores), self.damaged()
         record['damaged'] = len(damaged)
         if damaged and self.accelerator.is_main_process:
-            write_text(self.folder / DAMAGED, '\n'.join(damaged) + '\n')
+            lines = (portable_name(name, line=True) for name in damaged)
+            write_text(self.folder / DAMAGED, '\n'.join(lines) + '\n')
         best = max(scores, key=lambda suffix: scores[suffix].top1)
         if scores[best].top1 >= self.position.best and self.accelerator.is_main_process:
             self.save_best(best, scores[best])

@@ -5,11 +5,12 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 from ..decode import Raw, check_regular, has_image_suffix, open_regular, read_image
 from ..errors import DataError
 from .labels import LABEL_COLUMNS, number_labels
-from .names import to_text
+from .names import file_sizes, to_text
 
 PATH_COLUMNS = ('image', 'path', 'file', 'filename', 'file_name', 'filepath', 'image_path')
 
@@ -69,8 +70,8 @@ class LabelledList:
         with open_regular(self.paths[index]) as file:
             return file.read()
 
-    def content_size(self, index: int) -> int:
-        return os.stat(self.paths[index]).st_size
+    def content_sizes(self) -> Sequence[int]:
+        return file_sizes(self.paths)
 
 
 def listed_paths(file: Path) -> Iterator[str]:
@@ -115,7 +116,9 @@ def resolve_paths(paths: Sequence[str], file: Path) -> Iterator[str]:
 
 
 def to_system(text: str) -> str:
-    """Return a path that is read from UTF-8 as the system's functions expect it; `to_text` reverses it."""
+    """Return a path, or an address file:///…, that is read from UTF-8 as the system's functions expect a path."""
+    if text.startswith('file:///'):  # as predict writes names that are not UTF-8
+        return os.fsdecode(unquote_to_bytes(text.removeprefix('file://')))
     return os.fsdecode(text.encode('utf-8', 'surrogateescape'))
 
 
