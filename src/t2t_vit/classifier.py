@@ -20,7 +20,18 @@ import torch
 
 from .answers import Evaluation, Prediction, Predictions, Scored
 from .classes import few, match_classes, read_classes
-from .data import MAX_PIXELS, DataError, Opener, Piece, Preprocessing, Source, open_batches, open_pieces, open_source
+from .data import (
+    MAX_PIXELS,
+    DataError,
+    Opener,
+    Piece,
+    Preprocessing,
+    Source,
+    left_out,
+    open_batches,
+    open_pieces,
+    open_source,
+)
 from .export import ExportedModel, files_of, is_exported, load_exported
 from .inputs import ImageLike, open_all, open_own
 from .models.safe_load import hash_file
@@ -418,7 +429,7 @@ class Classifier:
             batches.damaged,
             int((~good).sum()),
             seconds,
-            [note] if note else [],
+            [*([note] if note else []), *left_out(source, data)],
         )
 
     def averaged(self, images: torch.Tensor, augmentation: Augmentation) -> torch.Tensor:

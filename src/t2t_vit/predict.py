@@ -15,7 +15,7 @@ import torch
 from . import __version__
 from .classifier import Answers, Classifier, NotFinite, Precision
 from .console import Live, console, duration
-from .data import MAX_PIXELS, DataError, Opener, Piece, find_images, printable
+from .data import MAX_PIXELS, DataError, Opener, Piece, counted, find_images, printable
 from .export import is_exported
 from .results import Results, check_place, portable_name
 from .settings import UsageError, require
@@ -160,6 +160,8 @@ def follow(job: Job, head: Head, width: dict[str, int], settings: Row) -> Iterat
         KeyboardInterrupt: if it is interrupted, with what to do about it.
         NotFinite: at the end, if the model computed NaN or infinity for an image.
     """
+    if job.images.skipped and not job.rank:
+        console().print(f'left out: {counted(job.images.skipped)}', soft_wrap=True)
     if not job.output:
         yield from rows(job, head, width, None)
         return

@@ -1,14 +1,21 @@
 """The report on a run's images: counts, what was left out, and warnings."""
 
 import io
+import pickle
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from t2t_vit.data import DataError, DataReport, Digits, SplitOptions, open_source, open_train_val, report_data
+from t2t_vit.data import DataError, DataReport, Digits, Parquet, SplitOptions, open_source, open_train_val, report_data
+from t2t_vit.data import report as report_module
+from t2t_vit.data.sources import names as names_module
+from t2t_vit.data.sources import parquet as parquet_module
 
 
 def image(number: int) -> bytes:
@@ -53,14 +60,57 @@ def test_report_counts_and_warns(animals):
 
 def test_balanced_images_make_no_warnings():
     report = report_data(Digits('train'), Digits('val'))
-    assert report.warnings() == [] and report.duplicates is None and len(report.lines()) == 11
+    assert report.warnings() == [] and report.duplicates == report.unknown == [] and len(report.lines()) == 11
 
 
 def test_duplicates_are_found_between_a_folder_and_a_tar(animals, tmp_path):
     with tarfile.open(tmp_path / 'a.tar', 'w') as tar:
         tar.add(animals / 'val', arcname='.')
     train, val = open_source(str(animals), 'train'), open_source(str(tmp_path / 'a.tar'), 'val')
-    assert len(report_data(train, val).duplicates or []) == 1
+    assert len(report_data(train, val).duplicates) == 1
+
+
+def rows(folder: Path, numbers: 'list[int]') -> Parquet:
+    """Return a Parquet file in row groups of three images, by their numbers."""
+    cells = [{'bytes': image(number), 'path': None} for number in numbers]
+    file = folder / f'{numbers[0]}.parquet'
+    pq.write_table(pa.table({'image': cells, 'label': ['cat'] * len(cells)}), file, row_group_size=3)
+    return Parquet([file])
+
+
+def test_duplicates_are_found_in_parquet(tmp_path):
+    train, val = rows(tmp_path, [*range(1, 9)]), rows(tmp_path, [20, 7, 21, 2])
+    assert report_data(train, val).duplicates == [(train.name(6), val.name(1)), (train.name(1), val.name(3))]
+    assert pickle.loads(pickle.dumps(train)).parts[0].held[1] is None  # workers are not sent the images
+
+
+def test_duplicates_are_found_in_held_pixels():
+    train = Digits('train')
+    assert len(report_data(train, train).duplicates) == len(train.labels)
+
+
+def test_duplicates_are_checked_as_far_as_they_are_cheap(tmp_path, monkeypatch):
+    train, val = rows(tmp_path, [*range(1, 9)]), rows(tmp_path, [20, 7, 21, 2])
+    monkeypatch.setattr(report_module, 'MAX_READ', 10 * len(image(0)))  # 8 training images and 2 others
+    assert report_data(train, val).unknown == [
+        'only 2 of 4 validation images are checked for being training images too'
+    ]
+    monkeypatch.setattr(report_module, 'MAX_READ', 100)
+    assert report_data(train, val).unknown == [
+        'not checked for duplicates between training and validation images: 0 MB would have to be read'
+    ]
+
+
+def test_report_says_why_duplicates_are_not_checked(animals, tmp_path, monkeypatch):
+    train, val, _ = open_train_val(str(animals))
+    monkeypatch.setattr(names_module, 'MAX_SIZES', 12)
+    report = report_data(train, val)
+    sentence = 'not checked for duplicates between training and validation images'
+    assert report.unknown == [f'{sentence}: there are more than 12 files'] and report.unknown[0] in report.lines()
+    monkeypatch.setattr(parquet_module, 'MAX_SIZED', 10)
+    assert 'the Parquet files have more than' in report_data(rows(tmp_path, [1, 2]), val).unknown[0]
+    custom = SimpleNamespace(classes=train.classes, labels=train.labels, name=train.name)
+    assert report_data(custom, val).unknown == [f'{sentence}: the data cannot be compared by their bytes']
 
 
 def test_files_left_out_of_a_divided_folder_count_once(animals):

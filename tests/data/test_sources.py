@@ -4,12 +4,10 @@ import io
 import json
 import os
 import pickle
-import sys
+import shutil
 import tarfile
-import types
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +17,11 @@ import torchvision
 from conftest import CLASSES, crops, write_parquet
 from PIL import Image
 
-from t2t_vit.data import DataError, Digits, Folder, Parquet, Part, Shards, check_same_classes, open_source
+from t2t_vit.data import DataError, Digits, Folder, Parquet, Part, Shards, check_same_classes, open_source, report_data
 from t2t_vit.data.sources import hub as hub_module
 from t2t_vit.data.sources import parquet as parquet_module
 from t2t_vit.data.sources import tar
+from t2t_vit.data.sources.hub import count_unused
 
 
 def test_digits_split_is_fixed():
@@ -179,68 +178,48 @@ def test_torchvision_set_not_downloaded(tmp_path):
 # the Hub's sets
 
 
-class FakeDataset:
-    """The part of the Hub's library that timm's reader calls."""
-
-    def __init__(self, split: str, info: Any) -> None:
-        self.info = info
-        self.rows = [
-            (io.BytesIO(), CLASSES.index(name), image)
-            for part, name, image in crops()
-            if part == {'train': 'train', 'test': 'val'}[split]
-        ]
-        for buffer, _, image in self.rows:
-            image.save(buffer, 'png')
-
-    def cast_column(self, name: str, feature: object) -> 'FakeDataset':
-        assert name == 'img'
-        return self
-
-    def __getitem__(self, key: 'int | str') -> Any:
-        if key == 'label':
-            return [label for _, label, _ in self.rows]
-        return {'img': {'bytes': self.rows[key][0].getvalue(), 'path': f'{key}.png'}, 'label': self.rows[key][1]}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Install a package `datasets` that knows one dataset, of the photos."""
-    info = types.SimpleNamespace(
-        splits={name: types.SimpleNamespace(num_examples=n) for name, n in (('train', 24), ('test', 12))},
-        features={'img': None, 'label': types.SimpleNamespace(names=CLASSES, str2int=CLASSES.index)},
-    )
-
-    def load_dataset_builder(name: str, cache_dir: str | None) -> Any:
-        if name != 'me/photos':
-            raise FileNotFoundError(f'{name} does not exist on the Hub')
-        return types.SimpleNamespace(info=info)
-
-    fake: Any = types.ModuleType('datasets')
-    fake.__spec__ = types.SimpleNamespace()
-    fake.load_dataset_builder = load_dataset_builder
-    fake.load_dataset = lambda name, split, cache_dir, **_: FakeDataset(split, info)
-    fake.Image = lambda decode: None
-    monkeypatch.setitem(sys.modules, 'datasets', fake)
-    monkeypatch.delitem(sys.modules, 'timm.data.readers.reader_hfds', raising=False)
-    yield
-    sys.modules.pop('timm.data.readers.reader_hfds', None)
+def hub(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand in a folder with a set me/photos, which the package `datasets` reads as it reads those of the Hub."""
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    datasets = pytest.importorskip('datasets')
+    monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    datasets.disable_progress_bars()
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(photos, 'me/photos')
+    return tmp_path
 
 
 def test_hub_set(hub):
-    train, val = (open_source('hfds/me/photos', split) for split in ('train', 'val'))
+    train, val = (open_source('hfds/me/photos', split, str(hub / 'cache')) for split in ('train', 'val'))
     assert train.classes == val.classes == CLASSES
     assert (len(train.labels), list(val.labels)) == (24, [0] * 4 + [1] * 4 + [2] * 4)
-    expected = [image for split, _, image in crops() if split == 'val']
-    assert np.array_equal(np.asarray(val.open(5)), np.asarray(expected[5]))
-    assert val.name(5) == 'hfds/me/photos/test[5]'
+    files = sorted((hub / 'me' / 'photos' / 'val').glob('*/*'))
+    assert np.array_equal(np.asarray(val.open(5)), np.asarray(Image.open(files[5])))
+    assert val.content(5) == files[5].read_bytes() and val.content_sizes()[5] == files[5].stat().st_size
+    assert val.name(5) == 'hfds/me/photos/validation[5]'
+
+
+def test_hub_set_in_parquet(hub, parquet):
+    shutil.copytree(parquet, 'me/rows')
+    val, rows = (open_source(root, 'val', str(hub / 'cache')) for root in ('hfds/me/rows', 'me/rows'))
+    assert list(val.labels) == list(rows.labels) and val.classes == rows.classes
+    assert val.content(7) == rows.content(7) and list(val.content_sizes()) == list(rows.content_sizes())
+
+
+def test_files_that_a_hub_set_leaves_out_are_counted_once(hub):
+    (hub / 'me' / 'photos' / 'train' / 'sky' / 'notes.txt').touch()
+    (hub / 'me' / 'photos' / 'README.md').touch()
+    sources = [open_source('hfds/me/photos', split, str(hub / 'cache')) for split in ('train', 'val')]
+    report = report_data(*sources)
+    assert report.skipped == {'files ending in .txt': 1} and report.unknown == []
+    assert count_unused('nowhere', frozenset(['a'])) == ({}, 'what the package datasets leaves out is not counted')
 
 
 def test_unknown_hub_set_is_rejected(hub):
-    with pytest.raises(DataError, match='cannot open hfds/me/other: me/other does not exist'):
-        open_source('hfds/me/other', 'train')
+    with pytest.raises(DataError, match='cannot open hfds/me/other: .*other'):
+        open_source('hfds/me/other', 'train', str(hub / 'cache'))
 
 
 def test_hub_set_names_the_missing_package(monkeypatch):

@@ -295,7 +295,7 @@ def test_claim_holds_if_all_its_pairs_do():
 def data(monkeypatch):
     """Replace the dataset by eight labels, six of one class."""
     source = SimpleNamespace(labels=[0] * 6 + [1] * 2, classes=['a', 'b'])
-    monkeypatch.setattr('t2t_vit.reproduce.prepare.open_source', lambda *args: source)
+    monkeypatch.setattr('t2t_vit.reproduce.prepare.open_train_val', lambda *args: (source, source, None))
     return dict(data='x', batch_size=4)
 
 

@@ -20,7 +20,7 @@ from .decode import Decoded, Raw, convert_image, has_image_suffix, image_size, i
 from .errors import DataError
 from .preprocessing import Preprocessing
 from .sources import Rows, Source, listed_paths, open_source, read_channels, to_text
-from .sources.names import scan, suffix_of
+from .sources.names import counted, scan, suffix_of
 from .sources.tar import decode_name, encode_name, read_slice, tar_members
 
 TABLES, LISTS = ('.tar', '.parquet'), ('.csv', '.txt')
@@ -203,7 +203,7 @@ def find_images(inputs: Sequence[str], channels: int | None = None) -> Images:
     skipped: Counter[str] = Counter()
     images = Images(list(gather(walk_all(paths, skipped), skipped, channels)), skipped)
     if not len(images):
-        left_out = f' (left out: {", ".join(f"{n} {reason}" for reason, n in skipped.items())})' if skipped else ''
+        left_out = f' (left out: {counted(skipped)})' if skipped else ''
         raise DataError(f'no images in {", ".join(inputs)}{left_out}; their names end in {" ".join(image_suffixes())}')
     return images
 

@@ -199,7 +199,7 @@ def export(
     pictures = open_images(data, split, cache, classifier.match if labels and checkpoint else None)
     metadata = describe(net, classifier.outputs, cfg, precision, pixels, batch_size, dynamic)
     screen = console()
-    for note in (pictures.note, classifier.note() if checkpoint else ''):
+    for note in (*pictures.notes, classifier.note() if checkpoint else ''):
         if note:
             screen.print(f'note: {note}', soft_wrap=True)
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data import DataError, Images, Opener, Preprocessing, Source, convert_image, find_images, open_source
+from ..data import DataError, Images, Opener, Preprocessing, Source, convert_image, find_images, left_out, open_source
 
 
 class Samples:
@@ -46,7 +46,7 @@ class Pictures(NamedTuple):
     source: Source | Images
     total: int
     labels: Sequence[int] = ()
-    note: str = ''
+    notes: Sequence[str] = ()
 
 
 Outputs = Callable[[Source, str], tuple[list[int], str]]  # the model's output of each of a source's classes
@@ -74,12 +74,14 @@ def open_images(data: str, split: str, cache: str | None = None, match: Outputs 
         if not child.name.startswith('.')
     ):
         found = find_images([data])
-        return Pictures(found, len(found))
+        return Pictures(found, len(found), (), left_out(found, data))
     source = open_source(data, split, cache)
+    notes = left_out(source, data)
     if match is None:
-        return Pictures(source, len(source.labels))
+        return Pictures(source, len(source.labels), (), notes)
     outputs, note = match(source, data)
-    return Pictures(source, len(source.labels), [outputs[label] for label in source.labels], note)
+    notes = [*([note] if note else []), *notes]
+    return Pictures(source, len(source.labels), [outputs[label] for label in source.labels], notes)
 
 
 class Batch(NamedTuple):

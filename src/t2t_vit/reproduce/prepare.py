@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from ..data import Part, open_source
+from ..console import console
+from ..data import Part, open_train_val, report_data
 from ..models.listing import count_parameters
 from ..settings import UsageError
 from .arms import ARMS, REFERENCE, ScaledModel, base_of, build_scaled, published_ratio, scale, unknown_arms
@@ -107,14 +108,16 @@ def changes(plan: Plan, folder: Path, given: dict[str, Any]) -> list[str]:
 def complete(plan: Plan, folder: Path) -> None:
     """Set the fields of a new plan that depend on the data."""
     config = run_config(plan, folder, REFERENCE, {}, 0, None)  # refuses a recipe that cannot be run
-    sources = [open_source(plan.data, split, config.data.cache, config.data.download) for split in ('train', 'val')]
-    plan.count, plan.val_count = (
-        min(len(source.labels), limit or len(source.labels))
-        for source, limit in zip(sources, (plan.train_images, plan.val_images))
-    )
-    labels = Part(sources[1], plan.val_count).labels
+    data = config.data
+    train, val, _ = open_train_val(plan.data, data.cache, data.download, data.channels, data.split_options)
+    train, val = Part(train, plan.train_images or len(train.labels)), Part(val, plan.val_images or len(val.labels))
+    plan.count, plan.val_count = len(train.labels), len(val.labels)
+    report = report_data(train, val)
+    for line in (*report.lines(), *(f'warning: {text}' for text in report.warnings())):
+        console().print(line, soft_wrap=True)
+    labels = val.labels
     plan.majority = max(Counter(labels).values(), default=0) / max(len(labels), 1)
-    plan.num_classes, plan.in_chans = len(sources[0].classes), config.data.channels or 1 + 2 * (plan.data != 'digits')
+    plan.num_classes, plan.in_chans = len(train.classes), data.channels or 1 + 2 * (plan.data != 'digits')
     if plan.count < plan.batch_size:
         raise UsageError(
             f'batch_size is {plan.batch_size}, but there are only {plan.count} training images; choose a smaller one'

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from ..console import duration
 from ..data import DataReport, MemoryBatches
+from ..data.sources.names import counted
 from .log import FIRST
 from .measure import Measured
 from .trainer import Trainer
@@ -73,14 +74,14 @@ def start(trainer: Trainer) -> str:
 
 
 def classes(report: DataReport) -> list[str]:
-    """Return a line with the images of each class, and one with the files that were left out."""
+    """Return a line with the images of each class, the files that were left out, and what is not known."""
     shown = 10
     each = [f'{name} {train:,}+{val:,}' for name, train, val in zip(report.classes, report.train, report.val)]
     more = f', and {len(each) - shown} more' if len(each) > shown else ''
     lines = [f'classes   training + validation images: {", ".join(each[:shown])}{more}']
     if report.skipped:
-        lines.append('left out  ' + ', '.join(f'{count:,} {reason}' for reason, count in report.skipped.items()))
-    return lines
+        lines.append(f'left out  {counted(report.skipped)}')
+    return [*lines, *(f'unknown   {text}' for text in report.unknown)]
 
 
 def ema_lines(trainer: Trainer, steps: int) -> list[str]:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ..console import duration
-from ..data import SPLIT_FILE, report_data, synchronize
+from ..data import SPLIT_FILE, printable, report_data, synchronize
 from ..plots import plot_curves
 from ..settings import UsageError
 from .classes import check_classes
@@ -99,7 +99,15 @@ def train(
             fit_budget(trainer, measured, began)
         log = Log(folder, accelerator)
         chosen = [f'chosen    {line}' for line in choices]
-        log.say(wrap([*chosen, *plan(trainer, measured, report_data(*sources[:2])), *notes]))
+        log.say(
+            wrap(
+                [
+                    *chosen,
+                    *plan(trainer, measured, report_data(*sources[:2]) if accelerator.is_main_process else None),
+                    *notes,
+                ]
+            )
+        )
         if dry_run:
             return {}
         if not existed:
@@ -222,7 +230,7 @@ def run_epochs(trainer: Trainer, log: Log, began: float) -> dict[str, Any]:
         log.say(f'{skipped} steps were skipped: loss or gradient were not finite')
     if damaged := trainer.damaged():
         log.say(
-            f'{len(damaged)} damaged images were left out: {", ".join(damaged[:5])}'
+            f'{len(damaged)} damaged images were left out: {", ".join(map(printable, damaged[:5]))}'
             f'{", …" * (len(damaged) > 5)}; all of them are named in {trainer.folder / DAMAGED}'
         )
     log.say(f'speed: {limit(trainer.position.records[-1])}')

@@ -6,7 +6,7 @@ from .folder import Folder
 from .hub import HubSet
 from .labels import check_same_classes, check_training_classes
 from .lists import LabelledList, listed_paths
-from .names import printable, to_text
+from .names import counted, left_out, printable, to_text
 from .opening import open_source
 from .parquet import Parquet, Rows
 from .subset import Part, Subset
@@ -32,4 +32,6 @@ __all__ = [
     'printable',
     'read_channels',
     'to_text',
+    'counted',
+    'left_out',
 ]

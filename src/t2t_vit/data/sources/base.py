@@ -9,8 +9,10 @@ from ..decode import Raw
 class Source(Protocol):
     """Labelled images, each opened when it is needed.
 
-    A source may also have `skipped`, counts of files that were left out, by reason; `content(index)` and
-    `content_size(index)`, the bytes of an image as they are stored; and `column(name)`, a further value of each image.
+    A source may also have `skipped`, counts of files that were left out, by reason; `uncounted`, a sentence about files
+    whose number is not known; `content(index)`, the bytes of an image as they are stored, and `content_sizes()`, the
+    numbers of these bytes, or DataError if finding them would take long; and `column(name)`, a further value of each
+    image.
     """
 
     classes: list[str]

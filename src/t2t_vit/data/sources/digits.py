@@ -29,5 +29,11 @@ class Digits:
     def open(self, index: int) -> Image.Image:
         return Image.fromarray(self.pixels[index])
 
+    def content(self, index: int) -> bytes:
+        return self.pixels[index].tobytes()
+
+    def content_sizes(self) -> Sequence[int]:
+        return [self.pixels[0].nbytes] * len(self.pixels)
+
     def name(self, index: int) -> str:
         return f'digits/{self.indices[index]}'

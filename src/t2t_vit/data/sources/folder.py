@@ -8,7 +8,7 @@ from pathlib import Path
 from ..decode import Raw, image_suffixes, open_regular, read_image
 from ..errors import DataError
 from .labels import label_paths, number_labels
-from .names import scan, to_text
+from .names import counted, file_sizes, scan, to_text
 from .splits import select_split
 
 
@@ -33,8 +33,9 @@ class Folder:
         folders: list[str] = []
         paths = list(scan(self.root, image_suffixes(), self.skipped, folders))
         if not paths:
+            left_out = f' (left out: {counted(self.skipped)})' if self.skipped else ''
             raise DataError(
-                f'no images in {root}{counted(self.skipped)}; expected {root}/CLASS/IMAGE, with names that end in '
+                f'no images in {root}{left_out}; expected {root}/CLASS/IMAGE, with names that end in '
                 f'{" ".join(image_suffixes())}'
             )
         shown = [to_text(path) for path in paths]  # without the name of the split
@@ -62,10 +63,5 @@ class Folder:
         with open_regular(self.path(index)) as file:
             return file.read()
 
-    def content_size(self, index: int) -> int:
-        return os.stat(self.path(index)).st_size
-
-
-def counted(skipped: Counter[str]) -> str:
-    """Return ' (left out: …)' for counts of files by reason, '' if there are none."""
-    return f' (left out: {", ".join(f"{n} {reason}" for reason, n in skipped.items())})' if skipped else ''
+    def content_sizes(self) -> Sequence[int]:
+        return file_sizes([self.path(i) for i in range(len(self.files))])

@@ -3,13 +3,15 @@
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from ..errors import DataError
 
 # What desktops, network drives and notebooks leave in folders of images.
 SYSTEM_FOLDERS = {'__macosx', '@eadir', '#recycle', '$recycle.bin', 'system volume information', 'lost+found'}
 SYSTEM_FILES = {'thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r'}
+MAX_SIZES = 200_000  # files whose sizes are looked up
 
 
 def is_hidden(name: str) -> bool:
@@ -52,13 +54,13 @@ def scan(
             if entry.is_symlink() and not os.path.exists(entry.path):
                 skipped['broken links'] += 1
             elif is_hidden(entry.name):
-                skipped[f'hidden or system {"folders" if entry.is_dir() else "files"}'] += 1
+                skipped['hidden or system folders' if entry.is_dir() else reason_to_skip(entry.name)] += 1
             elif entry.is_dir():
                 below.append(entry)
             elif entry.name.lower().endswith(suffixes):
                 yield prefix + entry.name
             else:
-                skipped[f'files ending in {suffix_of(entry.name)}' if suffix_of(entry.name) else 'other files'] += 1
+                skipped[reason_to_skip(entry.name)] += 1
         for entry in below:
             key = identity(entry.path)
             if key in above or (entry.is_symlink() and key in linked):
@@ -77,6 +79,36 @@ def identity(path: str) -> tuple[int, int]:
     """Return what is the same for two paths only if they lead to the same folder."""
     found = os.stat(path or '.')
     return found.st_dev, found.st_ino
+
+
+def file_sizes(paths: Sequence[str]) -> list[int]:
+    """Return the sizes of files in bytes.
+
+    Raises:
+        DataError: if there are more than MAX_SIZES.
+        OSError: if a file is not there.
+    """
+    if len(paths) > MAX_SIZES:
+        raise DataError(f'there are more than {MAX_SIZES:,} files')
+    return [os.stat(path).st_size for path in paths]
+
+
+def counted(skipped: Mapping[str, int]) -> str:
+    """Return counts of files that were left out, by reason, as a text; empty if there are none."""
+    return ', '.join(f'{count:,} {reason}' for reason, count in sorted(skipped.items()))
+
+
+def left_out(source: Any, data: str) -> list[str]:
+    """Return notes on what is not read of a source of images; `data` is its name."""
+    skipped, uncounted = counted(getattr(source, 'skipped', {})), getattr(source, 'uncounted', '')
+    return [*([f'left out of {data}: {skipped}'] if skipped else []), *([uncounted] if uncounted else [])]
+
+
+def reason_to_skip(name: str) -> str:
+    """Return why a file that is not an image is left out, for `counted`."""
+    if is_hidden(name):
+        return 'hidden or system files'
+    return f'files ending in {suffix_of(name)}' if suffix_of(name) else 'other files'
 
 
 def subfolders(folder: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Parquet files with a column of images and one of labels."""
 
 import json
+import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..decode import Raw, check_regular, read_image
@@ -17,6 +19,7 @@ from .labels import IMAGE_COLUMNS, LABEL_COLUMNS, MAX_LABEL, find_columns, label
 from .tar import MAX_IMAGE
 
 AT_ONCE = 1 << 28  # bytes of files that are held as a whole
+MAX_SIZED = 1 << 31  # bytes of files that are read to find the sizes of their images
 MAX_GROUP = 1 << 32  # bytes of a column of a row group, uncompressed
 
 
@@ -59,6 +62,18 @@ class Rows:
     def name(self, index: int) -> str:
         """Return the file's path and the row's number."""
         return f'{self.path}[{index}]'
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, 'held': (-1, None)}  # worker processes read their own
+
+    def content_sizes(self) -> list[int]:
+        """Return the bytes of each image, 0 for one that is missing; reads the whole column."""
+        found: list[int] = []
+        with pq.ParquetFile(self.path) as file:
+            for group in range(file.metadata.num_row_groups):
+                cells = file.read_row_group(group, columns=[self.leaf], use_threads=False).column(self.column)
+                found += byte_counts(cells).to_pylist()
+        return found
 
     def content(self, index: int) -> bytes:
         """Return the bytes of an image."""
@@ -165,6 +180,17 @@ class Parquet:
     def content(self, index: int) -> bytes:
         rows, row = self.locate(index)
         return rows.content(row)
+
+    def content_sizes(self) -> Sequence[int]:
+        if sum(map(os.path.getsize, self.files)) > MAX_SIZED:
+            raise DataError(f'the Parquet files have more than {MAX_SIZED / 2**30:g} GiB')
+        return [size for rows in self.parts for size in rows.content_sizes()]
+
+
+def byte_counts(cells: Any) -> Any:
+    """Return the number of bytes of each cell of a column of images, bytes or {bytes, path}; 0 for none."""
+    cells = pc.struct_field(cells, 'bytes') if pa.types.is_struct(cells.type) else cells
+    return pc.fill_null(pc.binary_length(cells), 0)
 
 
 def group_size(metadata: Any, group: int, leaf: str, origin: str) -> int:

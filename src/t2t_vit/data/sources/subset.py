@@ -16,7 +16,8 @@ class Subset:
     def __init__(self, source: Source, indices: Sequence[int]) -> None:
         self.source, self.classes, self.indices = source, source.classes, [int(i) for i in indices]
         self.labels: Sequence[int] = [source.labels[i] for i in self.indices]
-        self.skipped: Counter[str] = Counter(getattr(source, 'skipped', {}))
+        self.skipped: Counter[str] = getattr(source, 'skipped', None) or Counter()
+        self.uncounted: str = getattr(source, 'uncounted', '')
 
     def open(self, index: int) -> Raw:
         return self.source.open(self.indices[index])
@@ -25,10 +26,17 @@ class Subset:
         return self.source.name(self.indices[index])
 
     def __getattr__(self, name: str) -> Any:
-        if name in ('content', 'content_size'):
-            found = getattr(self.source, name)  # AttributeError if the source cannot say
+        if name not in ('content', 'content_sizes'):
+            raise AttributeError(name)
+        found = getattr(self.source, name)  # AttributeError if the source cannot say
+        if name == 'content':
             return lambda index: found(self.indices[index])
-        raise AttributeError(name)
+
+        def content_sizes() -> Sequence[int]:
+            sizes = found()
+            return [sizes[i] for i in self.indices]
+
+        return content_sizes
 
 
 class Part(Subset):

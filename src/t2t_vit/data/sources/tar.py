@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from ..decode import Raw, check_regular, has_image_suffix, read_image
 from ..errors import DataError, ImageError
 from .labels import MAX_LABEL, label_paths, number_labels, read_lines
-from .names import is_hidden, suffix_of, to_text
+from .names import is_hidden, reason_to_skip, to_text
 from .splits import select_split
 from .webdataset import LABEL_KINDS, label_samples, read_label, sample_key
 
@@ -103,8 +103,8 @@ class Shards:
     def content(self, index: int) -> bytes:
         return read_slice(*self.row(index))
 
-    def content_size(self, index: int) -> int:
-        return self.row(index)[2]
+    def content_sizes(self) -> Sequence[int]:
+        return self.index.column('size').to_pylist()
 
 
 def tidy(name: str) -> str:
@@ -190,7 +190,7 @@ def index_tar(path: Path, shard: int, skipped: Counter[str]) -> list[dict[str, A
             found = read_label(content, kind, f'{path}/{member.name}')
             labels.update({sample_key(member.name): found} if found is not None else {})
         else:
-            skipped[f'files ending in {suffix_of(member.name)}' if suffix_of(member.name) else 'other files'] += 1
+            skipped[reason_to_skip(tidy(member.name).rpartition('/')[2])] += 1
     if not labels and (bare := [name for name in images if '/' not in tidy(name)]):
         raise DataError(
             f'{path} has {len(bare)} images without a label, as {tidy(bare[0])}; '

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from timm.data import create_dataset
 
 from ...settings import nearest
@@ -14,7 +15,7 @@ TORCH_SETS = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist')
 
 
 class TorchSet:
-    """One of torchvision's small sets, opened by timm's create_dataset.
+    """One of torchvision's small sets, opened by timm's create_dataset; nothing of it is left out.
 
     Raises:
         DataError: if there is no such set, or it is not downloaded.
@@ -42,6 +43,12 @@ class TorchSet:
 
     def open(self, index: int) -> Raw:
         return read_image(self.images[index][0])
+
+    def content(self, index: int) -> bytes:
+        return np.asarray(self.images.data[index]).tobytes()
+
+    def content_sizes(self) -> Sequence[int]:
+        return [len(self.content(0))] * len(self.labels)
 
     def name(self, index: int) -> str:
         return f'{self.origin}[{index}]'
