@@ -6,7 +6,7 @@ FROM python:3.12-slim
 ENV PIP_NO_CACHE_DIR=1 PYTHONDONTWRITEBYTECODE=1
 RUN pip install onnxruntime pillow fastapi uvicorn python-multipart \
     && useradd --uid 1000 --no-create-home --no-log-init worker
-COPY src/t2t_vit/export/serve.py /serve.py
+COPY src/t2t_vit_serve.py /
 USER 1000
-ENTRYPOINT ["python", "/serve.py", "--host", "0.0.0.0"]
+ENTRYPOINT ["python", "/t2t_vit_serve.py", "--host", "0.0.0.0"]
 CMD ["/model.onnx"]

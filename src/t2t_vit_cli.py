@@ -221,6 +221,19 @@ COMMANDS = {
         ),
         'export.command:export',
     ),
+    'serve': Command(
+        'answer predictions of an exported ONNX file over HTTP, without torch',
+        'FILE [options]',
+        """
+  FILE                written by t2t-vit export --pixels image
+  --host ADDRESS      default: 127.0.0.1, this machine only
+  --port N            default: 8000
+  --names NAME…       host names to answer to, besides localhost and addresses
+  --threads N         of onnxruntime
+""",
+        ('photos.onnx', 'photos.onnx --port 9000 --threads 4', 'photos.onnx --host 0.0.0.0 --names photos.example.org'),
+        positional=('file',),
+    ),
     'bench': Command(
         'compare models in speed, memory and size',
         '[MODEL…] [options]',
@@ -330,11 +343,13 @@ def main(argv: list[str] | None = None) -> int:
         near = ''.join(f', did you mean {word}?' for word in difflib.get_close_matches(name, COMMANDS, n=1))
         print(f't2t-vit: unknown command {name!r}{near}; commands: {", ".join(COMMANDS)}', file=sys.stderr)
         return 2
-    if {'-h', '--help'} & set(words):
+    if {'-h', '--help'} & set(words) or name == 'serve' and '--help-all' in words:
         print(short_help(name))
         return 0
     if name == 'recipes':
         return list_recipes(*words)
+    if name == 'serve':
+        return serve(words)
     from t2t_vit.cli import run  # imports torch
 
     return run(name, words)
@@ -371,6 +386,23 @@ def list_recipes(*names: str) -> int:
     for name, file in files.items() if not names else ():
         lines = takewhile(lambda line: line.startswith('#'), file.read_text(encoding='utf-8').splitlines())
         print(name, *(f'   {line[1:]}' for line in lines), sep='\n', end='\n\n')
+    return 0
+
+
+def serve(words: list[str]) -> int:
+    """Run the prediction server; see `t2t_vit_serve`."""
+    try:
+        import t2t_vit_serve
+
+        t2t_vit_serve.main(words)
+    except ImportError as error:
+        print(f"t2t-vit: this needs {error.name}, not installed here: pip install 't2t-vit[serve]'", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f't2t-vit: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # the server ends by it
+        return 0
     return 0
 
 

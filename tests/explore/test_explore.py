@@ -431,7 +431,7 @@ def test_foreign_pages_and_host_names_are_refused(server):
 
 @needs_gradio
 def test_hosts_of_a_page_for_others():
-    from t2t_vit.explore.server import Guard
+    from t2t_vit_serve import Guard
 
     guard = Guard(None, '0.0.0.0', ['photos.example.org'], 1)
     for host in ('photos.example.org', 'Photos.example.org:80', '10.0.0.1:7860', '[fe80::1]:7860', 'localhost'):
@@ -447,7 +447,7 @@ def test_half_open_connections_end(monkeypatch):
 
     import uvicorn
 
-    from t2t_vit.explore import server as module
+    import t2t_vit_serve as module
 
     monkeypatch.setattr(module, 'HEAD_SECONDS', 0.3)
     monkeypatch.setattr(module, 'SILENT_SECONDS', 0.3)

@@ -1,12 +1,15 @@
 """Inference without torch: the page's code, and the server, in processes that cannot import torch."""
 
 import io
-import json
 import re
+import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import timm
@@ -14,10 +17,11 @@ import torch
 from conftest import CLASSES, SMALLER
 from PIL import Image
 
+import t2t_vit_serve as serve
 from t2t_vit import Classifier
-from t2t_vit.export import serve
 from t2t_vit.export.command import describe
 from t2t_vit.export.formats import export_model
+from t2t_vit_cli import main
 
 ROOT = Path(__file__).parents[2]
 BLOCK_TORCH = (
@@ -65,13 +69,41 @@ def test_code_of_the_page_runs_without_torch(classifier, folder):
     assert ' '.join(found[1]) == str([one.label for one in expected])
 
 
-def test_server_imports_neither_torch_nor_the_package(folder):
-    code = f'{BLOCK_TORCH}sys.path.insert(0, {str(Path(serve.__file__).parent)!r})\nimport serve\n'
-    code += 'import json\nmodel = serve.Model("photos.onnx", 1)\n'
-    code += 'print(json.dumps(model.predict(open("a.jpg", "rb").read(), 2)))'
-    done = subprocess.run([sys.executable, '-c', code], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)['top_k']) == 2
+@pytest.fixture(scope='module')
+def address(folder) -> Iterator[str]:
+    """Run the command `serve` in a process that can import neither torch nor the package; yield its address."""
+    with socket.create_server(('127.0.0.1', 0)) as free:
+        port = free.getsockname()[1]
+    code = f'{BLOCK_TORCH}from t2t_vit_cli import main\nsys.exit(main(["serve", "photos.onnx", "--port", "{port}"]))'
+    command = [sys.executable, '-c', code]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f'Predictions at http://127.0.0.1:{port}/predict (stop with Ctrl-C)\n'
+        yield f'http://127.0.0.1:{port}'
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0 and 'Traceback' not in process.stdout.read()
+
+
+def test_command_serves_without_torch(classifier, folder, address):
+    with httpx.Client(base_url=address) as client:
+        answer = client.post('/predict?top_k=2', files={'image': (folder / 'a.jpg').read_bytes()})
+        assert answer.json()['label'] == classifier.predict(folder / 'a.jpg')[0].label
+        assert len(answer.json()['top_k']) == 2 and answer.headers['x-content-type-options'] == 'nosniff'
+        content = (folder / 'a.jpg').read_bytes()
+        for headers in ({'Host': 'evil.example'}, {'Origin': 'https://evil.example'}, {'Sec-Fetch-Site': 'cross-site'}):
+            assert client.post('/predict', content=content, headers=headers).status_code == 403
+        port = address.rpartition(':')[2]
+        assert client.get('/health', headers={'Host': f'localhost:{port}'}).json() == {'status': 'ok'}
+        assert client.post('/predict', content=bytes(serve.MAX_BYTES + 100_000)).status_code == 413
+
+
+def test_more_than_eight_waiting_images_get_503(folder, monkeypatch):
+    from fastapi.testclient import TestClient
+
+    monkeypatch.setattr(serve, 'MAX_WAITING', 0)
+    client = TestClient(serve.create_app(serve.Model(str(folder / 'photos.onnx'), 1)))
+    answer = client.post('/predict', content=b'x')
+    assert answer.status_code == 503 and answer.headers['retry-after'] == '1'
 
 
 def test_server_answers_as_the_model(classifier, folder, monkeypatch):
@@ -101,8 +133,21 @@ def test_server_answers_as_the_model(classifier, folder, monkeypatch):
     assert '301x200 pixels' in client.post('/predict', content=content).json()['detail']
 
 
-def test_server_refuses_a_file_without_preprocessing(folder):
-    with pytest.raises(SystemExit, match='export it with --pixels image'):
-        serve.Model(str(folder / 'batch.onnx'))
-    with pytest.raises(SystemExit, match='there is no file nowhere'):
-        serve.main(['nowhere'])
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        (['batch.onnx'], 'export it with --pixels image'),
+        (['a.jpg'], 'a.jpg is damaged, or no ONNX file'),
+        (['nowhere'], 'there is no file nowhere'),
+        ([], 'the following arguments are required: file'),
+        (['photos.onnx', '--port', '70000'], 'port must be from 1 to 65535, got 70000'),
+        (['photos.onnx', '--port', 'BUSY'], 'choose another --port'),
+        (['photos.onnx', '--prot', '1'], 'unrecognized arguments: --prot 1'),
+    ],
+)
+def test_command_names_mistakes(folder, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(folder)
+    with socket.create_server(('127.0.0.1', 0)) as busy:
+        port = str(busy.getsockname()[1])
+        assert main(['serve', *(port if word == 'BUSY' else word for word in words)]) == 2
+    assert message in capsys.readouterr().err

@@ -79,8 +79,10 @@ def explore(
     photos = examples(opened, Path(text), bool(compare))
     with tempfile.TemporaryDirectory(prefix='t2t-vit-explore-', ignore_cleanup_errors=True) as folder:
         os.environ.update(GRADIO_TEMP_DIR=f'{folder}/gradio', GRADIO_ANALYTICS_ENABLED='False')
+        from t2t_vit_serve import LOOPBACK
+
         from .page import CSS, build
-        from .server import LOOPBACK, serve
+        from .server import serve
         from .uploads import Uploads
 
         uploads = Uploads(Path(folder, 'uploads'), max_waiting * 1e6)
