@@ -36,7 +36,16 @@ from .export import ExportedModel, files_of, is_exported, load_exported
 from .inputs import ImageLike, open_all, open_own
 from .models.safe_load import hash_file
 from .settings import Setting, UsageError, flatten, nearest, read_settings, recipes, resolve
-from .trained import Trained, describe, hash_weights, load_trained, nonfinite_tensors, pick_device, spoken_names
+from .trained import (
+    Trained,
+    describe,
+    hash_weights,
+    load_trained,
+    nonfinite_tensors,
+    note_on_names,
+    pick_device,
+    spoken_names,
+)
 from .vectors import Embedding, Head, Kind, TopK, finite_rows
 
 Precision = Literal['no', 'bf16', 'fp16']
@@ -198,11 +207,7 @@ class Classifier:
 
     def note(self) -> str:
         """Return a sentence about class names that were assumed; empty if the checkpoint names its classes."""
-        if self.named:
-            return ''
-        if self.classes != self.outputs:
-            return 'the checkpoint names no classes; the names are those of ImageNet-1k, by the number of classes'
-        return 'the checkpoint names no classes; numbers are the positions of its outputs (--classes FILE names them)'
+        return note_on_names(self.named, self.classes, self.outputs)
 
     def not_finite(self) -> list[str]:
         """Return the names of weights that hold NaN or infinity."""

@@ -20,7 +20,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from .custom import UntrustedCodeError, refuse_code
-from .data import Preprocessing, is_color
+from .data import Preprocessing
 from .models.checkpoints import convert_state_dict, few
 from .models.listing import build_from_file, check_name
 from .models.lora import merge_adapters
@@ -81,7 +81,6 @@ def complete(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """
     cfg, args = config['pretrained_cfg'], config.get('model_args', {})
     names = config.pop('label_names', None) or cfg.pop('label_names', None)
-    background = cfg.pop('background', None)  # which timm's PretrainedCfg does not know
     args = {key: value for key, value in args.items() if key != 'num_classes'}
     if config['architecture'] in VARIANTS:
         height, width = cfg['input_size'][1:]
@@ -90,7 +89,6 @@ def complete(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         **config,
         'num_classes': model.num_classes,
         **({'label_names': names} if names else {}),
-        **({'background': background} if background else {}),
         **({'model_args': args} if args else {}),
         'pretrained_cfg': {**cfg, 'num_classes': model.num_classes},
     }
@@ -225,10 +223,7 @@ def create(config: dict[str, Any]) -> Any:
     if config.get('label_names'):
         cfg['label_names'] = config['label_names']
     args = {'num_classes': cfg['num_classes'], **config.get('model_args', {})}
-    net = timm.create_model(config['architecture'], pretrained=False, pretrained_cfg=cfg, **args)
-    if is_color(config.get('background', '')):
-        net.pretrained_cfg['background'] = config['background']
-    return net
+    return timm.create_model(config['architecture'], pretrained=False, pretrained_cfg=cfg, **args)
 
 
 def read_weights(path: Path, ema: bool) -> Mapping[str, torch.Tensor]:
@@ -287,6 +282,21 @@ def spoken_names(names: list[str]) -> list[str]:
     info = ImageNetInfo()
     words = [description.partition(',')[0] for description in info.label_descriptions()]
     return [f'{word} ({synset})' if words.count(word) > 1 else word for word, synset in zip(words, info.label_names())]
+
+
+def note_on_names(named: bool, names: list[str], outputs: list[str]) -> str:
+    """Return a sentence about class names that were assumed; empty if the checkpoint names its classes.
+
+    Args:
+        named: True if the checkpoint or the user names the classes.
+        names: What is printed for the classes.
+        outputs: The names in the checkpoint, numbers if it has none.
+    """
+    if named:
+        return ''
+    if names != outputs:
+        return 'the checkpoint names no classes; the names are those of ImageNet-1k, by the number of classes'
+    return 'the checkpoint names no classes; numbers are the positions of its outputs (--classes FILE names them)'
 
 
 def nonfinite_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:

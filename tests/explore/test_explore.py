@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -84,16 +85,32 @@ def test_unreadable_uploads_are_explained_in_a_sentence(name, says, tmp_path):
     assert name in str(caught.value) and '\n' not in str(caught.value) and str(tmp_path) not in str(caught.value)
 
 
-def test_photos_are_upright_opaque_and_small(tmp_path):
+def test_photos_are_upright_and_small(tmp_path):
     turned = Image.new('RGB', (1400, 700), 'red')
     exif = turned.getexif()
     exif[0x0112] = 6  # rotated by 90°
     turned.save(tmp_path / 'phone.jpg', exif=exif)
     assert read_photo(tmp_path / 'phone.jpg', LIMITS).image.size == (SIDE // 2, SIDE)
     Image.new('RGBA', (8, 8), (0, 0, 0, 0)).save(tmp_path / 'clear.png')
-    assert read_photo(tmp_path / 'clear.png', LIMITS).image.getpixel((0, 0)) == (255, 255, 255)
+    assert read_photo(tmp_path / 'clear.png', LIMITS).image.getpixel((0, 0)) == (0, 0, 0, 0)  # until a model sees it
     Image.new('I;16', (8, 8), 257 * 100).save(tmp_path / 'deep.png')
     assert read_photo(tmp_path / 'deep.png', LIMITS).image.getpixel((0, 0)) == (100, 100, 100)
+
+
+def test_models_of_other_bands_and_backgrounds_see_the_upload_as_they_need_it(tmp_path):
+    four, blue = (small('t2t_vit_4_16', in_chans=channels, img_size=32) for channels in (4, 3))
+    four.preprocessing = Preprocessing((32, 32), 4, (0.0,) * 4, (1.0,) * 4)
+    blue.preprocessing = Preprocessing((32, 32), 3, (0.0,) * 3, (1.0,) * 3, background='#0000ff')
+    explorer = Explorer({'four': lambda: four, 'blue': lambda: blue}, torch.device('cpu'), LIMITS)
+    values = np.random.default_rng(0).random((32, 32, 4), np.float32)
+    np.save(tmp_path / 'bands.npy', values)
+    seen = explorer.see('four', explorer.read(tmp_path / 'bands.npy', 'four'))
+    assert abs(float(seen.images[0, 3].mean()) - values[..., 3].mean()) < 0.02
+    Image.new('RGBA', (40, 40), (0, 0, 0, 0)).save(tmp_path / 'clear.png')
+    seen = explorer.see('blue', explorer.read(tmp_path / 'clear.png', 'blue'))
+    assert torch.equal(seen.images[0].amax((1, 2)), torch.tensor([0.0, 0.0, 1.0]))
+    with pytest.raises(DataError, match='expected 4 bands'):
+        explorer.see('four', Photo('flower', FLOWER))
 
 
 def small(name: str, size: int = 32, **how: Any) -> OpenModel:
@@ -199,7 +216,7 @@ def test_last_run_is_the_default_and_a_demo_without_runs(digits_run, tmp_path):
     demo = open_model(str(DEMO))
     assert '98.33 % on digits' in card(demo) and '0.12 million parameters, 16×16 pixels grey' in card(demo)
     explorer = Explorer(offer(demo, []), torch.device('cpu'), LIMITS)
-    digits = examples(demo, DEMO, compared=False)
+    digits = examples(demo, str(DEMO), compared=False)
     assert [photo.name for photo in digits] == [f'digit {i}' for i in range(10)]
     right = sum(explorer.see('digits', photo).ranking(1)[0][1] == photo.name[-1] for photo in digits)
     assert right >= 9  # it is trained
@@ -208,14 +225,12 @@ def test_last_run_is_the_default_and_a_demo_without_runs(digits_run, tmp_path):
 def test_examples_fit_the_model(digits_run, photos, tmp_path):
     (tmp_path / 'config.yaml').write_text(f'data:\n  root: {photos}\n')
     other = open_model('t2t_vit_7')
-    found = examples(other, tmp_path, compared=False)
+    found = examples(other, str(tmp_path), compared=False)
     assert [photo.name for photo in found] == [f'validation image, {name}' for name in ('flower', 'roof', 'sky')]
-    assert [photo.name for photo in examples(other, Path('t2t_vit_7'), False)] == [
-        'samples/china.jpg',
-        'samples/flower.jpg',
-    ]
-    assert len(examples(open_model(str(digits_run)), digits_run, compared=True)) == 12
-    assert gallery(found).count('<img') == 3 and '<script' not in gallery([Photo('"><script>', FLOWER)])
+    assert [photo.name for photo in examples(other, 't2t_vit_7', False)] == ['samples/china.jpg', 'samples/flower.jpg']
+    assert len(examples(open_model(str(digits_run)), str(digits_run), compared=True)) == 12
+    assert gallery(found, other.preprocessing).count('<img') == 3
+    assert '<script' not in gallery([Photo('"><script>', FLOWER)], other.preprocessing)
 
 
 def test_wrong_options_are_explained(capsys):

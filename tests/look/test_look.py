@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import to_tensor
 
@@ -373,5 +374,31 @@ def test_open_model(digits_run, tmp_path):
     file = open_model(f't2t_vit_4_16={tmp_path}/a.pth.tar')
     assert (file.name, len(file.classes)) == ('t2t_vit_4_16', 3)
     assert torch.equal(file.model.head.weight, release['head.weight'])
+    assert file.note.startswith('the checkpoint names no classes; numbers are')
+    (tmp_path / 'names.txt').write_text('cat\ndog\nowl\n')
+    named = open_model(f't2t_vit_4_16={tmp_path}/a.pth.tar', classes=str(tmp_path / 'names.txt'))
+    assert (named.classes, named.note) == (['cat', 'dog', 'owl'], '')
     with pytest.raises(UsageError, match="unknown model 'resnet188', did you mean resnet18"):
         open_model('resnet188')
+
+
+def test_open_model_reads_states_and_weights_of_a_run(digits_run):
+    state = sorted((digits_run / 'checkpoints').glob('step-*.pt'))[-1]
+    weights, ema, raw = (
+        open_model(str(digits_run / 'model.safetensors')),
+        open_model(str(state)),
+        open_model(str(state), ema=False),
+    )
+    assert weights.name == digits_run.name and ema.name == f'{digits_run.name}/{state.stem}'
+    assert weights.about and not ema.about  # the card has the score of the best weights
+    assert all(one.classes == [str(i) for i in range(10)] and not one.note for one in (weights, ema, raw))
+    assert not torch.equal(ema.model.head.weight, raw.model.head.weight)
+
+
+def test_each_model_sees_transparency_on_its_own_background(tmp_path):
+    Image.new('RGBA', (16, 16), (255, 0, 0, 0)).save(tmp_path / 'a.png')
+    (photo,) = open_images([str(tmp_path / 'a.png')])
+    for colour, expected in (('white', (1, 1, 1)), ('#0000ff', (0, 0, 1))):
+        preprocessing = Preprocessing((16, 16), 3, (0.0,) * 3, (1.0,) * 3, background=colour)
+        images, shown = prepare([photo], preprocessing)
+        assert images[0, :, 8, 8].tolist() == shown[0, 8, 8].tolist() == list(expected)

@@ -46,7 +46,7 @@ Decoded = Image.Image | torch.Tensor  # an image of mode L or RGB, or a float te
 def decode_image(
     source: Any,
     channels: int = 3,
-    background: str = 'white',
+    background: str | None = 'white',
     max_side: int | None = None,
     max_aspect: float = MAX_ASPECT,
 ) -> Decoded:
@@ -57,7 +57,8 @@ def decode_image(
             or (H, W, bands).
         channels: 1 for a grey image, 3 for RGB. For any other number the file's bands are returned as they are stored,
             as a float tensor (channels, H, W): integers divided by the largest value of their type, floats unchanged.
-        background: The colour that shows through transparent pixels, a name or #rrggbb.
+        background: The colour that shows through transparent pixels, a name or #rrggbb. With None the image stays
+            transparent, in mode RGBA.
         max_side: Reduce the image to at most this many pixels a side; a JPEG is then decoded faster.
         max_aspect: Reject an image whose longer side is more than this many times the shorter one.
 
@@ -124,15 +125,17 @@ def read_image(
 
 
 @overload
-def convert_image(image: Raw, channels: Literal[1, 3] = 3, background: str = 'white') -> Image.Image: ...
+def convert_image(image: Raw, channels: Literal[1, 3] = 3, background: str | None = 'white') -> Image.Image: ...
 
 
 @overload
-def convert_image(image: Raw, channels: int = 3, background: str = 'white') -> Decoded: ...
+def convert_image(image: Raw, channels: int = 3, background: str | None = 'white') -> Decoded: ...
 
 
-def convert_image(image: Raw, channels: int = 3, background: str = 'white') -> Decoded:
+def convert_image(image: Raw, channels: int = 3, background: str | None = 'white') -> Decoded:
     """Convert a read image to mode L (1 channel) or RGB (3), or to a float tensor of its bands (other numbers).
+
+    With `background` None, an image with transparent pixels is converted to mode RGBA.
 
     Raises:
         ImageError: if it has other bands than `channels`, or values without a known range.
@@ -143,7 +146,7 @@ def convert_image(image: Raw, channels: int = 3, background: str = 'white') -> D
         image = _from_array(image, channels)
     try:
         shown, mode = _shown(image, background), 'L' if channels == 1 else 'RGB'
-        return shown if shown.mode == mode else shown.convert(mode)
+        return shown if shown.mode in (mode, 'RGBA') else shown.convert(mode)
     except (ImageError, MemoryError):
         raise
     except Exception as error:
@@ -258,8 +261,8 @@ def _load_upright(image: Image.Image, max_side: int | None, max_aspect: float) -
     return upright
 
 
-def _shown(image: Image.Image, background: str) -> Image.Image:
-    """Convert an image of any mode to L or RGB, in 8 bits, without transparency."""
+def _shown(image: Image.Image, background: str | None) -> Image.Image:
+    """Convert an image of any mode to 8 bits: L or RGB, or RGBA if it has transparent pixels and no background."""
     mode, key = image.mode, image.info.get('transparency')
     if mode in ('L', 'RGB') and key is None:
         return image
@@ -277,6 +280,8 @@ def _shown(image: Image.Image, background: str) -> Image.Image:
     layer = image if image.mode == 'RGBA' else image.convert('RGBA')
     if layer.getchannel('A').getextrema() == (255, 255):
         return layer.convert('RGB')
+    if background is None:
+        return layer
     return Image.alpha_composite(Image.new('RGBA', layer.size, background), layer).convert('RGB')
 
 

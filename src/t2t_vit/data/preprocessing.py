@@ -11,8 +11,10 @@ from timm.data import create_transform
 from torchvision import transforms
 
 from .augment import Augment, shift_box
-from .decode import Decoded, Raw, convert_image, image_size
+from .decode import Decoded, Raw, convert_image, image_size, is_color
 from .errors import DataError
+
+NOTE = 'background: '  # the start of a note in a pretrained_cfg: timm has no field for it, and keeps notes
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Preprocessing:
         mean, std = tuple(cfg['mean']), tuple(cfg['std'])
         if len(mean) != channels:  # an RGB model rebuilt for another number of channels
             mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
+        colors = [note.removeprefix(NOTE) for note in cfg.get('notes') or () if str(note).startswith(NOTE)]
         return cls(
             (height, width),
             channels,
@@ -65,11 +68,11 @@ class Preprocessing:
             cfg['interpolation'],
             cfg['crop_pct'],
             cfg.get('crop_mode') or 'center',
-            cfg.get('background') or 'white',
+            next((color for color in colors if is_color(color)), 'white'),
         )
 
     def as_cfg(self) -> dict[str, Any]:
-        """Return the same as entries of a pretrained_cfg; timm has none for the background, so white is left out."""
+        """Return the same as entries of a pretrained_cfg; the background is a note, if it is not white."""
         return dict(
             input_size=(self.channels, *self.size),
             mean=self.mean,
@@ -77,7 +80,7 @@ class Preprocessing:
             crop_pct=self.crop_pct,
             interpolation=self.interpolation,
             crop_mode=self.crop_mode,
-            **({'background': self.background} if self.background != 'white' else {}),
+            **({'notes': (f'{NOTE}{self.background}',)} if self.background != 'white' else {}),
         )
 
     def convert(self, image: Raw) -> Decoded:

@@ -10,7 +10,7 @@ import torch
 from ..data import DataError
 from ..look.attention import Attention, Lattice, class_maps, query_maps, rollout_map
 from ..look.gradients import grad_cam
-from .explorer import Explorer, Seen, check_numbers, read_photo
+from .explorer import Explorer, Seen, check_numbers
 from .uploads import Uploads
 
 
@@ -31,11 +31,12 @@ class Api:
         file = self.uploads.find(token)
         if file is None:
             raise DataError('The upload did not arrive. Please send the image again.')
+        model = model or self.explorer.names[0]
         try:
-            photo = read_photo(file, self.explorer.limits)
+            photo = self.explorer.read(file, model)
         finally:
             self.uploads.remove(token)
-        return self.explorer.see(model or self.explorer.names[0], photo)
+        return self.explorer.see(model, photo)
 
     def models(self) -> list:
         """List the models: name, weights, data and score, number of classes, input size (channels, height, width)."""

@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import yaml
-
 from ..console import console
-from ..data import DataError, convert_image, open_source
-from ..look.opened import OpenModel, Photo, open_images, open_model
+from ..data import Source, open_source
+from ..inputs import open_own
+from ..look.opened import OpenModel, Photo, as_photo, open_images, open_model, short_name
 from ..look.visualize import unique
 from ..settings import UsageError, require
 from ..trained import CONFIG, WEIGHTS, pick_device
@@ -28,6 +27,8 @@ def explore(
     checkpoint: str | None = None,
     model: str | None = None,
     compare: Sequence[str] = (),
+    classes: str | None = None,
+    ema: bool = True,
     runs: str = 'runs',
     pretrained: bool = False,
     host: str = '127.0.0.1',
@@ -43,10 +44,13 @@ def explore(
     """Open a page that shows what a model answers to an image, and what its layers see.
 
     Args:
-        checkpoint: A run folder, hf-hub:USER/NAME, a timm name, or a file in any published layout (with --model). By
-            default the last run under --runs, or a small model of handwritten digits that comes with the package.
+        checkpoint: A run folder, its model.safetensors, a training state (checkpoints/step-*.pt), hf-hub:USER/NAME, a
+            timm name, or a file in any published layout (with --model). By default the last run under --runs, or a
+            small model of handwritten digits that comes with the package.
         model: Name of the model in a file.
         compare: Further models to choose from.
+        classes: A file with the class names in the order of the outputs, one a line, for models without names.
+        ema: Take the EMA weights of training states, else the raw ones.
         runs: Folder of the runs.
         pretrained: Download timm's weights for models given by name, which are random otherwise.
         host: Address to listen at; other machines can reach the page only if this is not 127.0.0.1.
@@ -73,10 +77,13 @@ def explore(
     text = checkpoint or str(last_run(Path(runs)) or DEMO)
     if text == str(DEMO):
         console().print(f'No run under {runs}: showing a small model of handwritten digits', soft_wrap=True)
-    opened = open_model(f'{model}={text}' if model is not None else text, pretrained)
-    openers = offer(opened, compare, pretrained)
+    choose = partial(open_model, pretrained=pretrained, classes=classes, ema=ema)
+    opened = choose(f'{model}={text}' if model is not None else text)
+    if opened.note:
+        console().print(f'note: {opened.note}', soft_wrap=True)
+    openers = offer(opened, compare, choose)
     explorer = Explorer(openers, target, Limits(max_megabytes, max_megapixels, max_seconds))
-    photos = examples(opened, Path(text), bool(compare))
+    photos = examples(opened, text, bool(compare))
     with tempfile.TemporaryDirectory(prefix='t2t-vit-explore-', ignore_cleanup_errors=True) as folder:
         os.environ.update(GRADIO_TEMP_DIR=f'{folder}/gradio', GRADIO_ANALYTICS_ENABLED='False')
         from t2t_vit_serve import LOOPBACK
@@ -116,44 +123,40 @@ def last_run(folder: Path) -> Path | None:
     return max(found, key=lambda run: (run / WEIGHTS).stat().st_mtime, default=None)
 
 
-def offer(first: OpenModel, texts: Sequence[str], pretrained: bool = False) -> dict[str, Callable[[], OpenModel]]:
+def offer(
+    first: OpenModel, texts: Sequence[str], choose: Callable[[str], OpenModel] = open_model
+) -> dict[str, Callable[[], OpenModel]]:
     """Return functions that open the models of the page, by name: the first, the others, and the first untrained."""
-    others = [partial(open_model, text, pretrained) for text in texts]
-    names = unique([first.name, *(Path(text.partition('=')[0].removeprefix('hf-hub:')).name for text in texts)])
+    others = [partial(choose, text) for text in texts]
+    names = unique([first.name, *(short_name(text.partition('=')[0]) for text in texts)])
     openers: dict[str, Callable[[], OpenModel]] = dict(zip(names, [lambda: first, *others]))
     if first.weights != 'random weights':
         openers[f'{names[0]}, untrained'] = lambda: untrained(first)
     return openers
 
 
-def examples(model: OpenModel, folder: Path, compared: bool) -> list[Photo]:
+def examples(model: OpenModel, checkpoint: str, compared: bool) -> list[Photo]:
     """Return images that fit the model: validation images of its run, else digits or scikit-learn's two photos.
 
-    With models to compare the two photos are among them.
+    With models to compare the two photos are among them. A model of other bands than grey or RGB has only its own.
     """
-    grey = model.preprocessing.channels == 1
-    found = validation_images(folder) or (class_images('digits') if grey else [])
-    return [*found, *(open_images(['samples']) if compared or not found else [])]
-
-
-def validation_images(run: Path) -> list[Photo]:
-    """Return validation images of a run, one of each class; none if its data are not available."""
+    channels = model.preprocessing.channels
     try:
-        data = yaml.safe_load((run / 'config.yaml').read_text(encoding='utf-8'))['data']
-        return class_images(data['root'], data.get('cache'))
-    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError, DataError, UsageError):
-        return []
+        found = class_images(*open_own(checkpoint, 'val', None, channels), channels)
+    except (OSError, ValueError):  # of no run, or its data are not available
+        found = class_images(open_source('digits', 'val'), 'digits') if channels == 1 else []
+    photos = open_images(['samples']) if channels in (1, 3) and (compared or not found) else []
+    return [*found, *photos]
 
 
-def class_images(root: str, cache: str | None = None) -> list[Photo]:
-    """Return one validation image of each class, of at most MAX_EXAMPLES classes that are evenly spaced."""
-    source = open_source(root, 'val', cache)
+def class_images(source: Source, root: str, channels: int = 3) -> list[Photo]:
+    """Return one image of each class, of at most MAX_EXAMPLES classes that are evenly spaced."""
     labels, count = list(source.labels), len(source.classes)
     chosen = sorted({round(i * (count - 1) / max(MAX_EXAMPLES - 1, 1)) for i in range(MAX_EXAMPLES)})
     chosen = list(range(count)) if count <= MAX_EXAMPLES else chosen
     name = 'digit' if root == 'digits' else 'validation image,'
     return [
-        Photo(f'{name} {source.classes[label]}', convert_image(source.open(labels.index(label))))
+        as_photo(f'{name} {source.classes[label]}', source.open(labels.index(label)), channels)
         for label in chosen
         if label in labels
     ]

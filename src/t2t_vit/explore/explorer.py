@@ -13,12 +13,12 @@ from pathlib import Path
 from threading import Lock, local
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image
 
-from ..data import DataError, ImageError, decode_image, pixel_limit
+from ..data import DataError, ImageError, decode_image, pixel_limit, read_image
 from ..look.features import LayerMeasure, measure
-from ..look.opened import SEED, OpenModel, Photo, prepare
+from ..look.opened import SEED, OpenModel, Photo, bands, prepare
 from ..look.trace import Trace, trace
 from ..settings import UsageError
 
@@ -40,8 +40,10 @@ class Limits:
     seconds: float = 60.0
 
 
-def read_photo(file: Path, limits: Limits) -> Photo:
-    """Decode an uploaded image, upright, in RGB, reduced to at most SIDE pixels a side.
+def read_photo(file: Path, limits: Limits, channels: int = 3) -> Photo:
+    """Decode an uploaded image, upright, in 8 bits, reduced to at most SIDE pixels a side.
+
+    With `channels` other than 1 and 3, all its bands are read, and it is not reduced.
 
     Raises:
         DataError: if it is too large, no image, or damaged, in a sentence for the person who uploaded it.
@@ -52,18 +54,19 @@ def read_photo(file: Path, limits: Limits) -> Photo:
         if size > limits.megabytes * 1e6:
             raise DataError(f'{name} is too large: {size / 1e6:.1f} MB, the limit is {limits.megabytes:g} MB.')
         with pixel_limit(int(limits.megapixels * 1e6)):
-            image = decode_image(file, max_side=SIDE, max_aspect=MAX_ASPECT)
+            if channels in (1, 3):
+                return Photo(name, decode_image(file, background=None, max_side=SIDE, max_aspect=MAX_ASPECT))
+            return Photo(name, read_image(file, channels, max_aspect=MAX_ASPECT))
     except ImageError as error:
         raise DataError(f'{name} cannot be read: {str(error).replace(str(file.parent), "…")}.') from None
     except OSError:
         raise DataError('The upload did not arrive. Please try again.') from None
-    assert isinstance(image, Image.Image)  # a tensor is returned for other numbers of channels only
-    return Photo(name, image)
 
 
-def fingerprint(image: Image.Image) -> str:
-    """Return a hash of the pixels."""
-    return hashlib.sha256(repr((image.size, image.mode)).encode() + image.tobytes()).hexdigest()
+def fingerprint(image: Any) -> str:
+    """Return a hash of the pixels of a photo's image."""
+    pixels = np.ascontiguousarray(image)
+    return hashlib.sha256(f'{pixels.shape} {pixels.dtype}'.encode() + pixels.tobytes()).hexdigest()
 
 
 def trim_memory() -> None:
@@ -126,6 +129,10 @@ class Explorer:
                 module.register_forward_pre_hook(lambda module, args: self.check_time())
             self.opened[name] = one
         return self.opened[name]
+
+    def read(self, file: Path, *names: str) -> Photo:
+        """Decode an uploaded image for the models of these names; see `read_photo`."""
+        return read_photo(file, self.limits, bands([self.open(name) for name in names if name in self.names]))
 
     @contextmanager
     def request(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from ..look.opened import Photo
 from ..look.report import write_report
 from ..look.visualize import Options, conditions, draw_models
 from .api import Api
-from .explorer import Explorer, Seen, check_numbers, explain, read_photo
+from .explorer import Explorer, Seen, check_numbers, explain
 from .uploads import Uploads
 from .views import CLASS_TOKEN, CROSS_TOKEN, VIEWS, Choice, gallery, layers_of, pages_of, preview, show
 
@@ -206,7 +206,7 @@ class Page:
         if file is None:
             raise DataError(str(sent.get('refused') or 'The upload did not arrive. Please try again.')[:200])
         try:
-            photo = read_photo(file, self.explorer.limits)
+            photo = self.explorer.read(file, *map(str, rest[:2]))
         finally:
             self.uploads.remove(token)
         return (photo, *self.draw(photo, *rest))
@@ -290,7 +290,11 @@ def build(explorer: Explorer, photos: Sequence[Photo], uploads: Uploads) -> gr.B
         with gr.Row(elem_classes='sides'):
             with gr.Column(scale=2, min_width=290, elem_classes='side'):
                 drop = gr.HTML(DROP, js_on_load=SEND_FILE, elem_id='drop', elem_classes='drop')
-                examples = gr.HTML(gallery(photos), js_on_load=CHOOSE_EXAMPLE, elem_id='examples')
+                examples = gr.HTML(
+                    gallery(photos, explorer.open(explorer.names[0]).preprocessing),
+                    js_on_load=CHOOSE_EXAMPLE,
+                    elem_id='examples',
+                )
                 shown = gr.HTML(js_on_load=MOVE_CROSS, elem_classes=['preview', 'late'], elem_id='preview')
                 across = gr.Slider(0, 1, 0.5, step=0.01, label=ACROSS, elem_id='across', elem_classes='late', **slider)
                 down = gr.Slider(0, 1, 0.5, step=0.01, label=DOWN, elem_id='down', elem_classes='late', **slider)

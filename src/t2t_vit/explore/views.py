@@ -16,11 +16,12 @@ import torch
 from matplotlib.colors import to_hex
 from PIL import Image, ImageOps
 
+from ..data import Preprocessing
 from ..look.attention import Attention, Lattice, class_maps, query_maps, rollout_map
 from ..look.draw import CROSS, SCALE, mosaic, overlay, peak, scaled_map, short
 from ..look.features import Windows, principal_colours, splits_of, token_grids, windows
 from ..look.gradients import grad_cam
-from ..look.opened import OpenModel, Photo
+from ..look.opened import OpenModel, Photo, prepare
 from ..plots import GREEN, RED
 from .explorer import Seen
 
@@ -368,12 +369,12 @@ def show(view: str, seen: Sequence[Seen], choice: Choice) -> str:
     )
 
 
-def gallery(photos: Sequence[Photo]) -> str:
-    """Return small pictures of the examples as buttons."""
+def gallery(photos: Sequence[Photo], preprocessing: Preprocessing) -> str:
+    """Return small pictures of the examples, as a model with this preprocessing gets them, as buttons."""
     buttons = []
     for i, photo in enumerate(photos):
-        image = ImageOps.fit(photo.image.convert('RGB'), (min(THUMBNAIL, max(photo.image.size)),) * 2)
+        shown = Image.fromarray((prepare([photo], preprocessing)[1][0].numpy() * 255).astype(np.uint8))
         name = escape(photo.name)
-        uri = data_uri(np.asarray(image) / 255)
+        uri = data_uri(np.asarray(ImageOps.fit(shown, (min(THUMBNAIL, max(shown.size)),) * 2)) / 255)
         buttons.append(f'<button type="button" data-index="{i}" title="{name}"><img src="{uri}" alt="{name}"></button>')
     return f'<div class="gallery" role="group" aria-label="Examples">{"".join(buttons)}</div>'

@@ -11,10 +11,11 @@ import torch
 from huggingface_hub import ModelCard
 from torch import nn
 
-from ..data import MAX_PIXELS, DataError, Preprocessing, convert_image, find_images, pixel_limit
+from ..classes import read_classes
+from ..data import MAX_PIXELS, DataError, Images, Preprocessing, Raw, convert_image, find_images, pixel_limit
 from ..models.listing import build
 from ..settings import UsageError, nearest
-from ..trained import CARD, class_names, load_model, spoken_names
+from ..trained import CARD, WEIGHTS, class_names, load_trained, note_on_names, spoken_names
 
 Size = int | tuple[int, int]
 SEED = 0
@@ -30,6 +31,7 @@ class OpenModel:
     preprocessing: Preprocessing
     classes: list[str]
     about: str = ''  # data and score, from the model card of a run
+    note: str = ''  # if the class names are assumed
 
 
 @dataclass
@@ -37,17 +39,22 @@ class Photo:
     """An image and its name."""
 
     name: str
-    image: Any  # a PIL image, or as read (see `data.Raw`) for models of other numbers of channels than 1 and 3
+    image: Any  # a PIL image L, RGB or RGBA; as read (see `data.Raw`) for models of other numbers of bands
 
 
-def open_model(text: str, pretrained: bool = False, img_size: Size | None = None) -> OpenModel:
+def open_model(
+    text: str, pretrained: bool = False, img_size: Size | None = None, classes: str | None = None, ema: bool = True
+) -> OpenModel:
     """Open a model.
 
     Args:
-        text: A run folder, hf-hub:USER/NAME, NAME=FILE with a file in any published layout, a timm name, or
-            FILE.py:FUNCTION. The last two have random weights, always the same, unless `pretrained`.
+        text: A run folder, its model.safetensors, a training state (checkpoints/step-*.pt), hf-hub:USER/NAME, NAME=FILE
+            with a file in any published layout, a timm name, or FILE.py:FUNCTION. The last two have random weights,
+            always the same, unless `pretrained`.
         pretrained: Download timm's weights for a name.
         img_size: Image size in pixels, one number or height and width; by default the model's own.
+        classes: A file with the class names in the order of the outputs, for checkpoints that name none.
+        ema: Take the EMA weights of a training state, else the raw ones.
 
     Raises:
         UsageError: if there is no such model, or no weights for it.
@@ -55,18 +62,35 @@ def open_model(text: str, pretrained: bool = False, img_size: Size | None = None
     """
     name, equals, file = text.partition('=')
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
-    if equals or text.startswith('hf-hub:') or Path(text).is_dir():
-        model, preprocessing, classes = load_model(file if equals else text, name if equals else None)
+    path = Path(text.removeprefix('local-dir:'))
+    if equals or text.startswith('hf-hub:') or path.exists():
+        model, preprocessing, outputs, named, _ = load_trained(file if equals else text, name if equals else None, ema)
         if size is not None and hasattr(model, 'set_input_size'):
             model.set_input_size(size)  # type: ignore[operator]
-        short = name if equals else folder_name(text.removeprefix('hf-hub:'))
-        weights = file if equals else text
-        opened = OpenModel(short, weights, model, preprocessing, spoken_names(classes), read_card(Path(text)))
+        given = read_classes(classes, len(outputs)) if classes and not named else None
+        names = given or spoken_names(outputs)
+        opened = OpenModel(
+            name if equals else short_name(text),
+            file if equals else text,
+            model,
+            preprocessing,
+            names,
+            read_card(path.parent if path.name == WEIGHTS else path),
+            note_on_names(named or given is not None, names, outputs),
+        )
     else:
         opened = _by_name(text, pretrained, size)
     if size is not None:
         opened.preprocessing = replace(opened.preprocessing, size=size)
     return opened
+
+
+def short_name(text: str) -> str:
+    """Return the name of a model by its run folder, its Hub name, or a file in a run folder."""
+    path = Path(text.removeprefix('hf-hub:').removeprefix('local-dir:'))
+    if path.parent.name == 'checkpoints':
+        return f'{folder_name(str(path.parent.parent))}/{path.stem}'
+    return folder_name(str(path.parent if path.name == WEIGHTS else path))
 
 
 def folder_name(text: str) -> str:
@@ -109,19 +133,28 @@ def _by_name(text: str, pretrained: bool, size: tuple[int, int] | None) -> OpenM
     return OpenModel(text.rpartition(':')[2], weights, model.eval(), Preprocessing.of(cfg), names)
 
 
-def open_images(inputs: Sequence[str], limit: int | None = None, channels: int = 3) -> list[Photo]:
+def bands(models: Sequence[OpenModel]) -> int:
+    """Return the number of channels that images are to be read with for these models; 3 for grey and RGB."""
+    return next((one.preprocessing.channels for one in models if not one.preprocessing.displayable), 3)
+
+
+def as_photo(name: str, image: Raw, channels: int = 3) -> Photo:
+    """Return a read image as a photo; its transparency stays, since each model has its own background."""
+    return Photo(name, convert_image(image, background=None) if channels in (1, 3) else image)
+
+
+def open_images(inputs: Sequence[str] | Images, limit: int | None = None, channels: int = 3) -> list[Photo]:
     """Open all images that `find_images` finds, or the first `limit`; with all bands if `channels` is not 1 or 3.
 
     Raises:
         DataError: naming all that do not exist or cannot be read.
     """
-    found = find_images(inputs, channels)
+    found = inputs if isinstance(inputs, Images) else find_images(inputs, channels)
     photos, damaged = [], []
     for index in range(len(found))[:limit]:
         try:
             with pixel_limit(MAX_PIXELS):
-                image = found.open(index)
-                photos.append(Photo(found.name(index), convert_image(image) if channels in (1, 3) else image))
+                photos.append(as_photo(found.name(index), found.open(index), channels))
         except Exception:  # decoders raise any type for damaged bytes
             damaged.append(found.name(index))
     if damaged:

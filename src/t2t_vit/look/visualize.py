@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from ..console import console
+from ..data import find_images, left_out
 from ..plots import one_line
 from ..settings import UsageError, require
 from ..trained import pick_device
@@ -22,7 +23,7 @@ from .attention import Attention, class_maps, query_maps, rollout_map
 from .draw import Heat, Result
 from .features import DEAD, RICH, SIDE, LayerMeasure, measure, principal_colours, splits_of, token_grids, windows
 from .gradients import CamMaps, grad_cam
-from .opened import OpenModel, Photo, folder_name, open_images, open_model, prepare
+from .opened import OpenModel, Photo, bands, folder_name, open_images, open_model, prepare
 from .report import Picture, Section, write_report
 from .trace import trace
 
@@ -47,6 +48,8 @@ def visualize(
     runs: Sequence[str] = (),
     output: str | None = None,
     pretrained: bool = False,
+    classes: str | None = None,
+    ema: bool = True,
     img_size: int | tuple[int, int] | None = None,
     query: tuple[float, float] = (0.5, 0.5),
     target: int | None = None,
@@ -59,12 +62,15 @@ def visualize(
     Args:
         images: Image files, folders and lists as predict takes them, digits, or samples (scikit-learn's two photos,
             the default with --models).
-        models: Run folders, timm names, NAME=FILE, hf-hub:USER/NAME or FILE.py:FUNCTION; by default resnet50,
-            vit_small_patch16_224 and t2t_vit_14, the models of the paper's Fig. 2.
+        models: Run folders, files in them (model.safetensors, checkpoints/step-*.pt), timm names, NAME=FILE,
+            hf-hub:USER/NAME or FILE.py:FUNCTION; by default resnet50, vit_small_patch16_224 and t2t_vit_14, the models
+            of the paper's Fig. 2.
         runs: Run folders whose curves to compare.
         output: Folder for the pictures, layers.csv and index.html, which contains them all; by default looks, or the
             first of looks-2, looks-3, … that does not exist.
         pretrained: Download timm's weights for models given by name, which are random otherwise.
+        classes: A file with the class names in the order of the outputs, one a line, for models without names.
+        ema: Take the EMA weights of training states, else the raw ones.
         img_size: Image size in pixels, one number or [height,width]; by default the model's own.
         query: Position of the token whose attention to draw, as fractions of height and width.
         target: Class index for Grad-CAM; by default the predicted class.
@@ -89,9 +95,15 @@ def visualize(
     where, folder = pick_device(device), Path(output) if output else free_folder(Path('looks'))
     records = {name: read_run(Path(run)) for name, run in zip(unique([folder_name(run) for run in runs]), runs)}
     images = images or (['samples'] if models else [])
-    opened = [open_model(text, pretrained, img_size) for text in (models or MODELS)] if images else []
-    channels = next((one.preprocessing.channels for one in opened if not one.preprocessing.displayable), 3)
-    photos = open_images(images, MAX_IMAGES + 1, channels) if images else []
+    opened = [open_model(text, pretrained, img_size, classes, ema) for text in (models or MODELS)] if images else []
+    notes = [f'{one.name}: {one.note}' for one in opened if one.note]
+    photos: list[Photo] = []
+    if images:
+        found = find_images(images, bands(opened))
+        photos = open_images(found, MAX_IMAGES + 1, bands(opened))
+        notes += left_out(found, ', '.join(images))
+    for note in notes:
+        console().print(f'note: {note}', soft_wrap=True)
     if len(photos) > MAX_IMAGES:
         console().print(f'only the first {MAX_IMAGES} images are drawn')
         photos = photos[:MAX_IMAGES]
