@@ -18,6 +18,7 @@ from .errors import DataError, ImageError
 from .images import MAX_PIXELS, Images, Opened, Opener, Piece, find_images, open_pieces
 from .preprocessing import Preprocessing
 from .report import DataReport, report_data
+from .sampler import Balanced
 from .sources import (
     Digits,
     Folder,
@@ -42,6 +43,7 @@ __all__ = [
     'MAX_PIXELS',
     'SPLIT_FILE',
     'Augment',
+    'Balanced',
     'Batch',
     'DataError',
     'DataReport',

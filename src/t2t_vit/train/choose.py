@@ -173,7 +173,7 @@ def choices(facts: Facts, values: dict[str, Any], start: StartModel | None = Non
         yield 'precision', 'bf16', 'the GPU computes in bfloat16'
     elif facts.device == 'cpu' and gains_from_bf16():
         yield 'precision', 'bf16', 'the processor multiplies matrices in bfloat16 (AMX)'
-    if facts.imbalance > LOPSIDED:
+    if facts.imbalance > LOPSIDED and values.get('data.sampler') != 'balanced':
         reason = f'the largest class has {facts.imbalance:.0f} times the images of the smallest'
         yield 'objective.class_weights', 'balanced', reason
 

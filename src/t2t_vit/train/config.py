@@ -54,6 +54,8 @@ class Data:
         timeout: Seconds to wait for a batch of images before the run stops, as on a network folder that hangs.
         train_images: Use only so many training images, the first of every class, the same fraction of each.
         val_images: Use only so many validation images, chosen in the same way.
+        sampler: `all` takes every training image once an epoch; `balanced` repeats those of small classes until every
+            class has as many as the largest.
         val_fraction: Fraction of the images to validate on, the same of every class, for a folder of class folders (or
             a file) that is not split.
         split_seed: Of that split; the same seed and images give the same split.
@@ -77,6 +79,7 @@ class Data:
     timeout: float = 600.0
     train_images: int | None = None
     val_images: int | None = None
+    sampler: Literal['all', 'balanced'] = 'all'
     val_fraction: float | None = None
     split_seed: int = 0
     group_by: str | None = None

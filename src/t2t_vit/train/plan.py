@@ -9,7 +9,7 @@ from ..data import DataReport, MemoryBatches
 from ..data.sources.names import counted
 from .log import FIRST
 from .measure import Measured
-from .trainer import Trainer
+from .trainer import Trainer, TrainingData
 
 INDENT = 10  # of what is said, after its name
 FEW_STEPS = 300  # of a run from scratch
@@ -36,8 +36,9 @@ def plan(trainer: Trainer, measured: Measured | None = None, report: DataReport 
         f'model     {config.model}, {count:,} trainable parameters{f", {frozen:,} frozen" if frozen else ""}, images '
         f'of {size} on {trainer.accelerator.device}',
         f'weights   {start(trainer)}',
-        f'data      {config.data.root}: {data.counts[0]:,} training and {data.counts[1]:,} validation images, '
-        f'{len(data.classes)} classes, {"in memory" if isinstance(data.train, MemoryBatches) else "from disk"}',
+        f'data      {config.data.root}: {len(data.sources.once.labels):,} training and {data.counts[1]:,} validation '
+        f'images, {len(data.classes)} classes, {"in memory" if isinstance(data.train, MemoryBatches) else "from disk"}',
+        *repeats(data),
         *(classes(report) if report else []),
         f'schedule  {config.epochs} epochs of {steps:,} steps, {trainer.total_steps:,} in all',
         f'batch     {config.batch_size} images = {world} processes x {config.grad_accum_steps} micro-batches x {micro}',
@@ -71,6 +72,12 @@ def start(trainer: Trainer) -> str:
         return f'from epoch {trainer.position.epoch + 1}, step {trainer.position.step + 1}, of this run'
     adapters = f'; adapters of rank {trainer.config.lora} and the head are trained' if trainer.config.lora else ''
     return f'{trainer.parts.report or "from scratch"}{adapters}'
+
+
+def repeats(data: TrainingData) -> list[str]:
+    """Return a line with how many images are repeated in an epoch, if any are."""
+    more = len(data.sources.train.labels) - len(data.sources.once.labels)
+    return [f'sampler   balanced: {more:,} of the training images of an epoch are repetitions'] if more else []
 
 
 def classes(report: DataReport) -> list[str]:

@@ -103,7 +103,11 @@ def train(
             wrap(
                 [
                     *chosen,
-                    *plan(trainer, measured, report_data(*sources[:2]) if accelerator.is_main_process else None),
+                    *plan(
+                        trainer,
+                        measured,
+                        report_data(sources.once, sources.val) if accelerator.is_main_process else None,
+                    ),
                     *notes,
                 ]
             )

@@ -19,6 +19,7 @@ from torch.nn.utils import get_total_norm
 from .. import __version__
 from ..data import (
     SPLIT_FILE,
+    Balanced,
     Batch,
     DataError,
     DiskBatches,
@@ -58,9 +59,10 @@ class Diverged(FloatingPointError):
 class Sources(NamedTuple):
     """The labelled images of a run, not yet in batches."""
 
-    train: Any
+    train: Any  # of an epoch; with data.sampler balanced, images of small classes are in it several times
     val: Any
     split: Split | None  # how one set of images was divided, None if it came in splits
+    once: Any  # the training images without repetition
 
 
 @dataclass
@@ -146,7 +148,7 @@ def open_sources(config: Config, accelerator: Accelerator) -> Sources:
         train = Part(train, data.train_images)
     if data.val_images:
         val = Part(val, data.val_images)
-    return Sources(train, val, split)
+    return Sources(Balanced(train) if data.sampler == 'balanced' else train, val, split, train)
 
 
 def build_batches(config: Config, sources: Sources, accelerator: Accelerator) -> TrainingData:
@@ -156,7 +158,7 @@ def build_batches(config: Config, sources: Sources, accelerator: Accelerator) ->
         DataError: if there are too few images.
         UsageError: if a batch cannot be divided among the processes.
     """
-    world, data, (train, val, _) = accelerator.num_processes, config.data, sources
+    world, data, (train, val) = accelerator.num_processes, config.data, sources[:2]
     check_split(config, world)
     preprocessing = preprocess(config, channels=1 if data.root == 'digits' else 3)
     train_batches, val_batches = (
@@ -466,8 +468,8 @@ class Trainer:
         config, root, classes = self.config, self.config.data.root, self.data.classes
         name = Path(root).name if Path(root).expanduser().exists() else root
         return Card(
-            data=f'{name}: {self.data.counts[0]:,} training and {self.data.counts[1]:,} validation images of '
-            f'{len(classes)} classes: {", ".join(classes[:20])}{", …" * (len(classes) > 20)}.',
+            data=f'{name}: {len(self.data.sources.once.labels):,} training and {self.data.counts[1]:,} validation '
+            f'images of {len(classes)} classes: {", ".join(classes[:20])}{", …" * (len(classes) > 20)}.',
             dataset=name,
             recipe=yaml.safe_dump(public(flatten(yaml.safe_load(config.to_yaml()))), sort_keys=False),
             scores={'top-1': scores.top1, 'top-5': scores.top5, 'loss': scores.loss},
