@@ -1,23 +1,39 @@
-"""Every source, however an image is stored: the pixels are those of its plain 8-bit twin."""
+"""Every command, source and mode of image: a model gets the pixels of the image's plain 8-bit upright twin.
+
+`PATHS` lead from files to a model, each by the functions that a command calls; test_every_command.py runs the commands.
+"""
 
 import io
 import json
+import pickle
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tifffile
+import timm
 import torch
+import torchvision
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from t2t_vit import Classifier
 from t2t_vit.data import DiskBatches, MemoryBatches, Opener, Preprocessing, find_images, open_source
+from t2t_vit.explore.command import class_images
+from t2t_vit.explore.explorer import Explorer, Limits
+from t2t_vit.export.command import calibrate
+from t2t_vit.export.images import batches, open_images
+from t2t_vit.look import opened
+from t2t_vit.models.t2t_vit import TokensToToken
 
 TURNED = {  # the EXIF tag, and how an upright image is stored with it
     1: None,
@@ -29,6 +45,7 @@ TURNED = {  # the EXIF tag, and how an upright image is stored with it
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
+COUNT = 12  # images, each of a class of its own
 MODES = ['1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'I;16', 'I', 'F', 'npy', 'npy floats']
 
 
@@ -72,51 +89,159 @@ def stored(pixels: np.ndarray, mode: str, tag: int, hidden: np.ndarray) -> tuple
     return f'.{kind}', png(image, kind, exif=exif), png(twin)
 
 
-def sources(folder: Path, files: 'list[tuple[str, bytes]]') -> Iterator[Any]:
-    """Yield the same images, of one class, from every kind of source."""
-    (folder / 'set' / 'class').mkdir(parents=True)
-    for i, (suffix, content) in enumerate(files):
-        (folder / 'set' / 'class' / f'{i}{suffix}').write_bytes(content)
-    yield open_source(str(folder / 'set'), 'val')
-    for name, layout in (('folders.tar', 'class/{}'), ('samples.tar', '{}')):
-        with tarfile.open(folder / name, 'w') as tar:
-            for i, (suffix, content) in enumerate(files):
-                members = [(layout.format(f'{i}{suffix}'), content)]
-                members += [(f'{i}.cls', b'class')] if name == 'samples.tar' else []
-                for member, data in members:
-                    info = tarfile.TarInfo(member)
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-        yield open_source(str(folder / name), 'val')
+def write_tar(file: Path, members: 'list[tuple[str, bytes]]') -> str:
+    with tarfile.open(file, 'w') as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return str(file)
+
+
+def write_rows(file: Path, files: 'list[tuple[str, bytes]]') -> str:
+    file.parent.mkdir(parents=True, exist_ok=True)
     cells = [{'bytes': content, 'path': None} for _, content in files]
-    pq.write_table(pa.table({'image': cells, 'label': ['class'] * len(files)}), folder / 'a.parquet')
-    yield open_source(str(folder / 'a.parquet'), 'val')
-    rows = [f'set/class/{i}{suffix},class' for i, (suffix, _) in enumerate(files)]
-    (folder / 'a.csv').write_text('path,label\n' + '\n'.join(rows))
-    yield open_source(str(folder / 'a.csv'), 'val')
-    for name in ('set', 'folders.tar', 'samples.tar', 'a.parquet', 'a.csv'):
-        yield find_images([str(folder / name)])
+    pq.write_table(pa.table({'image': cells, 'label': [f'c{i:02}' for i in range(len(files))]}), file)
+    return str(file)
 
 
-def tensors(source: Any, preprocessing: Preprocessing, count: int) -> 'Iterator[torch.Tensor]':
-    """Yield the images that a model gets from a source, from disk and from memory, or opened for prediction."""
-    if hasattr(source, 'labels'):
-        for loader in (DiskBatches, MemoryBatches):
-            batches = loader(source, preprocessing, count, workers=0)
-            (batch,) = batches.epoch()
-            assert not batches.damaged
-            yield batch.images
-    yield Opener(source, preprocessing)[0, count].images
+def write_sources(folder: Path, files: 'list[tuple[str, bytes]]') -> 'dict[str, str]':
+    """Write the same images, each of its own class, for every kind of source; returns what a user types."""
+    names = [f'c{i:02}/{i:02}{suffix}' for i, (suffix, _) in enumerate(files)]
+    for name, (_, content) in zip(names, files):
+        (folder / 'set' / name).parent.mkdir(parents=True)
+        (folder / 'set' / name).write_bytes(content)
+    samples = [(name.partition('/')[2], content) for name, (_, content) in zip(names, files)]
+    labels = [(f'{i:02}.cls', f'c{i:02}'.encode()) for i in range(len(files))]
+    (folder / 'a.csv').write_text('path,label\n' + ''.join(f'set/{name},{name[:3]}\n' for name in names))
+    write_rows(folder / 'hub' / 'validation.parquet', files)
+    return {
+        'folder': str(folder / 'set'),
+        'tar of class folders': write_tar(folder / 'folders.tar', [(n, c) for n, (_, c) in zip(names, files)]),
+        'WebDataset tar': write_tar(folder / 'samples.tar', sorted([*samples, *labels])),
+        'Parquet': write_rows(folder / 'a.parquet', files),
+        'list (.csv)': str(folder / 'a.csv'),
+        'Hub set': f'hfds/{folder / "hub"}',
+    }
+
+
+@lru_cache
+def classifier_for(channels: int = 3, background: str = 'white', count: int = COUNT) -> Classifier:
+    """Return a classifier with random weights of images of 16×16 pixels."""
+    net = timm.create_model(
+        't2t_vit_4_16', num_classes=count, in_chans=channels, img_size=(16, 16), depth=1, token_dim=16
+    )
+    prepared = Preprocessing(
+        (16, 16), channels, (0.5,) * channels, (0.25,) * channels, crop_pct=1.0, background=background
+    )
+    net.pretrained_cfg.update(prepared.as_cfg(), num_classes=count, label_names=[f'c{i:02}' for i in range(count)])
+    return Classifier.of(net)
+
+
+@contextmanager
+def model_inputs() -> 'Iterator[list[torch.Tensor]]':
+    """Yield a list that receives every batch of images that a T2T-ViT is given while the context lasts."""
+    seen: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, args: Any) -> None:
+        if isinstance(module, TokensToToken) and type(args[0]) is torch.Tensor:  # not those that torch.export traces
+            seen.append(args[0].detach().clone())
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def batch_of(loader: Any) -> 'Callable[[str, Classifier], torch.Tensor]':
+    """Return what a run validates on, read from disk or held in memory."""
+
+    def read(root: str, model: Classifier) -> torch.Tensor:
+        loaded = loader(open_source(root, 'val'), model.preprocessing, COUNT, workers=0)
+        (batch,) = loaded.epoch()
+        assert not loaded.damaged
+        return batch.images
+
+    return read
+
+
+def watched(call: 'Callable[[Classifier, str], Any]') -> 'Callable[[str, Classifier], torch.Tensor]':
+    """Return what the model is given while the classifier's method runs."""
+
+    def read(root: str, model: Classifier) -> torch.Tensor:
+        with model_inputs() as seen:
+            call(model, root)
+        return torch.cat(seen)[-len(model.classes) :]  # embed asks with an empty image first how long its vectors are
+
+    return read
+
+
+def evaluate(model: Classifier, root: str) -> None:
+    with patch('t2t_vit.metrics.measure'):  # scores take half a second
+        model.evaluate(root, workers=0)
+
+
+def visualize(root: str, model: Classifier) -> torch.Tensor:
+    photos = opened.open_images([root], None, model.preprocessing.channels)
+    return opened.prepare(photos, model.preprocessing)[0]
+
+
+def explore(root: str, model: Classifier) -> torch.Tensor:
+    """Examples of the page: an image of each class, of ten classes."""
+    source = open_source(root, 'val', channels=model.preprocessing.channels)
+    photos = class_images(source, root, model.preprocessing.channels)
+    return opened.prepare(photos, model.preprocessing)[0]
+
+
+def upload(root: str, model: Classifier) -> torch.Tensor:
+    """Send files to the page."""
+    one = opened.OpenModel('one', '', model.net, model.preprocessing, model.classes)
+    page = Explorer({'one': lambda: one}, torch.device('cpu'), Limits())
+    photos = [page.read(file, 'one') for file in sorted(Path(root).glob('*/*'))]
+    return torch.cat([page.see('one', photo).images for photo in photos])
+
+
+def compare(root: str, model: Classifier) -> torch.Tensor:
+    pictures = open_images(root, 'val', None, model.match)
+    return torch.cat([batch.images for batch in batches(pictures, model.preprocessing, 5, None, [])])
+
+
+def calibration(root: str, model: Classifier) -> torch.Tensor:
+    pictures = calibrate(root, 'val', None)[0]
+    return torch.cat([batch.images for batch in batches(pictures, model.preprocessing, 1, COUNT, [])])
+
+
+PATHS: 'dict[str, Callable[[str, Classifier], torch.Tensor]]' = {
+    'train, from disk': batch_of(DiskBatches),
+    'train, in memory': batch_of(MemoryBatches),
+    'eval': watched(evaluate),
+    'predict': watched(lambda model, root: model.predict(root)),
+    'embed': watched(lambda model, root: model.embed(root)),
+    'visualize': visualize,
+    'explore, examples': explore,
+    'explore, uploads': upload,
+    'export, comparison': compare,
+    'export, calibration': calibration,
+}
+WITHOUT_LABELS = ('predict', 'embed', 'visualize')  # these take files, not names of labelled sets
+
+
+def offered(path: str, source: str) -> bool:
+    """Return true if a command takes this kind of source."""
+    if path == 'explore, uploads':
+        return source == 'folder'
+    return source != 'Hub set' or path not in WITHOUT_LABELS
 
 
 @settings(
-    max_examples=5,
+    max_examples=3,
     deadline=None,
     phases=[Phase.generate],  # shrinking would take minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.data(), st.sampled_from([1, 3]))
-def test_every_mode_from_every_source_equals_its_8_bit_twin(tmp_path_factory, data, channels):
+def test_every_mode_from_every_source_reaches_every_model_as_its_8_bit_twin(tmp_path_factory, data, channels):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     height, width = (data.draw(st.integers(3, 9)) for _ in range(2))
     files, twins = [], []
@@ -126,41 +251,67 @@ def test_every_mode_from_every_source_equals_its_8_bit_twin(tmp_path_factory, da
         suffix, content, twin = stored(pixels, mode, data.draw(st.integers(1, 8)), rng.random((height, width)) < 0.3)
         files.append((suffix, content))
         twins.append(('.png', twin))
-    preprocessing = Preprocessing((8, 8), channels, (0.5,) * channels, (0.25,) * channels)
-    folder = tmp_path_factory.mktemp('modes')
-    for image_source, twin_source in zip(sources(folder / 'a', files), sources(folder / 'b', twins)):
-        found = list(tensors(image_source, preprocessing, len(files)))
-        for images, expected in zip(found, tensors(twin_source, preprocessing, len(files)), strict=True):
-            torch.testing.assert_close(images, expected, rtol=0, atol=0)
+    model, folder = classifier_for(channels), tmp_path_factory.mktemp('modes')
+    sources, expected = write_sources(folder / 'a', files), write_sources(folder / 'b', twins)['folder']
+    for path, read in PATHS.items():
+        twin = read(expected, model)
+        for source, root in sources.items():
+            if offered(path, source):
+                found = read(root, model)
+                differ = [MODES[i] for i in range(len(found)) if not torch.equal(found[i], twin[i])]
+                assert found.shape == twin.shape and not differ, (path, source, differ)
 
 
-@pytest.mark.parametrize('background', ['white', 'black', '#336699'])
-def test_background_reaches_every_source(background, tmp_path):
-    content = png(Image.new('RGBA', (4, 4), (9, 9, 9, 0)))
-    preprocessing = Preprocessing((4, 4), 3, (0.0,) * 3, (1.0,) * 3, crop_pct=1.0, background=background)
-    expected = np.asarray(Image.new('RGB', (1, 1), background))[0, 0] / 255
-    for source in sources(tmp_path, [('.png', content)]):
-        for images in tensors(source, preprocessing, 1):
-            assert np.allclose(images[0, :, 2, 2], expected, atol=1e-6)
+@pytest.mark.parametrize('background', ['black', '#336699'])
+def test_background_of_the_model_is_used_by_every_command_and_source(background, tmp_path):
+    sources = write_sources(tmp_path, [('.png', png(Image.new('RGBA', (16, 16), (9, 9, 9, 0))))] * 2)
+    model = classifier_for(3, background, 2)
+    expected = (np.asarray(Image.new('RGB', (1, 1), background))[0, 0] / 255 - 0.5) / 0.25
+    for path, read in PATHS.items():
+        for source, root in sources.items():
+            if offered(path, source):
+                assert np.allclose(read(root, model)[0, :, 8, 8], expected, atol=1e-5), (path, source)
+
+
+def test_bands_reach_every_model_that_needs_them(tmp_path):
+    values = np.random.default_rng(0).integers(0, 65536, (16, 16, 4), np.uint16)
+    tifffile.imwrite(buffer := io.BytesIO(), values)  # RGB and alpha, of which Pillow keeps 8 bits
+    sources, model = write_sources(tmp_path, [('.tif', buffer.getvalue())] * 2), classifier_for(4, count=2)
+    expected = (torch.from_numpy(np.moveaxis(values, -1, 0).astype(np.float32) / 65535) - 0.5) / 0.25
+    for path, read in PATHS.items():
+        for source, root in sources.items():
+            if offered(path, source):
+                torch.testing.assert_close(read(root, model)[0], expected, msg=f'{path}, {source}')
+
+
+def test_torchvision_set_reaches_every_model_like_its_images_in_a_folder(tmp_path, monkeypatch):
+    kind, pixels = torchvision.datasets.CIFAR10, np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), np.uint8)
+    names = [f'c{i:02}' for i in range(10)]
+    (tmp_path / 'cache' / kind.base_folder).mkdir(parents=True)
+    for file, content in (
+        ('test_batch', {'data': pixels.transpose(0, 3, 1, 2).reshape(10, -1), 'labels': list(range(10))}),
+        ('batches.meta', {'label_names': names}),
+    ):
+        (tmp_path / 'cache' / kind.base_folder / file).write_bytes(pickle.dumps(content))
+    for field, value in (('train_list', [['test_batch', None]]), ('test_list', [['test_batch', None]])):
+        monkeypatch.setattr(kind, field, value)
+    monkeypatch.setattr(kind, 'meta', {**kind.meta, 'md5': None})
+    monkeypatch.setattr('t2t_vit.data.sources.opening.CACHE', str(tmp_path / 'cache'))
+    expected = write_sources(tmp_path, [('.png', png(Image.fromarray(image))) for image in pixels])['folder']
+    for path, read in PATHS.items():
+        if path not in (*WITHOUT_LABELS, 'explore, uploads'):
+            model = classifier_for(3, 'white', 10)
+            assert torch.equal(read('torch/cifar10', model), read(expected, model)), path
 
 
 def test_a_damaged_image_is_named_by_every_source(tmp_path):
     good = png(Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)))
-    preprocessing = Preprocessing((4, 4), 3, (0.0,) * 3, (1.0,) * 3)
-    for source in sources(tmp_path, [('.png', good), ('.png', good[:150])]):
-        opened = Opener(source, preprocessing)[0, 2]
-        assert opened.good == [0] and opened.errors[1].startswith('ImageError: ')
-        if hasattr(source, 'labels'):
-            batches = DiskBatches(source, preprocessing, 2, workers=0)
-            assert len(list(batches.epoch())[0].labels) == 1 and batches.damaged == [source.name(1)]
-            assert json.dumps(batches.damaged)
-
-
-def test_bands_are_read_from_every_source_as_the_model_needs_them(tmp_path):
-    values = np.random.default_rng(0).integers(0, 65536, (6, 6, 4), np.uint16)
-    tifffile.imwrite(buffer := io.BytesIO(), values)  # RGB and alpha, of which Pillow keeps 8 bits
-    preprocessing = Preprocessing((6, 6), 4, (0.0,) * 4, (1.0,) * 4, crop_pct=1.0)
-    expected = torch.from_numpy(np.moveaxis(values, -1, 0).astype(np.float32) / 65535)
-    for source in sources(tmp_path, [('.tif', buffer.getvalue())]):
-        for images in tensors(source, preprocessing, 1):
-            torch.testing.assert_close(images[0], expected)
+    model = classifier_for(count=2)
+    for name, root in write_sources(tmp_path, [('.png', good), ('.png', good[:150])]).items():
+        source = open_source(root, 'val')
+        batches = DiskBatches(source, model.preprocessing, 2, workers=0)
+        assert len(list(batches.epoch())[0].labels) == 1 and batches.damaged == [source.name(1)]
+        assert json.dumps(batches.damaged)
+        for images in (source, *([find_images([root])] if name != 'Hub set' else [])):
+            opened = Opener(images, model.preprocessing)[0, 2]
+            assert opened.good == [0] and opened.errors[1].startswith('ImageError: ')

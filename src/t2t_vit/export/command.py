@@ -207,6 +207,8 @@ def export(
     quantize, calibrated = None, None
     if precision == 'int8':
         ranges, calibrated = calibrate(calibration or data, split, cache)
+        for note in ranges.notes:
+            screen.print(f'note: {note}', soft_wrap=True)
         parts = [part.images for part in batches(ranges, cfg, metadata.batch or 1, calibration_images, [])]
         images = [metadata.pixels_of(filled(part, metadata.batch)) for part in parts]
         calibrated = f'{sum(map(len, parts))} images of {calibrated}'
