@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..custom import load_code
+from .init import WEIGHT_INITS
 
 
 def choose(kind: str, value: Any, table: Mapping[str, Any]) -> Any:
@@ -67,6 +68,7 @@ def check_arguments(
     depth: int | Sequence[int],
     mlp_ratio: float,
     num_classes: int,
+    weight_init: str,
     **others: Any,
 ) -> None:
     """Check the arguments of `T2TViT` together; `others` hold widths (`…_dim`, `in_chans`) and rates (`…_rate`).
@@ -104,6 +106,7 @@ def check_arguments(
         (mlp_ratio > 0, f'mlp_ratio is above 0, got {mlp_ratio}'),
         (all(1 <= side <= 32768 for side in sides), f'img_size is at least 1 and at most 32768, got {img_size}'),
         (num_classes >= 0, f'num_classes is at least 0, got {num_classes}'),
+        (weight_init in WEIGHT_INITS, f'weight_init is one of {WEIGHT_INITS}, got {weight_init!r}'),
     ]
     if problems := [sentence for holds, sentence in rules if not holds]:
         raise ValueError('T2TViT cannot be built: ' + '; '.join(problems))

@@ -1,8 +1,8 @@
 """T2T-ViT, as the paper prints it.
 
 "Tokens-to-Token ViT: Training Vision Transformers from Scratch on ImageNet", Yuan et al., ICCV 2021, arXiv 2101.11986.
-Read from top to bottom. Nothing is optimised here: `t2t_vit.fast` replaces `forward` of these classes by faster
-equivalents, which are tested against this file. Parameters have the names of the published weights.
+Nothing is optimised here: `t2t_vit.fast` replaces `forward` of these classes by faster equivalents, which are tested
+against this file. Parameters have the names of the published weights.
 
 Shapes: B images, C channels, (H, W) image or map, (h, w) grid after a split, N = h·w tokens, k kernel, n = C·k·k values
 of a window, D width of the tokens, m random features.
@@ -137,8 +137,7 @@ class TokenPerformer(TokenLayer):
 
     def draw_features(self) -> None:
         """Draw w, in float32 whatever its own precision."""
-        w = torch.empty_like(self.w, dtype=torch.float32)
-        self.w.copy_(nn.init.orthogonal_(w, gain=math.sqrt(len(w))))
+        self.w.copy_(nn.init.orthogonal_(torch.empty_like(self.w, dtype=torch.float32), gain=math.sqrt(len(self.w))))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens, height, width = soft_split(x, self.kernel, self.stride, self.padding)
@@ -215,9 +214,8 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-# the choices by name; designs.py adds those that the paper carries over from CNNs
 TOKEN_LAYERS: dict[str, Any] = {'performer': TokenPerformer, 'transformer': TokenTransformer, 'none': None}
-BLOCKS: dict[str, Any] = {'plain': Block}
+BLOCKS: dict[str, Any] = {'plain': Block}  # designs.py adds those that the paper carries over from CNNs
 
 
 class T2TViT(nn.Module):
@@ -231,6 +229,7 @@ class T2TViT(nn.Module):
         block: `plain`, `se`, `ghost`, `dense`, `layer_scale`, or a custom class with the arguments of `Block`.
         drop_rate: Dropout before the head; then of positions, of projections and MLPs, of attention weights.
         drop_path_rate: Stochastic depth, rising linearly from 0 in the first block to this in the last.
+        weight_init: Initial values: `published`, or `scaled` by width and depth, for small models (see `init`).
         block_args: Further arguments of every block, as `growth_rate` of dense ones.
 
     Raises:
@@ -257,6 +256,7 @@ class T2TViT(nn.Module):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        weight_init: str = 'published',
         **block_args: Any,
     ) -> None:
         check_arguments(**{name: value for name, value in locals().items() if name not in ('self', '__class__')})
@@ -275,7 +275,7 @@ class T2TViT(nn.Module):
         self.norm: nn.Module = nn.LayerNorm(self.num_features)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        init_model(self)
+        init_model(self, weight_init)
 
     def embed(self, x: Tensor) -> Tensor:
         """Put the class token first and add the positions, T_f0 = [t_cls; T_f] + E: (B, D, h, w) -> (B, 1 + N, D)."""

@@ -51,6 +51,7 @@ class TimmT2TViT(T2TViT):
         ValueError: for arguments that do not fit together.
     """
 
+    weight_init: str
     num_prefix_tokens = 1
     has_class_token = True
     __jit_unused_properties__ = ['patch_embed', 'in_chans']
@@ -112,7 +113,7 @@ class TimmT2TViT(T2TViT):
                 exchanged = nn.Linear(module.in_features, module.out_features)
             if exchanged is not None:
                 setattr(self.get_submodule(parent), attribute, exchanged)
-        init_model(self)
+        init_model(self, self.weight_init)
 
     @property
     def in_chans(self) -> int:
@@ -127,7 +128,7 @@ class TimmT2TViT(T2TViT):
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Give every weight its initial distribution."""
-        init_model(self)
+        init_model(self, self.weight_init)
 
     @torch.jit.ignore
     def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:

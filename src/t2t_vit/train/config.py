@@ -1,6 +1,7 @@
 """The configuration of a training run; recipes, YAML files and --dotted.options set its fields."""
 
 from dataclasses import asdict, dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -9,7 +10,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from timm.data import create_transform
 from timm.models import is_model
-from timm.optim import list_optimizers
+from timm.optim import get_optimizer_class, list_optimizers
 
 from ..data import Augment, SplitOptions, is_color
 from ..models.timm_api import argument_names
@@ -177,6 +178,8 @@ class Optimizer:
         weight_decay: Weight decay of matrices; norms, biases and the class token have none, unless decay_all is set.
         decay_all: Apply weight decay to every parameter.
         momentum: Momentum, for optimizers that have one.
+        opt_kwargs: Further arguments of timm's optimizer, such as betas; or, of muon, fallback_lr_scale, a factor on
+            the learning rate of all that is no matrix of a hidden layer.
         layer_decay: Factor on the learning rate from each layer to the one before.
         body_lr_scale: Factor on the learning rate of everything but the head, for transfer.
         frozen: Patterns of parameters that are not trained, such as blocks.0.* or norm.*; those after a ! are trained
@@ -196,6 +199,7 @@ class Optimizer:
     weight_decay: float = 0.05
     decay_all: bool = False
     momentum: float = 0.9
+    opt_kwargs: dict[str, Any] = field(default_factory=dict)
     layer_decay: float | None = None
     body_lr_scale: float | None = None
     frozen: list[str] = field(default_factory=list)
@@ -395,6 +399,13 @@ class Config:
                 )
             elif name not in installed:
                 problems.append(f'trackers: {name} is not installed')
+        if self.optimizer.name in list_optimizers():
+            taken = [*signature(get_optimizer_class(self.optimizer.name, bind_defaults=False).__init__).parameters][2:]
+            problems += [
+                f'optimizer.opt_kwargs: {self.optimizer.name} takes no {name}{nearest(name, taken)}'
+                for name in self.optimizer.opt_kwargs
+                if name not in taken
+            ]
         try:
             create_transform(32, is_training=True, auto_augment=self.augment.aa)
         except Exception as error:  # timm's parsers raise many kinds

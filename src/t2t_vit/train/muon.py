@@ -1,0 +1,78 @@
+"""Muon with one orthogonalisation for all matrices of a shape, in a precision that the processor is fast in."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import timm.optim
+import torch
+from timm.optim.muon import get_lr_scale, reshape_for_muon, zeropower_via_newtonschulz
+
+COEFFICIENTS = [  # of the quintic iteration, timm's `quintic`
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+]
+
+
+def newton_schulz_dtype(device: torch.device) -> torch.dtype:
+    """Return bfloat16, timm's precision of the iteration, where it is fast; float32 on a CPU that only emulates it."""
+    emulated = device.type == 'cpu' and not torch.cpu._is_avx512_bf16_supported()
+    return torch.float32 if emulated else torch.bfloat16
+
+
+class Muon(timm.optim.Muon):
+    """timm's Muon (Jordan 2024; Moonshot 2025) with its matrices in stacks: the same updates, faster.
+
+    On a CPU without bfloat16 instructions timm's iteration, one matrix after another in bfloat16, takes five times as
+    long. Groups with `use_fallback`, and all gradients that are left, are timm's AdamW. The state is timm's.
+
+    Args:
+        params: Parameter groups; those without `use_fallback` hold matrices or convolution kernels only.
+        args: The arguments of timm's Muon.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        done = []
+        for group in self.param_groups:
+            if group.get('use_fallback'):
+                continue
+            stacks: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
+            for parameter in group['params']:
+                if parameter.grad is not None:
+                    stacks[parameter.shape].append(parameter)
+            for parameters in stacks.values():
+                self.update_stack(parameters, group)
+                done += [(parameter, parameter.grad) for parameter in parameters]
+        for parameter, _ in done:
+            parameter.grad = None
+        super().step()
+        for parameter, grad in done:
+            parameter.grad = grad
+        return loss
+
+    def update_stack(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
+        """Update matrices of one shape."""
+        momentum, lr = group['momentum'], group['lr']
+        for parameter in parameters:
+            if 'momentum_buffer' not in (state := self.state[parameter]):
+                state.update(use_muon=True, momentum_buffer=torch.zeros_like(parameter))
+        buffers = [self.state[parameter]['momentum_buffer'] for parameter in parameters]
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        updates = torch._foreach_lerp(grads, buffers, momentum) if group['nesterov'] else buffers
+        matrices = torch.stack([reshape_for_muon(update)[0] for update in updates])
+        matrices = zeropower_via_newtonschulz(
+            matrices, group['ns_steps'], COEFFICIENTS, group['eps'], dtype=newton_schulz_dtype(matrices.device)
+        )
+        matrices = matrices.to(parameters[0]) * (-lr * get_lr_scale(matrices.shape, group['adjust_lr_fn']))
+        torch._foreach_mul_(parameters, 1 - lr * group['weight_decay'])
+        torch._foreach_add_(parameters, [*matrices.view(len(parameters), *parameters[0].shape)])

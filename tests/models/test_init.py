@@ -1,0 +1,68 @@
+"""Initial values: the size of tokens and of gradients at every width and depth."""
+
+import pytest
+import timm
+import torch
+
+import t2t_vit  # noqa: F401  registers the models
+
+SHAPES = [(64, 14), (128, 4), (256, 24), (768, 4)]  # width and depth
+
+
+def sizes(width, depth, weight_init, layer='performer', **args):
+    """Return the std of tokens after some stages, and the norms of their gradients relative to the last block's."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        't2t_vit_7_32',
+        embed_dim=width,
+        depth=depth,
+        token_dim=32,
+        num_classes=0,
+        token_layer=layer,
+        weight_init=weight_init,
+        fast=False,
+        **args,
+    ).eval()
+    stages = []
+
+    def keep(_, __, out):
+        out.retain_grad()
+        stages.append(out)
+
+    tokens = model.tokens_to_token
+    for stage in (tokens.attention1, tokens.attention2, tokens, model.blocks[0], model.blocks[-1]):
+        stage.register_forward_hook(keep)
+    coarse = torch.randn(4, 3, 8, 8)
+    out = model(torch.nn.functional.interpolate(coarse, size=32, mode='bicubic'))
+    (out * torch.randn_like(out)).sum().backward()
+    last = stages[-1].grad.norm()
+    return [stage.std().item() for stage in stages], [(stage.grad.norm() / last).item() for stage in stages]
+
+
+@pytest.mark.parametrize('layer', ['performer', 'transformer', 'convolution'])
+def test_scaled_tokens_and_gradients_have_one_size_at_every_width_and_depth(layer):
+    forward, backward = zip(*(sizes(width, depth, 'scaled', layer) for width, depth in SHAPES))
+    for stage in (*zip(*forward), *zip(*backward)):
+        assert max(stage) < 2 * min(stage)
+    if layer != 'convolution':
+        for stage in zip(*forward):
+            assert min(stage) > 0.7 and max(stage) < 2
+
+
+def test_published_gradients_fade_in_narrow_models():
+    (_, narrow), (_, wide) = sizes(64, 4, 'published'), sizes(768, 4, 'published')
+    assert wide[0] > 4 * narrow[0]
+
+
+@pytest.mark.parametrize('name', ['t2t_vit_7_32', 't2t_vit_14_se', 't2t_vit_16_ghost', 't2t_vit_dense'])
+def test_scaled_head_starts_at_equal_probabilities(name):
+    model = timm.create_model(name, weight_init='scaled', num_classes=7, img_size=32).eval()
+    assert torch.equal(model(torch.randn(2, 3, 32, 32)), torch.zeros(2, 7))
+    model.init_weights()  # draws them by the same rules
+    assert model.head.weight.abs().max() == 0
+    assert model.tokens_to_token.project.weight.std() > 0.035  # published: 0.02
+
+
+def test_unknown_weight_init_is_refused():
+    with pytest.raises(ValueError, match=r"weight_init is one of \('published', 'scaled'\), got 'jax'"):
+        timm.create_model('t2t_vit_7', weight_init='jax')
