@@ -8,6 +8,7 @@ Prints the tables of docs/scaling.md, which explains the assumptions and limitat
 
 import argparse
 import csv
+import re
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -114,6 +115,12 @@ def full_speed(measured: float, batch: float, machine: Machine = H100) -> float:
     return measured * (batch + machine.half) / batch
 
 
+def models_of(recipe: str) -> list[str]:
+    """Return the models that a recipe's header lists, or else its own."""
+    own = [value for _, key, value, _ in read_settings(recipes()[recipe]) if key == 'model'][-1]
+    return re.findall(r'^#   --model (\S+)', recipes()[recipe].read_text(encoding='utf-8'), re.MULTILINE) or [own]
+
+
 @cache
 def count(name: str, img_size: int) -> tuple[int, float]:
     """Return a model's trainable parameters and the multiply-adds of an image."""
@@ -122,13 +129,13 @@ def count(name: str, img_size: int) -> tuple[int, float]:
     return count_parameters(model)[1], count_macs(model, img_size)[0]
 
 
-def run_of(recipe: str) -> Run:
-    """Return the cost of a recipe."""
+def run_of(recipe: str, model: str) -> Run:
+    """Return the cost of a recipe with a model."""
     settings: dict[str, Any] = {key: value for _, key, value, _ in read_settings(recipes()[recipe])}
-    learned, macs = count(settings['model'], settings.get('data.img_size', 224))
+    learned, macs = count(model, settings.get('data.img_size', 224))
     teacher = str(settings.get('objective.teacher', '')).partition('.')[0]
     return Run(
-        settings['model'],
+        model,
         IMAGES.get(settings.get('data.root', ''), IMAGENET),
         settings['epochs'],
         settings['batch_size'],
@@ -149,13 +156,13 @@ def measured() -> dict[str, float]:
 
 
 def tables(speeds: dict[str, float], names: Sequence[str] = RECIPES, machine: Machine = H100) -> list[str]:
-    """Return the lines of two Markdown tables: hours of each recipe, then the parts of a step of the nine models.
+    """Return the lines of two Markdown tables: hours of each recipe and model, then the parts of a step of nine models.
 
     `speeds` are images/s at full batches by model, which replace the measured ones; they do not apply to distillation
     and 384 pixels.
     """
     speeds = {**measured(), **speeds}
-    runs = {recipe: run_of(recipe) for recipe in names}
+    runs = [(recipe, run_of(recipe, model)) for recipe in names for model in models_of(recipe)]
     cores = {
         row['model']: float(row['images_per_second'])
         for row in csv.DictReader(MEASURED.read_text(encoding='utf-8').splitlines())
@@ -166,7 +173,7 @@ def tables(speeds: dict[str, float], names: Sequence[str] = RECIPES, machine: Ma
         f'|{"---|" * (6 + len(GPUS))}',
     ]
     parts = []
-    for recipe, run in runs.items():
+    for recipe, run in runs:
         plain = not run.teacher and recipe != 'imagenet-14-384'
         speed = speeds[run.model] if plain and run.model in speeds else run.speed(speeds)
         found = {gpus: estimate(run, speed, gpus, machine) for gpus in GPUS if gpus <= run.batch}
