@@ -9,7 +9,8 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 API = ROOT / 'src' / 't2t_vit'
-FIRST = ['first-model', 'data', 'training', 'predict', 'python', 'models', 'backbone', 'clients', 'export', 'visualize']
+FIRST = ['first-model', 'data', 'training', 'few-images', 'predict', 'python']
+FIRST += ['models', 'backbone', 'clients', 'export', 'visualize']
 PAGES = {
     'README.md': 'Home',
     'CONTRIBUTING.md': 'Contributing',

@@ -35,12 +35,15 @@ class Variant(NamedTuple):
     block: str = 'plain'
     img_size: int = 224
     splits: tuple[tuple[int, int, int], ...] = PAPER_SPLITS
+    token_dim: int = 64
 
 
 HARD_SPLIT = ((16, 16, 0),)  # a ViT's patches
 SPLITS_16 = ((3, 2, 1), (3, 2, 1), (3, 1, 1))  # for small images: 16² becomes 8², 4², 4²
 SPLITS_32 = ((3, 1, 1), (3, 2, 1), (3, 2, 1))  # 32², 16², 8²
 SPLITS_64 = ((3, 2, 1), (3, 2, 1), (3, 2, 1))  # 32², 16², 8²
+FAST_SPLITS_32 = ((3, 2, 1), (3, 2, 1), (3, 1, 1))  # 16², 8², 8²: token layers on a quarter of the positions
+FAST_SPLITS_64 = ((7, 4, 2), (3, 2, 1), (3, 1, 1))  # 16², 8², 8²
 
 VARIANTS: dict[str, Variant] = {
     # Table 1: the family, Performer tokens, then transformer tokens (_t)
@@ -71,10 +74,12 @@ VARIANTS: dict[str, Variant] = {
     # Table 4: without the tokens-to-token module, and with convolutions
     't2t_vit_14_no_t2t': Variant('none', 14, 384, 6, 3, splits=HARD_SPLIT),
     't2t_vit_c_14': Variant('convolution', 14, 384, 6, 3),
-    # Ours, for small images: the family's widths with strides that leave enough tokens
+    # Ours, for small images: strides that leave enough tokens, and with 6 blocks small enough to train on a CPU
     't2t_vit_4_16': Variant('performer', 4, 128, 4, 2, img_size=16, splits=SPLITS_16),
     't2t_vit_7_32': Variant('performer', 7, 256, 4, 2, img_size=32, splits=SPLITS_32),
     't2t_vit_14_32': Variant('performer', 14, 384, 6, 3, img_size=32, splits=SPLITS_32),
+    't2t_vit_6_32': Variant('performer', 6, 96, 4, 2, img_size=32, splits=FAST_SPLITS_32, token_dim=32),
+    't2t_vit_6_64': Variant('performer', 6, 96, 4, 2, img_size=64, splits=FAST_SPLITS_64, token_dim=32),
     't2t_vit_7_64': Variant('performer', 7, 256, 4, 2, img_size=64, splits=SPLITS_64),
     't2t_vit_14_64': Variant('performer', 14, 384, 6, 3, img_size=64, splits=SPLITS_64),
 }

@@ -51,6 +51,8 @@ def build_model(
         UsageError: if the model does not accept its arguments.
     """
     args: dict[str, Any] = {**config.model_args, 'in_chans': preprocessing.channels}
+    if config.family:
+        args.setdefault('weight_init', config.weight_init)
     if config.family or timm.models.get_pretrained_cfg(config.model).fixed_input_size:
         args['img_size'] = preprocessing.size
     try:

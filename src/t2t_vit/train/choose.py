@@ -17,16 +17,12 @@ from .resume import saved_settings
 from .start_weights import StartModel, describe_weights
 from .state import saved_states
 
-MODELS: dict[int, str] = {
-    16: 't2t_vit_4_16',
-    32: 't2t_vit_7_32',
-    64: 't2t_vit_7_64',
-    128: 't2t_vit_7',
-    224: 't2t_vit_7',
-}  # by pixels
+MODELS: dict[str, dict[int, str]] = {  # by device and pixels
+    'cpu': {16: 't2t_vit_4_16', 32: 't2t_vit_6_32', 64: 't2t_vit_6_64'},
+    'cuda': {16: 't2t_vit_4_16', 32: 't2t_vit_7_32', 64: 't2t_vit_7_64', 128: 't2t_vit_7', 224: 't2t_vit_7'},
+}
 FINETUNING = ('finetune', 'finetune-head')  # recipes
-CPU_PIXELS = 64  # the largest size that is chosen for a CPU
-STEPS = {'cpu': 2_000, 'cuda': 20_000}  # of a run, roughly
+STEPS = {'cpu': 5_000, 'cuda': 20_000}  # of a run, roughly
 EPOCHS: dict[str, tuple[int, int]] = {'cpu': (10, 100), 'cuda': (20, 300)}  # fewest and most
 BATCH = {'cpu': 32, 'cuda': 128}
 STEPS_AN_EPOCH = 8  # at least
@@ -182,12 +178,13 @@ def small_model(facts: Facts, values: dict[str, Any], on: str) -> Iterator[tuple
     """Yield the choice of a model to train from scratch, and its size."""
     if 'model' in values:
         return
-    limit = CPU_PIXELS if facts.device == 'cpu' else max(MODELS)
-    pixels = max((size for size in MODELS if size <= min(facts.pixels, limit)), default=min(MODELS))
+    models = MODELS[facts.device]
+    pixels = max((size for size in models if size <= facts.pixels), default=min(models))
     asked = values.get('data.img_size')
     if is_number(asked):
-        pixels = max((size for size in MODELS if size <= int(str(asked))), default=min(MODELS))
-    yield 'model', MODELS[pixels], f'a small model for {pixels} pixels, for {facts.images:,} images on {on}'
+        models = {**MODELS['cuda'], **models}
+        pixels = max((size for size in models if size <= int(str(asked))), default=min(models))
+    yield 'model', models[pixels], f'a small model for {pixels} pixels, for {facts.images:,} images on {on}'
     yield 'data.img_size', pixels, f'half of the images have {facts.pixels} pixels or more, on {on}'
 
 

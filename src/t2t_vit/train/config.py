@@ -218,6 +218,8 @@ class Config:
     Args:
         model: Any model of `t2t-vit models`, or another one of timm.
         model_args: More arguments of T2TViT, such as drop_path_rate.
+        weight_init: Initial values of our models: published, or scaled by width and depth, which small models and short
+            runs learn better from.
         weights: Weights to start from: a timm tag such as t2t_vit_14.in1k, a file in any published layout, a run
             folder, or hf-hub:USER/NAME; by default from scratch.
             `required` is for recipes that make no sense from scratch.
@@ -246,6 +248,7 @@ class Config:
 
     model: str = 't2t_vit_7'
     model_args: dict[str, Any] = field(default_factory=dict)
+    weight_init: Literal['published', 'scaled'] = 'published'
     weights: str | None = None
     lora: int | None = None
     data: Data = field(default_factory=Data)
