@@ -74,10 +74,11 @@ COMMANDS = {
         ),
     ),
     'eval': Command(
-        'score a trained model on labelled images',
-        'RUN [options]',
+        'score trained models on labelled images',
+        'RUN… [options]',
         """
-  RUN                 a run's folder, hf-hub:USER/NAME, or a file of weights
+  RUN…                runs' folders, hf-hub:USER/NAME, or files of weights; of
+                      several, such as the folds of a set, means are printed
   --model NAME        the model that a file of weights is for
   --data FOLDER       labelled images; default: those that the run validated on
   --split NAME        val or train
@@ -89,7 +90,7 @@ COMMANDS = {
 """,
         (
             'runs/photos --data photos',
-            'runs/photos --data photos --split train --output scores',
+            'runs/fold-0 runs/fold-1 runs/fold-2 --output folds',
             '81.5_T2T_ViT_14.pth.tar --model t2t_vit_14 --data imagenet',
         ),
         'evaluate:evaluate',

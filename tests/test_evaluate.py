@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
@@ -138,3 +139,29 @@ def test_class_names_of_all_kinds_in_every_output(net, tmp_path, capsys):
         assert (tmp_path / flag / 'confusion.png').exists() and (tmp_path / flag / 'mistakes.png').exists()
         assert list(json.loads((tmp_path / flag / 'scores.json').read_text('utf-8'))['per_class']) == sorted(names)
     assert r'two\nlines "q"' in capsys.readouterr().out
+
+
+def test_folds_are_trained_by_command_and_averaged(photos, tmp_path, capsys):
+    root = tmp_path / 'photos'
+    for name in CLASSES:
+        for split in ('train', 'val'):
+            shutil.copytree(photos / split / name, root / name, dirs_exist_ok=True)
+    small = ['--model', 't2t_vit_4_16', '--model_args.depth', '1', '--imgsz', '16', '--epochs', '1', '--workers', '0']
+    for fold in ('0', '1'):
+        words = ['--data.fold', fold, '--data.folds', '2', '--output', str(tmp_path / f'fold-{fold}')]
+        assert cli.main(['train', str(root), *small, *words]) == 0
+    capsys.readouterr()
+    runs = tmp_path / 'fold-0', tmp_path / 'fold-1'
+    assert evaluate(*runs, '--output', tmp_path / 'folds') == 0
+    said = capsys.readouterr().out
+    means = json.loads((tmp_path / 'folds' / 'means.json').read_text())
+    tops = [json.loads((tmp_path / 'folds' / f'{i}-fold-{i}' / 'scores.json').read_text())['top1'] for i in (0, 1)]
+    assert means['top1']['mean'] == pytest.approx(sum(tops) / 2) and means['top1']['values'] == tops
+    assert means['top1']['std'] == pytest.approx(abs(tops[0] - tops[1]) / 2**0.5)
+    assert means['together']['images'] == sum(
+        file.is_file() for file in root.rglob('*')
+    )  # each image was validated on once
+    assert means['together']['top1'] == pytest.approx(sum(tops) / 2)
+    assert 'mean and standard deviation over 2 models' in said and 'all 36 images together' in said
+    assert evaluate(runs[0], runs[0], '--output', tmp_path / 'same') == 0
+    assert json.loads((tmp_path / 'same' / 'means.json').read_text())['together'] is None

@@ -2,11 +2,14 @@
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, Literal
 
 import torch
 from rich.table import Column, Table
+from scipy.stats import binomtest
 
 from .classifier import Augmentation, Classifier, Evaluation, NotFinite
 from .console import console
@@ -16,11 +19,20 @@ from .results import appearing, cell, portable_name
 from .settings import require
 
 SHOWN = 24  # mistakes in the picture
+MEASURES = {  # on the screen
+    'top1': 'top-1',
+    'top5': 'top-5',
+    'balanced_accuracy': 'balanced accuracy',
+    'precision': 'precision',
+    'f1': 'F1',
+    'auroc': 'AUROC',
+    'calibration_error': 'calibration error',
+}
 MOST_CLASSES = 40  # lines in the table on the screen
 
 
 def evaluate(
-    checkpoint: str,
+    checkpoint: Sequence[str],
     data: str | None = None,
     model: str | None = None,
     split: Literal['train', 'val'] = 'val',
@@ -36,14 +48,15 @@ def evaluate(
     download: bool = False,
     output: str | None = None,
     spreadsheet: bool = False,
-) -> dict[str, Any]:
-    """Score a trained model on labelled images; only the split that is scored has to be there.
+) -> list[dict[str, Any]]:
+    """Score trained models on labelled images; only the split that is scored has to be there.
 
-    Exits with 1 if the model computes NaN or infinity for an image, with 2 if the data's classes are not the model's.
+    Of several, as the runs of a k-fold cross-validation, the means are printed too. Exits with 1 if a model computes
+    NaN or infinity for an image, with 2 if the data's classes are not the model's.
 
     Args:
-        checkpoint: A run folder, its model.safetensors, a training state (checkpoints/step-*.pt), hf-hub:USER/NAME, an
-            exported .onnx, .xml or .pt2, or a file in any published layout (then with --model).
+        checkpoint: One or more of: a run folder, its model.safetensors, a training state (checkpoints/step-*.pt),
+            hf-hub:USER/NAME, an exported .onnx, .xml or .pt2, or a file in any published layout (then with --model).
         data: digits, torch/NAME, hfds/NAME, a folder with val/ of class folders, a folder of class folders, a Parquet
             file or tar, or a folder of them; by default the data that the run was trained on.
         model: The registered name of the model in a file without a config.json.
@@ -62,7 +75,7 @@ def evaluate(
         cache: Folder of torch/ and hfds/ sets; by default ~/.cache/t2t-vit, and the Hub's own.
         download: Fetch a torch/ set that is not there.
         output: Folder for scores.json, images.csv (every image), confusion.csv, confusion.png and mistakes.png; by
-            default the run's own, none for a file.
+            default the run's own, none for a file. For several models a folder of such folders, and means.json.
         spreadsheet: Write cells of images.csv and confusion.csv that a spreadsheet would execute as formulas
             (beginning with = + - @) with an apostrophe in front.
     """
@@ -72,22 +85,73 @@ def evaluate(
             (workers >= 0, f'workers must be at least 0, got {workers}'),
         )
     )
-    classifier = Classifier.load(checkpoint, model, device, precision, classes, ema)
-    source, name = classifier.open_labelled(data, split, cache, download)
-    found = classifier.score(source, name, split, batch_size, workers, augmentation, temperature)
-    report(found)
-    folder = Path(output) if output else Path(checkpoint) if Path(checkpoint).is_dir() else None
-    if folder:
-        save(found, folder, source, classifier, spreadsheet)
-        files = 'scores.json, images.csv, confusion.csv, confusion.png'
-        more = ', mistakes.png' if found.mistakes() else ''
-        console().print(f'{files}{more} are in {folder}', soft_wrap=True)
-    if found.not_finite:
+    evaluations: list[Evaluation] = []
+    for path in checkpoint:
+        if len(checkpoint) > 1:
+            console().print(f'\n{printable(path)}', soft_wrap=True)
+        classifier = Classifier.load(path, model, device, precision, classes, ema)
+        source, name = classifier.open_labelled(data, split, cache, download)
+        found = classifier.score(source, name, split, batch_size, workers, augmentation, temperature)
+        report(found)
+        folder = Path(path) if Path(path).is_dir() else None
+        if output:
+            folder = Path(output) if len(checkpoint) == 1 else Path(output, f'{len(evaluations)}-{Path(path).name}')
+        if folder:
+            save(found, folder, source, classifier, spreadsheet)
+            files = 'scores.json, images.csv, confusion.csv, confusion.png'
+            more = ', mistakes.png' if found.mistakes() else ''
+            console().print(f'{files}{more} are in {folder}', soft_wrap=True)
+        evaluations.append(found)
+    if len(evaluations) > 1:
+        means = average(evaluations)
+        report_means(means)
+        if output:
+            with appearing(Path(output, 'means.json')) as draft:
+                draft.write_text(json.dumps(means, indent=2) + '\n', 'utf-8')
+    if bad := [found for found in evaluations if found.not_finite]:
         raise NotFinite(
-            f'{checkpoint} computes NaN or infinity for {found.not_finite} of '
-            f'{found.not_finite + found.measures.images} images, which are not in the scores'
+            '\n'.join(
+                f'{found.checkpoint} computes NaN or infinity for {found.not_finite} of '
+                f'{found.not_finite + found.measures.images} images, which are not in the scores'
+                for found in bad
+            )
         )
-    return found.as_dict()
+    return [found.as_dict() for found in evaluations]
+
+
+def average(found: Sequence[Evaluation]) -> dict[str, Any]:
+    """Return mean and standard deviation of each measure over models, and the scores of all their images together.
+
+    The latter are None if the models were scored on the same images, or on several data sets.
+    """
+    means: dict[str, Any] = {'checkpoints': [one.checkpoint for one in found]}
+    for key in MEASURES:
+        values = [value for one in found if (value := getattr(one.measures, key)) is not None]
+        if len(values) == len(found):
+            means[key] = {'mean': mean(values), 'std': stdev(values), 'values': values}
+    rows = [(one.data, row.image, row.label == row.predicted) for one in found for row in one.rows]
+    apart = len({one.data for one in found}) == 1 and len({row[1] for row in rows}) == len(rows)
+    means['together'] = None
+    if apart:
+        right = sum(row[2] for row in rows)
+        interval = binomtest(right, len(rows)).proportion_ci(0.95, 'wilson')
+        means['together'] = {'images': len(rows), 'top1': right / len(rows), 'interval': [interval.low, interval.high]}
+    return means
+
+
+def report_means(means: dict[str, Any]) -> None:
+    """Print what `average` returns."""
+    screen = console()
+    screen.print(f'\nmean and standard deviation over {len(means["checkpoints"])} models')
+    for key, label in MEASURES.items():
+        if key in means:
+            screen.print(f'{label:18} {100 * means[key]["mean"]:6.2f} % ± {100 * means[key]["std"]:.2f}')
+    if whole := means['together']:
+        low, high = map(percent, whole['interval'])
+        screen.print(
+            f'all {whole["images"]} images together: top-1 {100 * whole["top1"]:.2f} %   95 % interval {low}–{high} %',
+            soft_wrap=True,
+        )
 
 
 def percent(value: float | None) -> str:
@@ -111,17 +175,8 @@ def report(found: Evaluation) -> None:
     screen.print(table)
     for note in found.notes:
         screen.print(f'note: {note}', soft_wrap=True)
-    lines = [
-        ('top-1', measures.top1, 'top1'),
-        ('top-5', measures.top5, 'top5'),
-        ('balanced accuracy', measures.balanced_accuracy, 'balanced_accuracy'),
-        ('precision', measures.precision, 'precision'),
-        ('F1', measures.f1, 'f1'),
-        ('AUROC', measures.auroc, 'auroc'),
-        ('calibration error', measures.calibration_error, 'calibration_error'),
-    ]
-    for label, value, key in lines:
-        if value is not None:
+    for key, label in MEASURES.items():
+        if (value := getattr(measures, key)) is not None:
             low, high = measures.intervals.get(key, (None, None))
             between = f'   95 % interval {percent(low)}–{percent(high)} %' if low is not None else ''
             screen.print(f'{label:18} {100 * value:6.2f} %{between}')
