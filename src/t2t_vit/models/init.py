@@ -6,7 +6,8 @@ narrow model starts with branches that are almost zero, and learns slowly.
 `scaled` keeps the size of tokens and gradients about the same at every width and depth, by four rules:
 
 - weights of Linears and convolutions have std 1/√fan_in, so that a branch answers a normalised token with values of
-  variance near 1, beside which the position table has variance 1/2;
+  variance near 1, beside which the position table has variance 1/2; convolutional tokens have √2 times that, since
+  GELU halves the second moment;
 - the last Linear of each of the 2·L residual branches of a backbone of L blocks is divided by √(2·L), so that the sum
   of all branches does not grow with the depth; those of a token layer, which has two, by √2;
 - keys and queries of a Performer are divided by D^1/4, so that q·k has variance 1 as in the attention of the blocks,
@@ -59,7 +60,8 @@ def scale_weights(model: Any) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
             continue
-        nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        gain = 2 if name.endswith('.conv') else 1
+        nn.init.normal_(module.weight, std=(gain / module.weight[0].numel()) ** 0.5)
         if name.endswith(BRANCH_ENDS):
             module.weight /= (branches if name.startswith('blocks') else 2) ** 0.5
         elif name.endswith('.kqv'):

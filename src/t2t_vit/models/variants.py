@@ -42,8 +42,7 @@ HARD_SPLIT = ((16, 16, 0),)  # a ViT's patches
 SPLITS_16 = ((3, 2, 1), (3, 2, 1), (3, 1, 1))  # for small images: 16² becomes 8², 4², 4²
 SPLITS_32 = ((3, 1, 1), (3, 2, 1), (3, 2, 1))  # 32², 16², 8²
 SPLITS_64 = ((3, 2, 1), (3, 2, 1), (3, 2, 1))  # 32², 16², 8²
-FAST_SPLITS_32 = ((3, 2, 1), (3, 2, 1), (3, 1, 1))  # 16², 8², 8²: token layers on a quarter of the positions
-FAST_SPLITS_64 = ((7, 4, 2), (3, 2, 1), (3, 1, 1))  # 16², 8², 8²
+OVERLAPPING_64 = ((7, 2, 3), (3, 2, 1), (3, 2, 1))  # the same grids with the paper's first kernel
 
 VARIANTS: dict[str, Variant] = {
     # Table 1: the family, Performer tokens, then transformer tokens (_t)
@@ -78,8 +77,8 @@ VARIANTS: dict[str, Variant] = {
     't2t_vit_4_16': Variant('performer', 4, 128, 4, 2, img_size=16, splits=SPLITS_16),
     't2t_vit_7_32': Variant('performer', 7, 256, 4, 2, img_size=32, splits=SPLITS_32),
     't2t_vit_14_32': Variant('performer', 14, 384, 6, 3, img_size=32, splits=SPLITS_32),
-    't2t_vit_6_32': Variant('performer', 6, 96, 4, 2, img_size=32, splits=FAST_SPLITS_32, token_dim=32),
-    't2t_vit_6_64': Variant('performer', 6, 96, 4, 2, img_size=64, splits=FAST_SPLITS_64, token_dim=32),
+    't2t_vit_c_6_32': Variant('convolution', 6, 96, 4, 2, img_size=32, splits=SPLITS_32, token_dim=32),
+    't2t_vit_c_6_64': Variant('convolution', 6, 96, 4, 2, img_size=64, splits=OVERLAPPING_64, token_dim=32),
     't2t_vit_7_64': Variant('performer', 7, 256, 4, 2, img_size=64, splits=SPLITS_64),
     't2t_vit_14_64': Variant('performer', 14, 384, 6, 3, img_size=64, splits=SPLITS_64),
 }
