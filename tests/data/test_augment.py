@@ -21,7 +21,7 @@ from t2t_vit.data.augment import (
     apply_drawn,
     crop_boxes,
     erase,
-    in_memory,
+    in_batches,
     jitter,
     pad_and_crop,
     resample,
@@ -231,7 +231,7 @@ def test_colour_jitter_matches_torchvision():
 
 def test_policies_without_batch_operations_are_recognised():
     assert [
-        in_memory(Augment(aa=policy))
+        in_batches(Augment(aa=policy))
         for policy in (None, 'rand-m9-mstd0.5-inc1', 'rand-m9-tweights', 'rand-m9-t3a', 'v0', 'augmix-m3')
     ] == [True, True, True, False, False, False]
 
@@ -251,6 +251,6 @@ def test_image_does_not_depend_on_its_batch(channels, changes):
 
 
 def test_several_erased_rectangles_are_for_images_from_disk():
-    assert in_memory(Augment()) and not in_memory(Augment(recount=3))
+    assert in_batches(Augment()) and not in_batches(Augment(recount=3))
     transform = TrainTransform(Preprocessing((16, 16), 3, (0.5,) * 3, (0.5,) * 3), Augment(reprob=1.0, recount=3))
     assert transform.final.transforms[-1].max_count == 3

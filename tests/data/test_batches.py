@@ -10,6 +10,8 @@ import torch
 from conftest import CLASSES
 from PIL import Image
 from timm.data import create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.transforms.functional import to_tensor
 
 from t2t_vit.data import (
     Augment,
@@ -20,6 +22,7 @@ from t2t_vit.data import (
     Folder,
     MemoryBatches,
     Preprocessing,
+    derive,
     measure_input,
     open_batches,
     open_source,
@@ -228,6 +231,36 @@ def test_training_transform_equals_timm(photos):
         expected = theirs(image)
         seed_all(i)
         assert torch.equal(ours(image)[0], expected)
+
+
+def test_crops_equal_those_of_timm(photos):
+    """With the same random numbers, to 2 of 255: the filters round differently."""
+    source = open_source(str(photos), 'train')
+    still = Augment(aa=None, hflip=0.0, reprob=0.0)
+    preprocessing = Preprocessing((32, 32), 3, (0.0,) * 3, (1.0,) * 3)
+    theirs = RandomResizedCropAndInterpolation((32, 32), still.scale, still.ratio, 'random')
+    for images, _, indices, _ in DiskBatches(source, preprocessing, 8, still, 0, seed=5).epoch(3):
+        for image, index in zip(images, indices.tolist()):
+            random.seed(derive(5, 3, index))
+            expected = to_tensor(theirs(SMALL.convert(source.open(index))))
+            torch.testing.assert_close(image, expected, rtol=0, atol=2.01 / 255)
+            assert (image - expected).abs().mean() < 0.1 / 255
+
+
+def test_workers_leave_the_augmentation_to_another_device(photos):
+    """The images that they return are bytes, and become the same batch there."""
+    made, left = (batches_of(photos, reprob=0.5, pad=2, aa='rand-m9-mstd0.5-inc1-p1') for _ in range(2))
+    left.finish, left.loader.collate_fn.finish = left.loader.collate_fn.finish, None
+    raw, _ = next(iter(left.loader))
+    assert raw[0].dtype == torch.uint8 and raw[0].shape == (7, 3, 32, 32)
+    assert same(list(made.epoch(2)), list(left.epoch(2)))
+
+
+def test_policies_for_single_images_work_from_disk(photos):
+    source = open_source(str(photos), 'train')
+    for augment in (Augment(aa='augmix-m3'), Augment(recount=3, reprob=1.0)):
+        batches = [list(DiskBatches(source, SMALL, 8, augment, 0, seed=5).epoch()) for _ in range(2)]
+        assert same(*batches) and batches[0][0].images.dtype == torch.float32
 
 
 class Places:

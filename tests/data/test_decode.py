@@ -11,12 +11,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 import tifffile
 import torch
 from conftest import crops
 from PIL import Image, ImageCms, ImageSequence
 
-from t2t_vit.data import DataError, ImageError, convert_image, decode_image, image_suffixes, pixel_limit, read_image
+from t2t_vit.data import (
+    DataError,
+    ImageError,
+    convert_image,
+    decode,
+    decode_image,
+    image_suffixes,
+    pixel_limit,
+    read_image,
+)
 
 PHOTO = next(image for _, _, image in crops())
 GREY = PHOTO.convert('L')
@@ -32,6 +42,71 @@ def same(image: Any, expected: Image.Image, tolerance: int = 0) -> bool:
     """Return true if an image has the mode, the size and, to within the tolerance, the pixels of another."""
     difference = np.asarray(image).astype(int) - np.asarray(expected)
     return image.mode == expected.mode and image.size == expected.size and int(abs(difference).max()) <= tolerance
+
+
+# plain JPEG, which simplejpeg decodes
+
+
+def decoders(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Return a list that gets, for every JPEG that simplejpeg is asked for, whether it decoded it."""
+    decode, calls = simplejpeg.decode_jpeg, []
+
+    def count(*args: Any) -> np.ndarray:
+        calls.append(False)
+        found = decode(*args)
+        calls[-1] = True
+        return found
+
+    monkeypatch.setattr(simplejpeg, 'decode_jpeg', count)
+    return calls
+
+
+@pytest.mark.parametrize('size', [(64, 64), (61, 35), (1, 7)])
+@pytest.mark.parametrize(
+    'options',
+    [{}, dict(quality=20), dict(quality=95, subsampling=0), dict(subsampling=1), dict(progressive=True)],
+    ids=['plain', 'coarse', '444', '422', 'progressive'],
+)
+def test_plain_jpeg_has_the_pixels_of_pillow(size, options, monkeypatch):
+    content, calls = encode(PHOTO.resize(size), 'jpeg', **options), decoders(monkeypatch)
+    assert np.array_equal(read_image(content), np.asarray(Image.open(io.BytesIO(content)))) and calls == [True]
+
+
+def test_decoded_jpeg_is_an_image(tmp_path):
+    (tmp_path / 'a.jpg').write_bytes(content := encode(PHOTO, 'jpeg'))
+    for source in (content, tmp_path / 'a.jpg', io.BytesIO(content)):
+        assert same(decode_image(source), Image.open(io.BytesIO(content)))
+
+
+@pytest.mark.parametrize('mode', ['L', 'CMYK'])
+def test_other_jpeg_is_decoded_by_pillow(mode, monkeypatch):
+    content, calls = encode(PHOTO.convert(mode), 'jpeg'), decoders(monkeypatch)
+    assert same(decode_image(content), Image.open(io.BytesIO(content)).convert('RGB')) and not calls
+
+
+@pytest.mark.parametrize('tag', [2, 6])
+def test_turned_jpeg_is_decoded_by_pillow(tag, monkeypatch):
+    exif, calls = Image.Exif(), decoders(monkeypatch)
+    exif[0x0112] = tag
+    assert isinstance(read_image(encode(PHOTO, 'jpeg', exif=exif)), Image.Image) and not calls
+
+
+def test_faulty_jpeg_is_judged_by_pillow(monkeypatch):
+    """Zeros among the compressed values are read on over, as before; a cut end is not."""
+    content, calls = encode(PHOTO, 'jpeg', quality=95), decoders(monkeypatch)
+    middle = len(content) // 2
+    faulty = content[:middle] + bytes(40) + content[middle + 40 :]
+    assert same(decode_image(faulty), Image.open(io.BytesIO(faulty))) and calls == [False]
+    with pytest.raises(ImageError, match='damaged: image file is truncated'):
+        decode_image(content[:-40])
+    assert calls == [False, False]
+
+
+def test_jpeg_without_simplejpeg_has_the_same_pixels(monkeypatch):
+    content = encode(PHOTO, 'jpeg')
+    expected = decode_image(content)
+    monkeypatch.setattr(decode, 'find_spec', lambda name: None)
+    assert isinstance(read_image(content), Image.Image) and same(decode_image(content), expected)
 
 
 # orientation

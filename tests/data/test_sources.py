@@ -17,7 +17,18 @@ import torchvision
 from conftest import CLASSES, crops, write_parquet
 from PIL import Image
 
-from t2t_vit.data import DataError, Digits, Folder, Parquet, Part, Shards, check_same_classes, open_source, report_data
+from t2t_vit.data import (
+    DataError,
+    Digits,
+    Folder,
+    Parquet,
+    Part,
+    Shards,
+    check_same_classes,
+    image_size,
+    open_source,
+    report_data,
+)
 from t2t_vit.data.sources import hub as hub_module
 from t2t_vit.data.sources import parquet as parquet_module
 from t2t_vit.data.sources import tar
@@ -47,8 +58,8 @@ def test_folder_and_parquet_agree(photos, parquet, split, count):
     for source in sources:
         assert source.classes == CLASSES
         assert list(source.labels) == [label for label in range(3) for _ in range(count // 3)]
-        assert source.open(0).size[1] == 64
-    sizes = [sorted(source.open(i).size for i in range(count)) for source in sources]
+        assert image_size(source.open(0))[1] == 64
+    sizes = [sorted(image_size(source.open(i)) for i in range(count)) for source in sources]
     assert sizes[0] == sizes[1]
 
 
@@ -317,7 +328,7 @@ def test_tars_of_class_folders(photos, tmp_path):
     )
     assert train.classes == val.classes == CLASSES and len(train.labels) == 24
     assert sorted(val.labels) == sorted(expected.labels)
-    sizes = [sorted(source.open(i).size for i in range(12)) for source in (val, expected)]
+    sizes = [sorted(image_size(source.open(i)) for i in range(12)) for source in (val, expected)]
     assert sizes[0] == sizes[1]
 
 

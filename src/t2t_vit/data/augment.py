@@ -3,7 +3,8 @@
 Images are floats (B, C, H, W) with whole values from 0 to 255. Random numbers in [0, 1) come from the caller, a row for
 each image, and each operation is applied to the images of a batch that drew it, without a loop over images.
 
-Two things differ from timm: resampling is always bilinear, and crops are taken from the image at the model's size.
+Two things differ from timm: rotation, shear and translation are always bilinear, and a set held in memory is cropped
+from the images at the model's size.
 """
 
 import itertools
@@ -76,7 +77,7 @@ def blend(start: torch.Tensor, images: torch.Tensor, factor: torch.Tensor) -> to
 
 def auto_contrast(images: torch.Tensor, _: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
     """Stretch each channel from its darkest and brightest value to 0 and 255."""
-    low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
+    low, high = (value[..., None] for value in images.flatten(2).aminmax(dim=2, keepdim=True))
     return torch.where(high > low, ((images - low) * 255 / (high - low).clamp(min=1)).floor(), images)
 
 
@@ -121,7 +122,7 @@ def color(images: torch.Tensor, factor: torch.Tensor, _: torch.Tensor) -> torch.
 
 def contrast(images: torch.Tensor, factor: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     """Change the contrast: 0 is the mean luminance, 1 the image."""
-    return blend((grey(images).mean((1, 2, 3), keepdim=True) + 0.5).floor(), images, factor)
+    return blend((grey(images).double().mean((1, 2, 3), keepdim=True) + 0.5).floor().float(), images, factor)
 
 
 def brightness(images: torch.Tensor, factor: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
@@ -133,12 +134,10 @@ def sharpness(images: torch.Tensor, factor: torch.Tensor, _: torch.Tensor) -> to
     """Change the sharpness: 0 is the image after Pillow's 3×3 smoothing, which skips the border; 1 the image."""
     if min(images.shape[2:]) < 3:
         return images
-    channels = images.shape[1]
-    kernel = torch.ones(3, 3, device=images.device)
-    kernel[1, 1] = 5
-    inner = F.conv2d(images, kernel.expand(channels, 1, 3, 3), groups=channels)
+    rows = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
+    sums = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * images[:, :, 1:-1, 1:-1]
     smooth = images.clone()
-    smooth[:, :, 1:-1, 1:-1] = (inner / 13 + 0.5).floor()
+    smooth[:, :, 1:-1, 1:-1] = (sums / 13 + 0.5).floor()
     return blend(smooth, images, factor)
 
 
@@ -338,17 +337,22 @@ def crop_boxes(augment: Augment, uniforms: torch.Tensor) -> torch.Tensor:
     return torch.stack([u[5] * (1 - height), u[4] * (1 - width), height, width, (u[3] < augment.hflip).float()], 1)
 
 
+def mirror(images: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
+    """Mirror the images, (B, C, H, W), whose number in (B,) is 1."""
+    return torch.where(mirrored.bool()[:, None, None, None], images.flip(-1), images)
+
+
 def resample(images: torch.Tensor, augment: Augment, boxes: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Crop, mirror and rotate each image in one resampling, (B, C, H, W)."""
     top, left, height, width, mirrored = boxes.unbind(1)
     if augment.scale[0] == 1 and augment.rotate == 0:  # nothing to interpolate
-        return torch.where(mirrored.bool()[:, None, None, None], images.flip(-1), images)
+        return mirror(images, mirrored)
     angle = (2 * uniforms[:, 2] - 1) * math.radians(augment.rotate)
-    mirror, aspect = 1 - 2 * mirrored, images.shape[-2] / images.shape[-1]
+    side, aspect = 1 - 2 * mirrored, images.shape[-2] / images.shape[-1]
     theta = torch.stack(
         [
-            torch.stack([width * mirror * angle.cos(), -height * aspect * angle.sin(), 2 * left + width - 1], 1),
-            torch.stack([width * mirror * angle.sin() / aspect, height * angle.cos(), 2 * top + height - 1], 1),
+            torch.stack([width * side * angle.cos(), -height * aspect * angle.sin(), 2 * left + width - 1], 1),
+            torch.stack([width * side * angle.sin() / aspect, height * angle.cos(), 2 * top + height - 1], 1),
         ],
         1,
     )  # output position -> input position, both in [-1, 1]: (B, 2, 3)
@@ -384,29 +388,30 @@ def noise_bank(length: int, device: torch.device) -> torch.Tensor:
 
 
 def erase(images: torch.Tensor, augment: Augment, uniforms: torch.Tensor) -> torch.Tensor:
-    """Fill a random rectangle, 2 to 33 % of the area, of some normalised images, (B, C, H, W).
+    """Fill a random rectangle, 2 to 33 % of the area, of some normalised images, (B, C, H, W), in place.
 
-    The last six random numbers of each image, (B, ≥ 6), are used.
+    The last six random numbers of each image, (B, ≥ 6), on the CPU, are used.
     """
-    if augment.reprob == 0:
+    chosen = (uniforms[:, -6] < augment.reprob).nonzero()[:, 0]
+    if not len(chosen):
         return images
-    u = uniforms[:, -6:].unbind(1)
-    rows, cols = images.shape[-2:]
-    height, width = _box(0.02 + 0.31 * u[1], math.log(10 / 3) * (2 * u[2] - 1))
+    _, *u = uniforms[chosen, -6:].to(images.device).unbind(1)
+    chosen, (rows, cols) = chosen.to(images.device), images.shape[-2:]
+    height, width = _box(0.02 + 0.31 * u[0], math.log(10 / 3) * (2 * u[1] - 1))
     y, x = torch.arange(rows, device=images.device) / rows, torch.arange(cols, device=images.device) / cols
-    top, left = (u[3] * (1 - height))[:, None], (u[4] * (1 - width))[:, None]
+    top, left = (u[2] * (1 - height))[:, None], (u[3] * (1 - width))[:, None]
     in_rows, in_cols = (y >= top) & (y < top + height[:, None]), (x >= left) & (x < left + width[:, None])
-    inside = in_rows[:, :, None] & in_cols[:, None] & (u[0] < augment.reprob)[:, None, None]
     if augment.remode == 'const':
-        noise = torch.zeros_like(images)
+        noise = torch.zeros(1, device=images.device)
     else:
         shape = (images.shape[1], 1, 1) if augment.remode == 'rand' else images.shape[1:]
         windows = noise_bank(images[0].numel(), images.device).unfold(0, math.prod(shape), 1)  # a view
-        noise = windows[(u[5] * 4096).long()].view(-1, *shape)
-    return torch.where(inside[:, None], noise, images)
+        noise = windows[(u[4] * 4096).long()].view(-1, *shape)
+    images[chosen] = torch.where((in_rows[:, :, None] & in_cols[:, None])[:, None], noise, images[chosen])
+    return images
 
 
-def in_memory(augment: Augment) -> bool:
+def in_batches(augment: Augment) -> bool:
     """Return true if `BatchAugment` has all operations of an augmentation."""
     policy = augment.aa
     return augment.recount == 1 and (not policy or (policy.startswith('rand') and not RandAugment(policy).missing))
@@ -437,12 +442,24 @@ class BatchAugment:
             1,
         )
 
-    def __call__(self, images: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Augment and normalise uint8 images, (B, C, H, W); return them and the boxes, (B, 5), that they show."""
+    def __call__(
+        self, images: torch.Tensor, uniforms: torch.Tensor, boxes: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Augment and normalise images, (B, C, H, W); return them and the boxes, (B, 5), that they show.
+
+        Args:
+            images: Values from 0 to 255.
+            uniforms: Random numbers, (B, columns), on the CPU; see `draw`.
+            boxes: Where images that are crops already were cut, (B, 5); without them the images are cropped.
+        """
         crops, shifts, colors = uniforms.split(self.widths, dim=1)
-        crops = crops.to(images.device)
-        boxes = crop_boxes(self.augment, crops)
-        images = resample(images.float(), self.augment, boxes, crops)
+        on_device = crops.to(images.device)
+        drawn = crop_boxes(self.augment, on_device)
+        if boxes is None:
+            images, boxes = resample(images.float(), self.augment, drawn, on_device), drawn
+        else:
+            images = mirror(images.float(), drawn[:, 4])
+            boxes = torch.cat([boxes[:, :4], drawn[:, 4:]], 1)
         if self.augment.pad:
             images, boxes = pad_and_crop(images, self.augment.pad, boxes, shifts.to(images.device))
         if self.policy:

@@ -1,8 +1,7 @@
 """Make batches of a source's images.
 
-`DiskBatches` opens and augments image by image in worker processes (timm's transforms); `MemoryBatches` holds a small
-set decoded, on the device, and augments whole batches there. Both return the same batches if their augmentation
-resamples nothing.
+`DiskBatches` opens, crops and resizes image by image in worker processes; `MemoryBatches` holds a small set decoded, on
+the device. Both augment and normalise whole batches, and return the same ones if their augmentation resamples nothing.
 
 Random numbers are functions of (seed, epoch, sample) in both, so the number of workers, the number of processes that
 share a batch, and interruptions do not change a sample.
@@ -14,17 +13,17 @@ import random
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
-from torchvision import transforms
+from torchvision.transforms import InterpolationMode
 
-from .augment import Augment, BatchAugment, in_memory
-from .decode import Decoded, image_size
+from .augment import Augment, BatchAugment, in_batches
+from .decode import image_size
 from .errors import DataError
-from .preprocessing import Preprocessing, TrainTransform
+from .preprocessing import Preprocessing, TrainCrop, TrainTransform, resize_pixels
 from .sources import Source, read_channels
 
 
@@ -85,8 +84,42 @@ class Steps:
         return [samples for samples in shares if len(samples)]
 
 
+class Finish:
+    """Turn opened images into those of a batch: augment them, in training, and normalise.
+
+    Args:
+        preprocessing: Of the model.
+        augment: Augmentation of training images; None for validation.
+        device: Of the images.
+        crop: Cut the random crops too, out of the images at the model's size.
+    """
+
+    def __init__(
+        self, preprocessing: Preprocessing, augment: Augment | None, device: torch.device, crop: bool = False
+    ) -> None:
+        self.mean = torch.tensor(preprocessing.mean, device=device).view(1, -1, 1, 1) * 255
+        self.std = torch.tensor(preprocessing.std, device=device).view(1, -1, 1, 1) * 255
+        self.augment, self.crop = BatchAugment(augment, self.mean, self.std) if augment else None, crop
+
+    @property
+    def columns(self) -> int:
+        """Number of random numbers that an image needs."""
+        return sum(self.augment.widths) if self.augment else 0
+
+    def __call__(
+        self, images: torch.Tensor, uniforms: torch.Tensor, boxes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images and boxes as in a `Batch`, from images (B, C, H, W) of values from 0 to 255."""
+        if self.augment:
+            return self.augment(images, uniforms, None if self.crop else boxes)
+        return (images - self.mean) / self.std, boxes
+
+
 class DiskBatches:
     """Batches of images opened one by one, in worker processes that persist for all epochs.
+
+    On a GPU, batches are augmented and normalised there, so that a worker only decodes, crops and resizes; on a CPU the
+    workers do that too.
 
     The name of a damaged image is added to `damaged`, and the image is left out of its batch; in training, where every
     batch is complete, the next image of the source replaces it.
@@ -110,12 +143,14 @@ class DiskBatches:
         read_channels(source, preprocessing.channels)
         self.damaged: list[str] = []
         self.steps = Steps(len(source.labels), batch_size, augment is not None, seed, rank, world)
-        self.order, self.opener = _Order(self.steps), _Opener(source, preprocessing, augment, seed)
+        finish = Finish(preprocessing, augment, device) if augment is None or in_batches(augment) else None
+        self.order, self.opener = _Order(self.steps), _Opener(source, preprocessing, augment, seed, finish)
+        self.finish = None if device.type == 'cpu' else finish
         self.loader = DataLoader(
             self.opener,
             batch_sampler=self.order,
             num_workers=workers,
-            collate_fn=_collate,
+            collate_fn=_Collate(finish if device.type == 'cpu' else None),
             pin_memory=device.type == 'cuda',
             worker_init_fn=leave_signals,
             persistent_workers=workers > 0,
@@ -155,7 +190,11 @@ class DiskBatches:
         for batch, damaged in self.loader:
             self.damaged = [*dict.fromkeys([*self.damaged, *damaged])] if damaged else self.damaged
             if batch is not None:
-                yield Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
+                *parts, uniforms = batch
+                images, labels, indices, boxes = (tensor.to(self.device, non_blocking=True) for tensor in parts)
+                if self.finish:
+                    images, boxes = self.finish(images, uniforms, boxes)
+                yield Batch(images, labels, indices, boxes)
             elif self.augment:
                 raise DataError('none of the training images can be read')
 
@@ -176,40 +215,60 @@ class _Order(Sampler[list[tuple[int, int]]]):
             yield [(epoch, index) for index in samples.tolist()]
 
 
-Sample = tuple[tuple[torch.Tensor, int, int, torch.Tensor] | None, list[str]]  # as in Batch; names of damaged images
+Sample = tuple[tuple[torch.Tensor, int, int, torch.Tensor, torch.Tensor] | None, list[str]]
+# image, label, index, box, random numbers of the batch's augmentation; names of damaged images
 
 
 class _Opener(Dataset[Sample]):
-    """Turn (epoch, index) into a sample; runs in worker processes."""
+    """Turn (epoch, index) into a sample; runs in worker processes.
 
-    def __init__(self, source: Source, preprocessing: Preprocessing, augment: Augment | None, seed: int) -> None:
+    What `finish` does to batches is left to it; without it, timm's transform augments and normalises each image.
+    """
+
+    def __init__(
+        self, source: Source, preprocessing: Preprocessing, augment: Augment | None, seed: int, finish: Finish | None
+    ) -> None:
         self.source, self.preprocessing, self.seed = source, preprocessing, seed
-        self.train = TrainTransform(preprocessing, augment) if augment else None
-        self.evaluate = preprocessing.transform()
+        self.training, self.columns = augment is not None, finish.columns if finish else 0
+        self.crop = TrainCrop(preprocessing, augment) if augment and finish else None
+        self.train = TrainTransform(preprocessing, augment) if augment and not finish else None
+        self.evaluate = preprocessing.transform(normalize=False)
         self.damaged: set[int] = set()  # not opened again
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         count, names = len(self.source.labels), []
-        for i in range(index, index + (count if self.train else 1)):
+        for i in range(index, index + (count if self.training else 1)):
             if (i := i % count) in self.damaged:
                 continue
             try:
-                image = self.preprocessing.convert(self.source.open(i))
+                image = self.source.open(i)
+                shown = self.preprocessing.pixels(image) if self.crop else self.preprocessing.convert(image)
             except Exception:  # a damaged image, or one that cannot be read
                 self.damaged.add(i)
                 names.append(self.source.name(i))
                 continue
-            tensor, box = self.transformed(image, epoch, index)
-            return (tensor, self.source.labels[i], i, box), names
+            tensor, box, uniforms = self.transformed(shown, epoch, index)
+            tensor = tensor if self.preprocessing.displayable or self.train else tensor * 255
+            return (tensor, self.source.labels[i], i, box, uniforms), names
         return None, names
 
-    def transformed(self, image: Decoded, epoch: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Augment an image with the random numbers of its sample; the main process keeps its generators' state."""
-        if self.train is None:
-            return self.evaluate(image), torch.tensor(self.preprocessing.kept(image))
-        states = None if get_worker_info() else (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    def transformed(self, image: Any, epoch: int, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Prepare an image, to train on with the random numbers of its sample; return it, its box and more numbers.
+
+        The main process keeps its generators' state.
+        """
         seed = derive(self.seed, epoch, index)
+        if self.crop:
+            state = None if get_worker_info() else random.getstate()
+            random.seed(seed)
+            crop, box = self.crop(image)
+            if state is not None:
+                random.setstate(state)
+            return crop, box, torch.rand(self.columns, generator=torch.Generator().manual_seed(seed))
+        if self.train is None:
+            return self.evaluate(image), torch.tensor(self.preprocessing.kept(image)), torch.empty(0)
+        states = None if get_worker_info() else (random.getstate(), np.random.get_state(), torch.get_rng_state())
         random.seed(seed)
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond, for all devices
@@ -218,15 +277,24 @@ class _Opener(Dataset[Sample]):
             random.setstate(states[0])
             np.random.set_state(states[1])
             torch.set_rng_state(states[2])
-        return sample
+        return *sample, torch.empty(0)
 
 
-def _collate(samples: list[Sample]) -> tuple[Batch | None, list[str]]:
-    names = [name for _, damaged in samples for name in damaged]
-    good = [sample for sample, _ in samples if sample is not None]
-    if not good:
-        return None, names
-    return Batch(*default_collate(good)), names  # which stacks into shared memory
+class _Collate:
+    """Stack samples, and finish the batch if `finish` is given; returns its tensors, and names of damaged images."""
+
+    def __init__(self, finish: Finish | None) -> None:
+        self.finish = finish
+
+    def __call__(self, samples: list[Sample]) -> tuple[list[torch.Tensor] | None, list[str]]:
+        names = [name for _, damaged in samples for name in damaged]
+        good = [sample for sample, _ in samples if sample is not None]
+        if not good:
+            return None, names
+        images, labels, indices, boxes, uniforms = default_collate(good)  # which stacks into shared memory
+        if self.finish:
+            images, boxes = self.finish(images, uniforms, boxes)
+        return [images, labels, indices, boxes, uniforms], names
 
 
 def leave_signals(worker: int) -> None:
@@ -255,7 +323,7 @@ class MemoryBatches:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        if augment and not in_memory(augment):
+        if augment and not in_batches(augment):
             raise DataError(
                 f'augment.aa {augment.aa} has operations for single images only: '
                 'set data.memory to false, or use a policy like rand-m9-mstd0.5-inc1'
@@ -263,17 +331,18 @@ class MemoryBatches:
         self.batch_size, self.seed, self.device = batch_size, seed, device
         read_channels(source, preprocessing.channels)
         self.damaged: list[str] = []
-        resize = transforms.Resize(preprocessing.size, transforms.InterpolationMode.BICUBIC)
-        whole = transforms.Compose([resize, *([transforms.PILToTensor()] if preprocessing.displayable else [])])
-        prepare = whole if augment else preprocessing.transform(normalize=False)
+        evaluate = preprocessing.transform(normalize=False)
         images, indices, boxes = [], [], []
         for i in range(len(source.labels)):
             try:
-                image = preprocessing.convert(source.open(i))
+                image = source.open(i)
+                pixels = preprocessing.pixels(image) if augment else evaluate(preprocessing.convert(image))
             except Exception:  # a damaged image, or one that cannot be read
                 self.damaged.append(source.name(i))
                 continue
-            images.append(prepare(image) * (1 if preprocessing.displayable else 255))
+            if augment:
+                pixels = resize_pixels(pixels, preprocessing.size, InterpolationMode.BICUBIC)
+            images.append(pixels if preprocessing.displayable else pixels * 255)
             indices.append(i)
             boxes.append(preprocessing.kept(image))
         if not images:
@@ -282,9 +351,7 @@ class MemoryBatches:
         self.labels = torch.tensor([source.labels[i] for i in indices], device=device)
         self.indices = torch.tensor(indices, device=device)
         self.boxes = torch.tensor(boxes, device=device)
-        self.mean = torch.tensor(preprocessing.mean, device=device).view(1, -1, 1, 1) * 255
-        self.std = torch.tensor(preprocessing.std, device=device).view(1, -1, 1, 1) * 255
-        self.augment = BatchAugment(augment, self.mean, self.std) if augment else None
+        self.finish = Finish(preprocessing, augment, device, crop=True)
         self.steps = Steps(len(images), batch_size, augment is not None, seed, rank, world)
 
     def __len__(self) -> int:
@@ -295,19 +362,12 @@ class MemoryBatches:
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch from batch `start` on."""
-        uniforms = (
-            self.augment.draw(
-                len(self.labels), [torch.Generator().manual_seed(derive(self.seed, epoch, key)) for key in (2, 4)]
-            )
-            if self.augment
-            else None
-        )
+        generators = [torch.Generator().manual_seed(derive(self.seed, epoch, key)) for key in (2, 4)]
+        count, augment = len(self.labels), self.finish.augment
+        uniforms = augment.draw(count, generators) if augment else torch.empty(count, 0)
         for samples in self.steps.epoch(epoch, start):
             chosen = samples.to(self.device, non_blocking=True)
-            if self.augment and uniforms is not None:
-                images, boxes = self.augment(self.images[chosen], uniforms[samples])
-            else:
-                images, boxes = (self.images[chosen] - self.mean) / self.std, self.boxes[chosen]
+            images, boxes = self.finish(self.images[chosen], uniforms[samples], self.boxes[chosen])
             yield Batch(images, self.labels[chosen], self.indices[chosen], boxes)
 
 
@@ -365,7 +425,7 @@ def open_batches(
             f'{preprocessing.channels}: set them to null and 0'
         )
     if memory is None:
-        memory = small_images(source, preprocessing, augment is not None) and (augment is None or in_memory(augment))
+        memory = small_images(source, preprocessing, augment is not None) and (augment is None or in_batches(augment))
     if augment and augment.rotate and not memory:
         raise DataError('augment.rotate needs a set held in memory: set data.memory to true, or augment.rotate to 0')
     loader = MemoryBatches if memory else DiskBatches

@@ -104,7 +104,8 @@ def read_image(
             return _read_bands(file, max_aspect)
         try:
             with Image.open(file, formats=_formats(head)) as image:
-                return _load_upright(image, max_side, max_aspect)
+                pixels = _decode_plain_jpeg(image, file, max_aspect) if max_side is None else None
+                return _load_upright(image, max_side, max_aspect) if pixels is None else pixels
         except Image.UnidentifiedImageError:
             if not head.startswith(TIFF_MAGIC):
                 raise
@@ -242,16 +243,40 @@ def _check_size(width: int, height: int, max_aspect: float) -> None:
         raise ImageError(f'{width}x{height} pixels; at most {Image.MAX_IMAGE_PIXELS:,} are decoded')
 
 
+def _decode_plain_jpeg(image: Image.Image, file: IO[bytes], max_aspect: float) -> np.ndarray | None:
+    """Decode an opened RGB JPEG that needs no turning by simplejpeg: the pixels that Pillow returns, in less time.
+
+    None for all other images, and for a JPEG in which it finds any fault: Pillow then decides what is damaged.
+    """
+    if image.format != 'JPEG' or image.mode != 'RGB' or _turn(image) is not None or not find_spec('simplejpeg'):
+        return None
+    import simplejpeg
+
+    _check_size(*image.size, max_aspect)
+    file.seek(0)
+    try:
+        pixels = simplejpeg.decode_jpeg(file.read(), 'RGB')  # strict: warnings are errors
+    except ValueError:
+        file.seek(0)
+        return None
+    return pixels
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Return how to turn an image upright, None if it is."""
+    try:
+        return UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # EXIF data that cannot be read says nothing
+        return None
+
+
 def _load_upright(image: Image.Image, max_side: int | None, max_aspect: float) -> Image.Image:
     """Decode the pixels, turned as the EXIF orientation says."""
     _check_size(*image.size, max_aspect)
     if max_side is not None:
         image.draft(None, (max_side, max_side))
     image.load()
-    try:
-        turn = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # EXIF data that cannot be read says nothing
-        turn = None
+    turn = _turn(image)
     if turn is None:
         return image
     upright = image.transpose(turn)

@@ -1,14 +1,17 @@
 """Turn a read image into the tensor that a model is given, for evaluation and for training."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision.transforms.functional as TF
 from timm.data import create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms
+from torchvision.transforms.v2.functional import resize as resize_tensor
 
 from .augment import Augment, shift_box
 from .decode import Decoded, Raw, convert_image, image_size, is_color
@@ -87,6 +90,13 @@ class Preprocessing:
         """Convert a read image to the model's channels: mode L for 1, RGB for 3, else a float tensor of the bands."""
         return convert_image(image, self.channels, self.background)
 
+    def pixels(self, image: Raw) -> torch.Tensor:
+        """Convert a read image to a tensor of the model's channels, (C, H, W): uint8 for grey and RGB, else floats."""
+        if isinstance(image, np.ndarray) and self.channels == 3 and image.dtype == np.uint8 and image.shape[2:] == (3,):
+            return torch.from_numpy(np.require(image, requirements=['C', 'W'])).permute(2, 0, 1)
+        shown = self.convert(image)
+        return shown if isinstance(shown, torch.Tensor) else TF.pil_to_tensor(shown)
+
     def transform(self, normalize: bool = True) -> Callable[[Decoded], torch.Tensor]:
         """Return timm's evaluation transform: resize, crop, normalise; without the last, uint8 for L and RGB."""
         return create_transform(
@@ -120,11 +130,38 @@ class Preprocessing:
         return (1 - rows) / 2, (1 - cols) / 2, rows, cols, 0.0
 
 
+def resize_pixels(pixels: torch.Tensor, size: Sequence[int], mode: TF.InterpolationMode) -> torch.Tensor:
+    """Resize a tensor (C, H, W) with antialiasing; uint8 values differ from Pillow's by at most 2."""
+    return resize_tensor(pixels, list(size), mode, antialias=True)
+
+
+class TrainCrop:
+    """timm's random crop of one image; draws random numbers in timm's order."""
+
+    def __init__(self, preprocessing: Preprocessing, augment: Augment) -> None:
+        self.size = preprocessing.size
+        self.crop = RandomResizedCropAndInterpolation(self.size, augment.scale, augment.ratio, augment.interpolation)
+
+    def draw(self, image: Decoded) -> tuple[tuple[int, int, int, int], TF.InterpolationMode, torch.Tensor]:
+        """Draw top, left, height and width in pixels, and the filter; return the box as fractions too, see `Batch`."""
+        width, height = image_size(image)
+        where = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+        modes = self.crop.interpolation
+        mode = random.choice(modes) if isinstance(modes, (tuple, list)) else modes
+        top, left, rows, cols = where
+        return where, mode, torch.tensor([top / height, left / width, rows / height, cols / width, 0])
+
+    def __call__(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a crop of an image (C, H, W) at the model's size, and its box, (5,)."""
+        (top, left, height, width), mode, box = self.draw(pixels)
+        return resize_pixels(pixels[:, top : top + height, left : left + width], self.size, mode), box
+
+
 class TrainTransform:
     """timm's training transform of one image, which also returns the crop; draws random numbers in timm's order."""
 
     def __init__(self, preprocessing: Preprocessing, augment: Augment) -> None:
-        primary, self.secondary, self.final = create_transform(
+        _, self.secondary, self.final = create_transform(
             (preprocessing.channels, *preprocessing.size),
             is_training=True,
             mean=preprocessing.mean,
@@ -140,17 +177,13 @@ class TrainTransform:
             re_count=augment.recount,
             separate=True,
         )
-        self.crop, self.size = primary.transforms[0], preprocessing.size
+        self.crop, self.size = TrainCrop(preprocessing, augment), preprocessing.size
         self.pad, self.hflip = augment.pad, augment.hflip
 
     def __call__(self, image: Decoded) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the augmented image (C, H, W), and the box of the original that it shows, (5,); see `Batch`."""
-        image_width, image_height = image_size(image)
-        top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
-        modes = self.crop.interpolation
-        mode = random.choice(modes) if isinstance(modes, (tuple, list)) else modes
-        box = torch.tensor([top / image_height, left / image_width, height / image_height, width / image_width, 0])
-        image = TF.resized_crop(image, top, left, height, width, list(self.size), mode)
+        where, mode, box = self.crop.draw(image)
+        image = TF.resized_crop(image, *where, list(self.size), mode)
         if self.pad:
             image = TF.pad(image, [self.pad])
             row, col, *_ = transforms.RandomCrop.get_params(image, self.size)

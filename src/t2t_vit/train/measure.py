@@ -34,6 +34,7 @@ class Measured(NamedTuple):
         memory: Bytes of the process that trains, at its peak; on a GPU, of its memory.
         workers: Bytes of the processes that open images.
         steps: How many steps were timed.
+        compute: Seconds of a step without waiting for images; 0 if it was not measured.
     """
 
     step: float
@@ -41,6 +42,7 @@ class Measured(NamedTuple):
     memory: int
     workers: int
     steps: int
+    compute: float = 0.0
 
 
 @contextmanager
@@ -60,12 +62,15 @@ def measure(trainer: Trainer, steps: int = STEPS, seconds: float = SECONDS) -> M
     """Time some training steps, without an update, and the scoring of a batch; the trainer stays as it is."""
     device, parts, position = trainer.accelerator.device, trainer.parts, trainer.position
     times: list[float] = []
+    waits: list[float] = []
     parts.model.train()
     begun = clock = time.perf_counter()
     batch = None
     with unchanged(trainer):
         start = position.step if position.step < len(trainer.data.train) else 0  # an epoch may only lack its scores
         for batch in islice(trainer.data.train.epoch(position.epoch, start), steps):
+            synchronize(device)
+            waits.append(time.perf_counter() - clock)
             trainer.accumulate_gradients(type(batch)(*(tensor.clone() for tensor in batch)))
             parts.optimizer.zero_grad()
             synchronize(device)
@@ -77,9 +82,10 @@ def measure(trainer: Trainer, steps: int = STEPS, seconds: float = SECONDS) -> M
     scored = len(batch.labels) / score_seconds(trainer, batch) if batch is not None else 1.0
     passes = len(trainer.candidates())
     validation = passes * trainer.data.counts[1] / (scored * trainer.accelerator.num_processes)
+    compute = step - (sum(waits[1:]) / len(waits[1:]) if waits[1:] else waits[0])
     slowest = max(gather_object([step]))
     epoch = slowest * len(trainer.data.train) + validation
-    return Measured(slowest, epoch, peak_memory(trainer), worker_memory(), len(times))
+    return Measured(slowest, epoch, peak_memory(trainer), worker_memory(), len(times), max(gather_object([compute])))
 
 
 def score_seconds(trainer: Trainer, batch: Any) -> float:

@@ -1,5 +1,6 @@
 """The plan of a run, printed before it starts: data, model, weights, schedule, time, memory, and warnings."""
 
+import math
 import shutil
 import textwrap
 from collections.abc import Iterable
@@ -46,7 +47,9 @@ def plan(trainer: Trainer, measured: Measured | None = None, report: DataReport 
         *ema_lines(trainer, steps),
     ]
     if trainer.input_alone:
-        lines.append(f'input     {trainer.input_alone:,.0f} images/s by itself; see the speed after {FIRST} steps')
+        lines.append(
+            f'input     {input_need(trainer, trainer.input_alone, measured)}; see the speed after {FIRST} steps'
+        )
     if measured:
         left = measured.epoch * (config.epochs - trainer.position.epoch)
         budget = f', within {config.minutes:g} minutes' if config.minutes else ''
@@ -78,6 +81,29 @@ def repeats(data: TrainingData) -> list[str]:
     """Return a line with how many images are repeated in an epoch, if any are."""
     more = len(data.sources.train.labels) - len(data.sources.once.labels)
     return [f'sampler   balanced: {more:,} of the training images of an epoch are repetitions'] if more else []
+
+
+def input_need(trainer: Trainer, alone: float, measured: Measured | None) -> str:
+    """Say how fast images are read by themselves, and how many cores would have to read them for this model.
+
+    Args:
+        trainer: The run.
+        alone: Images per second of all processes that read.
+        measured: The time of a step.
+    """
+    said, workers = f'{alone:,.0f} images/s by itself', trainer.config.data.workers
+    if isinstance(trainer.data.train, MemoryBatches) or not measured or measured.compute <= 0:
+        return said
+    world = trainer.accelerator.num_processes
+    wanted = trainer.config.batch_size / measured.compute
+    cores = math.ceil(wanted / (alone / (max(workers, 1) * world)))
+    needs = (
+        f'{said} with {workers} workers{f" in each of {world} processes" if world > 1 else ""}; the model takes '
+        f'{wanted:,.0f}, which needs about {cores} {"core" if cores == 1 else "cores"} for reading'
+    )
+    if cores > max(workers, 1) * world:
+        needs += f': data.workers {math.ceil(cores / world)}'
+    return needs
 
 
 def classes(report: DataReport) -> list[str]:
