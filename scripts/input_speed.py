@@ -4,7 +4,7 @@
 
 FOLDER is any data.root of small images, such as CIFAR-10. The photos are crops of scikit-learn's two sample photos with
 grain, 500×375 pixels (ImageNet's average size), as JPEG. All loaders make the same batches of the ImageNet recipe, in
-one process of one thread. What is counted is the processor time of that process, which other load on the machine changes
+one process of one thread. What is counted is the processor time of that process, which other load on the machine moves
 less than the clock's. They are timed in turn, and each ratio is to timm's loader (or Pillow's decoder) in that turn.
 """
 

@@ -235,6 +235,25 @@ COMMANDS = {
         ('photos.onnx', 'photos.onnx --port 9000 --threads 4', 'photos.onnx --host 0.0.0.0 --names photos.example.org'),
         positional=('file',),
     ),
+    'prepare': Command(
+        'reduce images once, into shards that train faster',
+        'FOLDER OUTPUT [options]',
+        """
+  FOLDER              train/ and val/ with class folders, or what train reads
+  OUTPUT              a new folder; then t2t-vit train OUTPUT
+  --short-side N      pixels of the shorter side; default: 256
+  --quality N         of the JPEGs, from 1 to 95; default: 90
+  --shard-images N    images in a shard
+  --workers N         processes that reduce images
+""",
+        (
+            'imagenet imagenet256',
+            'photos photos384 --short-side 384 --workers 16',
+            'imagenet imagenet256 --quality 95 --shard-images 4096',
+        ),
+        'prepare:prepare',
+        ('root', 'output'),
+    ),
     'bench': Command(
         'compare models in speed, memory and size',
         '[MODEL…] [options]',

@@ -10,12 +10,13 @@ import timm
 import torch
 import yaml
 from conftest import CLASSES, digits_config
+from PIL import Image
 from safetensors.torch import load_file
 from test_run import PHOTOS, SHORT
 
 from t2t_vit.cli import main
 from t2t_vit.data import Augment
-from t2t_vit.train.choose import Facts, choices
+from t2t_vit.train.choose import Facts, choices, look_at
 from t2t_vit.train.run import train
 from t2t_vit.train.start_weights import load_start_weights
 from t2t_vit.train.state import load_state
@@ -147,3 +148,10 @@ def test_finetune_without_usable_weights_is_refused(flat, colour_run, tmp_path, 
     words = [str(file) if word == 'FILE' else word for word in words]
     assert main(['finetune', str(flat), *words, '--output', str(tmp_path / 'run')]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / 'run').exists()
+
+
+def test_sizes_of_jpeg_photos_are_seen(tmp_path):
+    for name in ('cat/1.jpg', 'cat/2.jpg', 'dog/3.jpg', 'dog/4.png'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new('RGB', (90, 70)).save(tmp_path / name)
+    assert look_at(str(tmp_path), {}).pixels == 70

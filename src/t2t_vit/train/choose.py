@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from timm.models import get_pretrained_cfg
 
-from ..data import DataError, Source, open_source
+from ..data import DataError, Source, image_size, open_source
 from ..settings import Setting, UsageError, read_settings, recipes
 from ..trained import pick_device
 from .resume import saved_settings
@@ -105,8 +105,7 @@ def look_at(root: str, values: dict[str, Any]) -> Facts:
     sides = []
     for i in range(0, len(source.labels), max(1, len(source.labels) // LOOKED_AT)):
         try:
-            image: Any = source.open(i)
-            sides.append(min(image.size))
+            sides.append(min(image_size(source.open(i))))
         except Exception:  # damaged: counted when it is trained on
             continue
     device = 'cpu' if pick_device(str(values.get('device', 'auto'))).type == 'cpu' else 'cuda'

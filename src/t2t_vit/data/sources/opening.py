@@ -13,6 +13,7 @@ from .hub import HubSet
 from .lists import LabelledList
 from .names import subfolders
 from .parquet import Parquet
+from .prepared import Prepared, is_prepared
 from .splits import EVERY_SPLIT, LISTS, SHARDS, SPLITS, find_files, split_folder, split_named
 from .tar import Shards
 from .torchvision import TorchSet
@@ -31,10 +32,11 @@ def open_source(
     """Open the labelled images of one split.
 
     Args:
-        root: `digits`; `torch/NAME`, a set of torchvision; `hfds/NAME`, one of the Hub; a folder with a folder of class
-            folders for each split (train and val, validation or test); a folder, or folders in it, with Parquet files,
-            tars or a .csv for each split, with the split's name in theirs. For `val`, a folder of class folders or a
-            single Parquet file, tar or .csv will also do.
+        root: A folder that `t2t-vit prepare` wrote, or its address; `digits`; `torch/NAME`, a set of torchvision;
+            `hfds/NAME`, one of the Hub; a folder with a folder of class folders for each split (train and val,
+            validation or test); a folder, or folders in it, with Parquet files, tars or a .csv for each split, with
+            the split's name in theirs. For `val`, a folder of class folders or a single Parquet file, tar or .csv will
+            also do.
         split: train, val, or all: the training split, or everything where there are no splits.
         cache: The folder of torch/ and hfds/ sets, and of what is kept about tars in folders that cannot be written to;
             by default ~/.cache/t2t-vit, and the Hub's named for hfds/.
@@ -49,6 +51,8 @@ def open_source(
     folder, one = Path(cache or CACHE).expanduser(), 'train' if split == 'all' else split
     if root == 'digits' and not Path(root).exists():
         return Digits(one, classes)
+    if is_prepared(root):
+        return Prepared(root, one, folder, channels, classes)
     path = Path(root).expanduser()
     prefix, _, name = root.partition('/')
     if prefix == 'torch' and name and not path.exists():

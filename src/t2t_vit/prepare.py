@@ -1,0 +1,280 @@
+"""Prepare images for fast training: the command `t2t-vit prepare`."""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from .console import Live, console, duration
+from .data import DataError, Source, check_same_classes, convert_image, is_color, open_source, printable
+from .data.batches import epoch_order, leave_signals
+from .data.sources.prepared import INDEX, MANIFEST, PREPARING, VERSION, checksum, is_remote
+from .settings import UsageError, require
+
+SHOWN = 5  # damaged images in a message
+SPLITS = ('train', 'val')
+
+
+class Reduction(NamedTuple):
+    """How images are reduced: their shorter side, the quality of the JPEG, the colour below transparent pixels."""
+
+    short_side: int
+    quality: int
+    background: str
+
+
+def reduced_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+    """Return the width and height of an image whose shorter side is reduced to `short_side`; it is never enlarged."""
+    scale = min(1.0, short_side / min(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def reduce_image(content: bytes | None, image: Any, to: Reduction) -> bytes:
+    """Return a read image as a JPEG of reduced size; a plain small JPEG keeps its bytes."""
+    shown = convert_image(image, 3, to.background)
+    size = reduced_size(shown.size, to.short_side)
+    if content is not None and size == shown.size and is_plain_jpeg(content):
+        return content
+    buffer = io.BytesIO()
+    shown.resize(size, Image.Resampling.BICUBIC).save(buffer, 'JPEG', quality=to.quality)
+    return buffer.getvalue()
+
+
+def is_plain_jpeg(content: bytes) -> bool:
+    """Return true for a JPEG without EXIF data, whose pixels are shown as they are stored."""
+    with Image.open(io.BytesIO(content)) as image:
+        return image.format == 'JPEG' and image.mode == 'RGB' and not image.getexif()
+
+
+class ShardWriter(Dataset[dict[str, Any]]):
+    """Write one shard of a split, a tar in WebDataset's layout; runs in worker processes.
+
+    Args:
+        source: The images.
+        folder: Where the shards go.
+        shards: The indices of the images of each shard.
+        to: How images are reduced.
+    """
+
+    def __init__(self, source: Source, folder: Path, shards: list[list[int]], to: Reduction) -> None:
+        self.source, self.folder, self.shards, self.to = source, folder, shards, to
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Return the record of a shard, which is written under its name when it is complete."""
+        path, draft = self.folder / f'{number:06}.tar', self.folder / f'{number:06}.tar.part'
+        rows: list[dict[str, Any]] = []
+        damaged: list[str] = []
+        with tarfile.open(draft, 'w', format=tarfile.USTAR_FORMAT) as tar:
+            for index in self.shards[number]:
+                try:
+                    image = self.source.open(index)
+                    content = self.source.content(index) if hasattr(self.source, 'content') else None
+                    jpeg = reduce_image(content, image, self.to)
+                except Exception:  # decoders raise any type for damaged bytes
+                    damaged.append(self.source.name(index))
+                    continue
+                label = int(self.source.labels[index])
+                for suffix, part in (('jpg', jpeg), ('cls', str(label).encode())):
+                    member = tarfile.TarInfo(f'{index:09}.{suffix}')
+                    member.size = len(part)
+                    if suffix == 'jpg':
+                        offset = tar.offset + tarfile.BLOCKSIZE
+                        rows.append(dict(name=member.name, shard=number, offset=offset, size=member.size, label=label))
+                    tar.addfile(member, io.BytesIO(part))
+        with draft.open('rb+') as file:
+            os.fsync(file.fileno())
+        record = dict(name=f'{self.folder.name}/{path.name}', sha256=checksum(draft), bytes=draft.stat().st_size)
+        record |= dict(images=len(rows), rows=rows, damaged=damaged)
+        os.replace(draft, path)
+        write_json(path.with_suffix('.json'), record)
+        return {**record, 'rows': []}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file that is complete as soon as it has its name."""
+    draft = path.with_name(f'{path.name}.part')
+    draft.write_text(json.dumps(content, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    os.replace(draft, path)
+
+
+class Numbers:
+    """Numbers of the shards to write, as a sampler."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        self.numbers = numbers
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+def prepare(
+    root: str,
+    output: str,
+    short_side: int = 256,
+    quality: int = 90,
+    shard_images: int = 2048,
+    workers: int = 2,
+    background: str = 'white',
+    cache: str | None = None,
+) -> None:
+    """Reduce images once, and write them into shards that train faster than the originals.
+
+    OUTPUT can be given as `--data.root` to `train`, on a disk or, after it is copied there, at an address that fsspec
+    reads. The same command continues where it was interrupted, and checks what is complete.
+
+    Args:
+        root: A data.root with training and validation images.
+        output: A new folder.
+        short_side: Pixels of the shorter side; smaller images keep their size.
+        quality: Quality of the JPEGs, from 1 to 95.
+        shard_images: Images in a shard.
+        workers: Processes that reduce images.
+        background: Colour that shows through transparent pixels, a name or #rrggbb.
+        cache: Where torch/ and hfds/ sets are kept; by default ~/.cache/t2t-vit.
+    """
+    require(
+        (
+            (short_side >= 1, f'short_side must be at least 1, got {short_side}'),
+            (1 <= quality <= 95, f'quality must be at least 1 and at most 95, got {quality}'),
+            (shard_images >= 1, f'shard_images must be at least 1, got {shard_images}'),
+            (workers >= 0, f'workers must be at least 0, got {workers}'),
+            (is_color(background), f'background is no colour: {background!r}'),
+            (not is_remote(output), f'output must be a folder, got {output}: copy it elsewhere when it is complete'),
+        )
+    )
+    folder, to = Path(output).expanduser(), Reduction(short_side, quality, background)
+    sources = {split: open_source(root, split, cache, channels=3) for split in SPLITS}
+    check_same_classes(sources['train'], sources['val'])
+    settings = dict(
+        **to._asdict(),
+        shard_images=shard_images,
+        classes=list(sources['train'].classes),
+        images={split: len(source.labels) for split, source in sources.items()},
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / '.lock', timeout=0):
+            check_settings(folder, settings)
+            write_all(folder, sources, settings, to, workers)
+    except Timeout:
+        raise UsageError(f'another process prepares images in {folder}') from None
+
+
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Check that a folder is new, or was begun with the same settings and images.
+
+    Raises:
+        UsageError: naming what differs.
+    """
+    path = folder / (MANIFEST if (folder / MANIFEST).exists() else PREPARING)
+    if path.exists():
+        before = json.loads(path.read_text(encoding='utf-8'))
+        if different := [key for key in settings if settings[key] != before.get(key)]:
+            raise UsageError(
+                f'{folder} was begun with other {", ".join(different)}: give another output, or delete the folder'
+            )
+    elif any(entry.name != '.lock' for entry in folder.iterdir()):
+        raise UsageError(f'{folder} is not empty, and holds no prepared images: give another output')
+    else:
+        write_json(path, settings)
+
+
+def write_all(folder: Path, sources: dict[str, Source], settings: dict[str, Any], to: Reduction, workers: int) -> None:
+    """Write the shards that are missing, and then the index of each split and the manifest."""
+    if (folder / MANIFEST).exists():
+        check_shards(folder)
+        console().print(f'nothing left to do: {folder} is complete, and its checksums are right', soft_wrap=True)
+        return
+    records: dict[str, list[dict[str, Any]]] = {}
+    count = sum(settings['images'].values())
+    with Live(console(stderr=True), 'image', count, 0) as live:
+        done = written = 0
+        for split, source in sources.items():
+            target = folder / split
+            target.mkdir(exist_ok=True)
+            order = epoch_order(len(source.labels), 0, 0).tolist()  # mixed, for readers that read in sequence
+            size = settings['shard_images']
+            shards = [order[i : i + size] for i in range(0, len(order), size)]
+            missing = [i for i in range(len(shards)) if not (target / f'{i:06}.json').exists()]
+            done += sum(map(len, shards)) - sum(len(shards[i]) for i in missing)
+            writer = ShardWriter(source, target, shards, to)
+            loader = DataLoader(
+                writer,
+                batch_size=None,
+                sampler=Numbers(missing),
+                num_workers=min(workers, len(missing)),
+                worker_init_fn=leave_signals,
+            )
+            try:
+                for record in loader:
+                    images = record['images'] + len(record['damaged'])
+                    done, written = done + images, written + images
+                    live.show(done, f'{written / live.seconds:.0f} images/s')
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt('stopped; the same command continues from what is done') from None
+            records[split] = [
+                json.loads((target / f'{i:06}.json').read_text(encoding='utf-8')) for i in range(len(shards))
+            ]
+        seconds = live.seconds
+    damaged = [name for found in records.values() for record in found for name in record['damaged']]
+    if empty := [split for split, found in records.items() if not any(record['images'] for record in found)]:
+        raise DataError(f'none of the images to {" and ".join(empty)} can be read: {", ".join(damaged[:SHOWN])}')
+    splits = {split: finish_split(folder, split, found) for split, found in records.items()}
+    write_json(folder / MANIFEST, dict(version=VERSION, **settings, damaged=damaged, splits=splits))
+    for path in (folder / PREPARING, *folder.glob('*/*.json')):
+        path.unlink()
+    total = sum(shard['bytes'] for split in splits.values() for shard in split['shards'])
+    speed = f', {written / seconds:,.0f} images/s' if written else ''
+    console().print(
+        f'{count - len(damaged):,} images, {total / 1e6:,.0f} MB ({total / (count - len(damaged)) / 1e3:.0f} kB each), '
+        f'in {duration(seconds)}{speed}; train with --data.root {folder}',
+        soft_wrap=True,
+    )
+    if damaged:
+        named = ', '.join(map(printable, damaged[:SHOWN]))
+        console().print(
+            f'{len(damaged):,} damaged images were left out: {named}{", …" * (len(damaged) > SHOWN)}; all of them are '
+            f'named in {folder / MANIFEST}',
+            soft_wrap=True,
+        )
+
+
+def check_shards(folder: Path) -> None:
+    """Compare the shards and indices of a complete folder with their checksums.
+
+    Raises:
+        DataError: naming those that differ.
+    """
+    splits = json.loads((folder / MANIFEST).read_text(encoding='utf-8'))['splits'].values()
+    files = [record for split in splits for record in (*split['shards'], split['index'])]
+    wrong = [
+        record['name']
+        for record in files
+        if not (folder / record['name']).exists() or checksum(folder / record['name']) != record['sha256']
+    ]
+    if wrong:
+        raise DataError(
+            f'{len(wrong)} of {len(files)} files in {folder} are damaged or missing: {", ".join(wrong[:SHOWN])}: '
+            'delete the folder, and prepare it again'
+        )
+
+
+def finish_split(folder: Path, split: str, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write the index of a split; return what the manifest says about the split."""
+    rows = [row for record in records for row in record['rows']]
+    path = folder / split / 'index.parquet'
+    pq.write_table(pa.Table.from_pylist(rows, INDEX), path)
+    shards = [{key: record[key] for key in ('name', 'sha256', 'bytes', 'images')} for record in records]
+    return dict(shards=shards, index=dict(name=f'{split}/{path.name}', sha256=checksum(path)))

@@ -1,0 +1,183 @@
+"""The command `prepare`: shards that hold the same images, reduced; restarted, checked, and read from a server."""
+
+import http.server
+import io
+import json
+import tarfile
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from t2t_vit import prepare as module
+from t2t_vit.cli import main
+from t2t_vit.data import Augment, DataError, DiskBatches, Preprocessing, convert_image, image_size, open_source
+
+PREPROCESSING = Preprocessing((32, 32), 3, (0.5,) * 3, (0.25,) * 3)
+
+
+@pytest.fixture(scope='module')
+def prepared(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the photos prepared in shards of five; read-only."""
+    output = tmp_path_factory.mktemp('prepared') / 'out'
+    assert main(['prepare', str(photos), str(output), '--short_side', '48', '--shard_images', '5']) == 0
+    return output
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address(prepared: Path) -> Iterator[str]:
+    """Return the address of a server of the prepared photos."""
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=str(prepared)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f'http://127.0.0.1:{server.server_port}'
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_prepared_images_are_the_originals_reduced(photos, prepared):
+    for split, count in (('train', 24), ('val', 12)):
+        source, original = (open_source(str(root), split) for root in (prepared, photos))
+        assert source.classes == original.classes and len(source.labels) == count
+        numbers = [int(Path(source.name(i)).stem) for i in range(count)]
+        assert sorted(numbers) == list(range(count))
+        for i, number in enumerate(numbers):
+            assert source.labels[i] == original.labels[number]
+            before = convert_image(original.open(number))
+            expected = before.resize((round(before.width * 48 / 64), 48), Image.Resampling.BICUBIC)
+            difference = np.asarray(convert_image(source.open(i))).astype(int) - np.asarray(expected)
+            assert image_size(source.open(i)) == expected.size and abs(difference).mean() < 8
+
+
+def test_shards_are_tars_in_the_layout_of_webdataset(prepared):
+    with tarfile.open(prepared / 'train' / '000000.tar') as tar:
+        names = tar.getnames()
+        assert len(names) == 10 and names[0].endswith('.jpg') and names[1] == names[0].replace('.jpg', '.cls')
+        assert Image.open(io.BytesIO(tar.extractfile(names[0]).read())).format == 'JPEG'
+    webdataset = pytest.importorskip('webdataset')
+    found = list(webdataset.WebDataset(str(prepared / 'train' / '000000.tar'), shardshuffle=False).decode('pil'))
+    assert len(found) == 5 and {sample['cls'] for sample in found} <= {0, 1, 2}
+
+
+def test_small_plain_jpeg_keeps_its_bytes(photos, tmp_path):
+    assert main(['prepare', str(photos), str(tmp_path / 'out'), '--workers', '0']) == 0
+    source, original = (open_source(str(root), 'val') for root in (tmp_path / 'out', photos))
+    kept = 0
+    for i in range(12):
+        before = original.content(int(Path(source.name(i)).stem))
+        kept += source.content(i) == before
+        assert (source.content(i) == before) == before.startswith(b'\xff\xd8')
+    assert kept == 6
+
+
+def test_turned_photo_is_stored_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for split in ('train', 'val'):
+        for name in ('a', 'b'):
+            (tmp_path / 'in' / split / name).mkdir(parents=True)
+            Image.new('RGB', (40, 30), 'red').save(tmp_path / 'in' / split / name / '1.jpg', exif=exif)
+    assert main(['prepare', str(tmp_path / 'in'), str(tmp_path / 'out'), '--workers', '0']) == 0
+    assert image_size(open_source(str(tmp_path / 'out'), 'val').open(0)) == (30, 40)
+
+
+def test_interrupted_command_continues(photos, prepared, tmp_path, monkeypatch):
+    words = ['prepare', str(photos), str(tmp_path / 'out'), '--short_side', '48', '--shard_images', '5']
+    write = module.ShardWriter.__getitem__
+
+    def stop(self: module.ShardWriter, number: int) -> object:
+        if number == 2:
+            raise KeyboardInterrupt
+        return write(self, number)
+
+    monkeypatch.setattr(module.ShardWriter, '__getitem__', stop)
+    assert main([*words, '--workers', '0']) == 130
+    with pytest.raises(DataError, match='is not complete'):
+        open_source(str(tmp_path / 'out'), 'train')
+    made: list[int] = []
+    monkeypatch.setattr(
+        module.ShardWriter, '__getitem__', lambda self, number: made.append(number) or write(self, number)
+    )
+    assert main([*words, '--workers', '0']) == 0 and made == [2, 3, 4, 0, 1, 2]
+    for file in ('prepared.json', 'train/000001.tar', 'val/000002.tar', 'train/index.parquet'):
+        assert (tmp_path / 'out' / file).read_bytes() == (prepared / file).read_bytes()
+
+
+def test_other_settings_are_rejected(photos, prepared, capsys):
+    assert main(['prepare', str(photos), str(prepared), '--short_side', '64', '--shard_images', '5']) == 2
+    assert 'was begun with other short_side' in capsys.readouterr().err
+    assert main(['prepare', str(photos), str(photos)]) == 2
+    assert 'is not empty, and holds no prepared images' in capsys.readouterr().err
+    assert main(['prepare', str(photos), 's3://a/b', '--quality', '99', '--short_side', '0', '--background', 'x']) == 2
+    error = capsys.readouterr().err
+    for part in ('output must be a folder', 'quality must be', 'short_side must be', 'background is no colour'):
+        assert part in error
+
+
+def test_complete_folder_is_checked(photos, tmp_path, capsys):
+    words = ['prepare', str(photos), str(tmp_path / 'out'), '--workers', '0']
+    assert main(words) == 0 and main(words) == 0
+    assert 'nothing left to do' in capsys.readouterr().out
+    shard = tmp_path / 'out' / 'train' / '000000.tar'
+    content = bytearray(shard.read_bytes())
+    content[3000] ^= 1
+    shard.write_bytes(content)
+    assert main(words) == 2
+    assert '1 of 4 files' in (error := capsys.readouterr().err) and 'train/000000.tar' in error
+
+
+def test_damaged_images_are_left_out_and_named(tmp_path, capsys):
+    for split in ('train', 'val'):
+        for name in ('a', 'b'):
+            (tmp_path / 'in' / split / name).mkdir(parents=True)
+            Image.new('RGB', (40, 30), 'red').save(tmp_path / 'in' / split / name / '1.png')
+    (tmp_path / 'in' / 'train' / 'a' / '2.jpg').write_bytes(b'not an image')
+    assert main(['prepare', str(tmp_path / 'in'), str(tmp_path / 'out'), '--workers', '0']) == 0
+    assert '1 damaged images were left out' in capsys.readouterr().out
+    assert json.loads((tmp_path / 'out' / 'prepared.json').read_text())['damaged'][0].endswith('2.jpg')
+    assert len(open_source(str(tmp_path / 'out'), 'train').labels) == 2
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_batches_from_a_server_equal_those_of_the_folder(prepared, address, tmp_path, workers):
+    """Two ranks, from the second step on, as a resumed run asks for them."""
+    found, expected = (
+        [
+            batch
+            for rank in range(2)
+            for batch in DiskBatches(
+                open_source(root, 'train', str(tmp_path)), PREPROCESSING, 4, Augment(), workers, 5, rank=rank, world=2
+            ).epoch(1, start=1)
+        ]
+        for root in (address, str(prepared))
+    )
+    assert len(found) == 4
+    for pair in zip(found, expected):
+        assert all(torch.equal(one, other) for one, other in zip(*pair))
+
+
+def test_damaged_download_is_an_error(prepared, address, tmp_path, monkeypatch):
+    source = open_source(address, 'train', str(tmp_path))
+    source.shards[0]['sha256'] = '0' * 64
+    with pytest.raises(DataError, match='000000.tar is damaged: its SHA-256 is'):
+        source.open(0)
+    with pytest.raises(DataError, match=r'cannot fetch http://127.0.0.1:\d+/none/prepared.json: FileNotFoundError'):
+        open_source(f'{address}/none', 'train', str(tmp_path))
+
+
+def test_prepared_images_train(prepared, tmp_path):
+    words = ['train', '--data', str(prepared), '--model', 't2t_vit_4_16', '--model_args.depth', '1', '--imgsz', '16']
+    words += ['--epochs', '1', '--batch', '8', '--data.memory', 'false', '--workers', '0']
+    assert main([*words, '--output', str(tmp_path / 'run')]) == 0
+    assert (tmp_path / 'run' / 'model.safetensors').exists()
