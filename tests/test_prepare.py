@@ -65,6 +65,10 @@ def test_shards_are_tars_in_the_layout_of_webdataset(prepared):
         names = tar.getnames()
         assert len(names) == 10 and names[0].endswith('.jpg') and names[1] == names[0].replace('.jpg', '.cls')
         assert Image.open(io.BytesIO(tar.extractfile(names[0]).read())).format == 'JPEG'
+
+
+@pytest.mark.filterwarnings('ignore')  # of the other package
+def test_shards_are_read_by_webdataset(prepared):
     webdataset = pytest.importorskip('webdataset')
     found = list(webdataset.WebDataset(str(prepared / 'train' / '000000.tar'), shardshuffle=False).decode('pil'))
     assert len(found) == 5 and {sample['cls'] for sample in found} <= {0, 1, 2}
