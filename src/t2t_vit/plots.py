@@ -1,15 +1,20 @@
 """Plots of runs, scores and benchmarks, as PNG files, in the colours of Okabe and Ito, which every eye tells apart."""
 
+import sys
 import textwrap
+import unicodedata
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.text import Annotation, Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
@@ -19,6 +24,7 @@ BLUE, ORANGE, GREEN, RED = '#0072B2', '#E69F00', '#009E73', '#D55E00'
 CYCLE = (BLUE, ORANGE, GREEN, RED, '#CC79A7', '#56B4E9', '#000000', '#999999')
 MARKERS = 'osD^vPX*'
 DPI = 150
+CJK = ('CJK', 'HIRAGANA', 'KATAKANA', 'HANGUL')  # first words of Unicode names
 
 
 def style(index: int) -> tuple[str, str]:
@@ -31,13 +37,64 @@ def save_figure(figure: Figure, file: Path, dpi: float = DPI, bbox: str | None =
 
     With `bbox` 'tight' the picture is as large as its content.
     """
-    for text in figure.findobj(Text):
+    texts: list[Any] = figure.findobj(Text)
+    for text in texts:
         text.set_parse_math(False)
+    choose_fonts(texts)
     file.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph .* missing')  # drawn as a box
+        warnings.filterwarnings('ignore', 'Glyph .* missing')  # see `choose_fonts`
         figure.savefig(file, dpi=dpi, bbox_inches=bbox)
     return file
+
+
+def choose_fonts(texts: Sequence[Text]) -> None:
+    """Let texts use other installed fonts for characters that the usual font lacks; say once which no font has."""
+    usual = font_manager.findfont(FontProperties())
+    lacking = {c for text in texts for c in text.get_text() if c.isprintable() and ord(c) not in characters(usual)}
+    if not lacking:
+        return
+    names, missing = fonts_for(frozenset(lacking))
+    for text in texts:
+        if lacking & {*text.get_text()}:
+            text.set_fontfamily([*text.get_fontfamily(), *names])
+    if missing:
+        warn_missing(''.join(sorted(missing)))
+
+
+@cache
+def characters(file: str) -> frozenset[int]:
+    """Return the code points of a font file that matplotlib can draw; none if it cannot be read."""
+    try:
+        font = font_manager.get_font(file)
+        return frozenset(font.get_charmap()) if font.scalable else frozenset()
+    except (OSError, RuntimeError):  # colour bitmaps, damaged files
+        return frozenset()
+
+
+@cache
+def fonts_for(wanted: frozenset[str]) -> tuple[list[str], frozenset[str]]:
+    """Return the names of installed fonts that have these characters, and the characters that no font has."""
+    regular = [font for font in font_manager.fontManager.ttflist if font.style == 'normal' and font.weight == 400]
+    names: list[str] = []
+    for font in sorted(regular, key=lambda font: (not font.name.startswith('Noto'), font.name)):
+        if found := {c for c in wanted if ord(c) in characters(font.fname)}:
+            names, wanted = [*names, font.name], wanted - found
+        if not wanted:
+            break
+    return names, wanted
+
+
+@cache
+def warn_missing(missing: str) -> None:
+    """Say once that characters are drawn as boxes, and which fonts have them."""
+    scripts = {unicodedata.name(c, 'SYMBOLS').split()[0] for c in missing}
+    fonts = sorted({'Noto Sans CJK' if name in CJK else f'Noto Sans {name.title()}' for name in scripts})
+    print(
+        f't2t-vit: no installed font has {missing[:20]}{"…" * (len(missing) > 20)}, drawn as boxes in pictures; tables '
+        f'have the names. Install {" and ".join(fonts[:3])}',
+        file=sys.stderr,
+    )
 
 
 def one_line(name: str, width: int = 40) -> str:
