@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from t2t_vit.cli import main
 from t2t_vit.data import DataError, Folder, find_images, open_source
 from t2t_vit.data.sources import labels as labels_module
 from t2t_vit.data.sources import parquet as parquet_module
@@ -137,6 +138,38 @@ def test_usual_names_of_shards_are_understood(train, val, suffix, tmp_path):
     sources = [open_source(str(tmp_path), split) for split in ('train', 'val')]
     assert [source.classes for source in sources] == [['cat', 'dog']] * 2
     assert [len(source.labels) for source in sources] == [2, 3]
+
+
+PLAN = ['train', '--dry-run', '--model', 't2t_vit_4_16', '--data.img_size', '16', '--batch_size', '2', '--threads', '1']
+
+
+def planned(root: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Return what the command says it would train on, in a line."""
+    words = ['--data.root', root, '--data.workers', '0', '--augment.mixup', '0', '--augment.cutmix', '0']
+    assert main([*PLAN, *map(str, words), '--output', str(root.parent / 'run')]) == 0
+    return ' '.join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize('train, val', SHARDS)
+def test_train_command_takes_usual_names_of_shards(train, val, tmp_path, capsys):
+    for name, classes in ((train, ['cat', 'dog']), (val, ['dog', 'cat', 'dog'])):
+        tar_of(tmp_path / 'data' / f'{name}.tar', [f'{label}/{i}.png' for i, label in enumerate(classes)])
+    assert 'training + validation images: cat 1+1, dog 1+2' in planned(tmp_path / 'data', capsys)
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='links need rights elsewhere')
+def test_train_command_follows_links(tmp_path, capsys):
+    """A linked class folder, a linked folder in a class, a linked image, and one that leads nowhere."""
+    write(tmp_path / 'far', ['dog/1.png', 'more/2.png', '3.png'])
+    for split in ('train', 'val'):
+        cat = write(tmp_path / 'data' / split, ['cat/0.png']) / 'cat'
+        (cat.parent / 'dog').symlink_to(tmp_path / 'far' / 'dog')
+        (cat / 'more').symlink_to(tmp_path / 'far' / 'more')
+        (cat / '3.png').symlink_to(tmp_path / 'far' / '3.png')
+        (cat / '4.png').symlink_to(tmp_path / 'nowhere.png')
+    said = planned(tmp_path / 'data', capsys)
+    assert 'training + validation images: cat 3+3, dog 1+1' in said and 'left out 2 broken links' in said
+    assert '4 validation images are training images too' in said
 
 
 def test_names_without_a_split_are_shown(tmp_path):

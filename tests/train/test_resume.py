@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -78,6 +79,22 @@ def test_resume_rejects_changed_classes(photos, photos_run, tmp_path, capsys, ch
     with pytest.raises(UsageError, match=message):  # also into another folder
         train(photos_config(root, tmp_path / 'other', epochs=2), resume=str(state))
     assert not (tmp_path / 'other').exists()
+
+
+def test_resume_rejects_another_order_of_classes(parquet, tmp_path, capsys):
+    root, folder = shutil.copytree(parquet, tmp_path / 'data'), tmp_path / 'run'
+    train(photos_config(root, folder))
+    for file in root.iterdir():  # the same rows, with the numbers' names in another order
+        table = pq.read_table(file)
+        names = json.loads(table.schema.metadata[b'huggingface'])
+        names['info']['features']['label']['names'].reverse()
+        pq.write_table(table.replace_schema_metadata({'huggingface': json.dumps(names)}), file)
+    before = contents(folder)
+    assert main(['train', '--resume', str(folder), '--epochs', '2']) == 2
+    said = ' '.join(capsys.readouterr().err.split())
+    assert "another order, from class 0 on ('flower' before, 'sky' now)" in said and contents(folder) == before
+    assert main(['eval', '--checkpoint', str(folder), '--data', str(root), '--output', str(tmp_path / 'out')]) == 2
+    assert 'the same classes in another order' in capsys.readouterr().err
 
 
 def test_changed_order_of_classes_is_named():
