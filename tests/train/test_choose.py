@@ -84,6 +84,16 @@ def test_choices_follow_data_and_machine():
     assert 'data.val_fraction' not in chosen() and chosen(divided=False)['data.val_fraction'] == 0.2
 
 
+def test_augmentation_is_light_for_few_passes():
+    few, some, many = (chosen(images=images) for images in (100_000, 9_000, 500))
+    assert few['epochs'] == 10 and few['augment.scale'] == [1.0, 1.0] and few['augment.pad'] == 4
+    assert 15 < some['epochs'] < 60 and some['augment.scale'] == [0.5, 1.0] and some['augment.mixup'] == 0
+    assert many['epochs'] == 100 and 'augment.scale' not in many
+    budget = {key: value for key, value, _ in choices(Facts(9_000, 5, 1.0, 500, True, 'cpu'), {'minutes': 5})}
+    assert budget['augment.pad'] == 4 and budget['data.memory'] is True
+    assert 'data.memory' not in chosen(device='cuda')
+
+
 def test_class_weights_balance_the_loss():
     weights = balanced_weights([0, 0, 0, 1], 2)
     assert torch.allclose(weights, torch.tensor([2 / 3, 2.0]))

@@ -24,6 +24,9 @@ MODELS: dict[str, dict[int, str]] = {  # by device and pixels
 FINETUNING = ('finetune', 'finetune-head')  # recipes
 STEPS = {'cpu': 5_000, 'cuda': 20_000}  # of a run, roughly
 EPOCHS: dict[str, tuple[int, int]] = {'cpu': (10, 100), 'cuda': (20, 300)}  # fewest and most
+SPEED = {'cpu': 200, 'cuda': 3_000}  # images/s, roughly, to guess how many epochs a time budget has
+FEW_PASSES, MANY_PASSES = 15, 60  # of every image: shifted and mirrored only; cropped, too; all of the recipe
+MEMORY = 1 << 30  # bytes of decoded images that a run on a CPU keeps
 BATCH = {'cpu': 32, 'cuda': 128}
 STEPS_AN_EPOCH = 8  # at least
 VAL_FRACTION = 0.2
@@ -153,6 +156,9 @@ def choices(facts: Facts, values: dict[str, Any], start: StartModel | None = Non
     else:
         yield 'epochs', epochs, f'{epochs * steps:,} steps on {on}'
     epochs = int(str(values.get('epochs', epochs)))
+    if not start:
+        passes = float(values['minutes']) * 60 * SPEED[facts.device] / facts.images if 'minutes' in values else epochs
+        yield from augmentation(passes)
     if batch > 64:
         yield 'optimizer.lr_base_size', 64, 'the learning rate follows the batch size'
     if values.get('lora') not in (None, 'null'):
@@ -173,6 +179,18 @@ def choices(facts: Facts, values: dict[str, Any], start: StartModel | None = Non
         yield 'objective.class_weights', 'balanced', reason
 
 
+def augmentation(passes: float) -> Iterator[tuple[str, Any, str]]:
+    """Yield a lighter augmentation than the recipe's for runs that see each image so many times, if they are few."""
+    if passes > MANY_PASSES:
+        return
+    few = passes <= FEW_PASSES
+    reason = f'each image is seen about {max(round(passes), 1)} times'
+    light = dict(aa=None, reprob=0.0, mixup=0.0, cutmix=0.0, ratio=[1.0, 1.0] if few else [0.75, 1.3333])
+    light.update(scale=[1.0, 1.0], pad=4) if few else light.update(scale=[0.5, 1.0])
+    for key, value in light.items():
+        yield f'augment.{key}', value, reason
+
+
 def small_model(facts: Facts, values: dict[str, Any], on: str) -> Iterator[tuple[str, Any, str]]:
     """Yield the choice of a model to train from scratch, and its size."""
     if 'model' in values:
@@ -185,6 +203,8 @@ def small_model(facts: Facts, values: dict[str, Any], on: str) -> Iterator[tuple
         pixels = max((size for size in models if size <= int(str(asked))), default=min(models))
     yield 'model', models[pixels], f'a small model for {pixels} pixels, for {facts.images:,} images on {on}'
     yield 'data.img_size', pixels, f'half of the images have {facts.pixels} pixels or more, on {on}'
+    if facts.device == 'cpu' and not is_number(asked) and 3 * pixels**2 * facts.images < MEMORY:
+        yield 'data.memory', True, 'decoded once, so that the cores can train'
 
 
 def model_of_weights(start: StartModel) -> Iterator[tuple[str, Any, str]]:
