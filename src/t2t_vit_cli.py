@@ -59,6 +59,7 @@ COMMANDS = {
                       run's folder, or a file of weights (then with --model)
   --pretrained        the published weights of --model instead
   --recipe NAME       finetune trains all layers, finetune-head only the head
+  --lora N            train adapters of rank N and the head instead
   --epochs N          passes over the training images
   --minutes N         as many epochs as fit into this time
   --batch N           images in a step
@@ -223,7 +224,7 @@ COMMANDS = {
         'export.command:export',
     ),
     'serve': Command(
-        'answer predictions of an exported ONNX file over HTTP, without torch',
+        'serve predictions of an ONNX file over HTTP, without torch',
         'FILE [options]',
         """
   FILE                written by t2t-vit export --pixels image
