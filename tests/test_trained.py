@@ -100,6 +100,28 @@ def test_transformers_loads_a_folder_in_bfloat16(folder, image):
     assert torch.allclose(found, probabilities(folder, image), atol=0.03)
 
 
+@pytest.mark.filterwarnings('ignore')
+def test_transformers_trainer_trains_a_folder(folder, image, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    net = transformers.AutoModelForImageClassification.from_pretrained(folder)
+    pixels = transformers.AutoImageProcessor.from_pretrained(folder)(image)['pixel_values'][0]
+    rows = [{'pixel_values': pixels.roll(8 * i, 2), 'labels': i} for i in range(3)]
+    options = dict(learning_rate=1e-3, max_steps=12, per_device_train_batch_size=3, lr_scheduler_type='constant')
+    quiet = dict(report_to=[], save_strategy='no', disable_tqdm=True, use_cpu=True, seed=0)
+    trainer = transformers.Trainer(
+        net, transformers.TrainingArguments(str(tmp_path), **options, **quiet), train_dataset=rows
+    )
+    before = trainer.evaluate(rows)['eval_loss']
+    trainer.train()
+    assert trainer.evaluate(rows)['eval_loss'] < before
+    logits = torch.as_tensor(trainer.predict(rows).predictions)
+    trainer.save_model(str(tmp_path / 'trained'))
+    found = load_trained(str(tmp_path / 'trained'))
+    assert found.names == NAMES
+    with torch.inference_mode():
+        assert torch.allclose(found.net(torch.stack([row['pixel_values'] for row in rows])), logits, atol=1e-4)
+
+
 def test_weights_beside_their_config_need_no_model_name(digits_run, folder, image, tmp_path):
     expected = load_model(str(digits_run))[0].state_dict()
     found = load_trained(str(digits_run / 'model.safetensors'))
