@@ -1,6 +1,7 @@
 """Augmentation of batches: crops, padding and erasing; colours and shapes compared with timm's for single images."""
 
 import math
+import pickle
 import random
 from typing import Any
 
@@ -248,6 +249,14 @@ def test_image_does_not_depend_on_its_batch(channels, changes):
     torch.testing.assert_close(alone[0], together[3])
     assert torch.equal(one_box[0], boxes[3])
     assert together.isfinite().all() and together.shape == images.shape
+
+
+def test_augmentation_travels_to_a_process_that_is_not_forked():
+    images = tensor_of(PICTURES).byte()
+    augment = BatchAugment(Augment(), *torch.full((2, 1, 3, 1, 1), 99.0))
+    uniforms = augment.draw(len(images), [torch.Generator().manual_seed(i) for i in range(2)])
+    copy = pickle.loads(pickle.dumps(augment))
+    assert all(torch.equal(one, other) for one, other in zip(copy(images, uniforms), augment(images, uniforms)))
 
 
 def test_several_erased_rectangles_are_for_images_from_disk():

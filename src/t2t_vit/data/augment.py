@@ -263,6 +263,7 @@ class RandAugment:
     """timm's RandAugment for batches, configured by timm's policy string."""
 
     def __init__(self, policy: str) -> None:
+        self.policy = policy
         parsed = rand_augment_transform(policy, {'translate_pct': 0.45})  # or old versions change their defaults
         names = [op.name for op in parsed.ops]
         self.missing = [name for name in names if name not in OPERATIONS]
@@ -272,6 +273,10 @@ class RandAugment:
         self.most = first.magnitude_max or 10
         self.layers, self.weights = parsed.num_layers, parsed.choice_weights
         self.columns = 4 * self.layers
+
+    def __reduce__(self) -> tuple[type['RandAugment'], tuple[str]]:
+        """Travel by the policy to a process that is not forked: levels cannot be pickled."""
+        return RandAugment, (self.policy,)
 
     def __call__(self, images: torch.Tensor, uniforms: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
         """Augment images by random numbers, (B, columns), on the CPU."""
