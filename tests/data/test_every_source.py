@@ -45,8 +45,11 @@ TURNED = {  # the EXIF tag, and how an upright image is stored with it
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-COUNT = 12  # images, each of a class of its own
-MODES = ['1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'I;16', 'I', 'F', 'npy', 'npy floats']
+MODES = [
+    *('1', 'L', 'LA', 'P', 'P, transparent', 'RGB', 'RGBA', 'CMYK', 'LAB', 'I;16', 'I;16B', 'I', 'F'),
+    *('GIF frames', 'npy', 'npy floats'),
+]
+COUNT = len(MODES)  # images, each of a class of its own
 
 
 def png(image: Image.Image, kind: str = 'png', **options: Any) -> bytes:
@@ -57,36 +60,43 @@ def png(image: Image.Image, kind: str = 'png', **options: Any) -> bytes:
 def stored(pixels: np.ndarray, mode: str, tag: int, hidden: np.ndarray) -> tuple[str, bytes, bytes]:
     """Return a suffix, an image file of this mode and orientation, and its upright 8-bit RGB twin as PNG.
 
-    Pixels that are `hidden` are transparent in modes with transparency.
+    Pixels that are `hidden` are transparent in modes with transparency. Files without EXIF are stored upright.
     """
-    grey = mode in ('1', 'L', 'LA', 'I;16', 'I', 'F') or mode.startswith('npy')
-    image = Image.fromarray(pixels[..., 0] if grey else pixels)
+    colour = mode in ('P', 'P, transparent', 'RGB', 'RGBA', 'CMYK', 'LAB', 'GIF frames')
+    image = Image.fromarray(pixels if colour else pixels[..., 0])
     if mode == '1':
-        image = image.point(lambda value: 255 * (value > 127))
-    elif mode == 'P':
-        image = image.quantize(16).convert('RGB')  # as many colours as a palette holds
-    twin = image.convert('RGB')
-    if mode in ('LA', 'RGBA'):
+        image = image.point(lambda value: 255 * (value > 127)).convert('1')
+    elif mode in ('P', 'P, transparent', 'GIF frames'):
+        image = image.quantize(15)
+    elif mode == 'LAB':  # which does not hold every colour
+        image = image.convert(mode)
+    twin, options = image.convert('RGB'), {}
+    if mode in ('LA', 'RGBA', 'P, transparent'):
         twin.paste('white', mask=Image.fromarray(hidden))
+    if mode in ('LA', 'RGBA'):
         image.putalpha(Image.fromarray(~hidden))
+    elif mode == 'P, transparent':
+        image.putpalette([*(image.getpalette() or []), *[0] * 48][:48])  # 16 colours
+        image.paste(15, mask=Image.fromarray(hidden))
+        options = {'transparency': 15}
+    elif mode.startswith('I;16'):
+        deep = np.asarray(image).astype(np.uint16) * 257
+        image = Image.fromarray(deep.astype('>u2' if mode == 'I;16B' else '<u2'))
+        assert image.mode == mode
+    elif mode in ('I', 'F', 'CMYK'):
+        image = image.convert(mode)
     if mode.startswith('npy'):
         values = np.asarray(image)
         np.save(buffer := io.BytesIO(), values.astype(np.float32) / 255 if mode == 'npy floats' else values)
         return '.npy', buffer.getvalue(), png(twin)
+    if mode == 'GIF frames':
+        return '.gif', png(image, 'gif', save_all=True, append_images=[Image.new('P', image.size)]), png(twin)
     if (turn := TURNED[tag]) is not None:
         image = image.transpose(turn)
-    if mode == 'I;16':
-        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
-    elif mode == 'I':
-        image = Image.fromarray(np.asarray(image).astype(np.int32))
-    elif mode != 'P':
-        image = image.convert(mode)
-    else:
-        image = image.quantize(16)
     exif = Image.Exif()
     exif[0x0112] = tag
-    kind = 'png' if mode in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'I;16') else 'tiff'
-    return f'.{kind}', png(image, kind, exif=exif), png(twin)
+    kind = 'tiff' if mode in ('I', 'I;16B', 'F', 'CMYK', 'LAB') else 'png'
+    return f'.{kind}', png(image, kind, exif=exif, **options), png(twin)
 
 
 def write_tar(file: Path, members: 'list[tuple[str, bytes]]') -> str:
