@@ -59,6 +59,7 @@ def foreign(digits_run: Path, tmp_path: Path, trap: Trap) -> Path:
     folder = tmp_path / 'foreign'
     shutil.copytree(digits_run, folder)
     config = json.loads((folder / 'config.json').read_text())
+    del config['sha256']
     config['model_args'] = {**config.get('model_args', {}), 'block': trap.block}
     (folder / 'config.json').write_text(json.dumps(config))
     tree = yaml.safe_load((folder / 'config.yaml').read_text())
@@ -126,6 +127,7 @@ def test_timm_refuses_code_from_a_folder(argument, digits_run, tmp_path, trap):
     folder = tmp_path / 'foreign'
     shutil.copytree(digits_run, folder)
     config = json.loads((folder / 'config.json').read_text())
+    del config['sha256']
     config['model_args'] = {**config.get('model_args', {}), argument: trap.block if argument == 'block' else trap.layer}
     (folder / 'config.json').write_text(json.dumps(config))
     for build in (timm.create_model, lambda name, **more: load_model(name), lambda name, **more: Classifier.load(name)):
@@ -136,6 +138,7 @@ def test_timm_refuses_code_from_a_folder(argument, digits_run, tmp_path, trap):
 
 def test_timm_refuses_code_from_the_hub(digits_run, tmp_path, trap, monkeypatch):
     config = json.loads((digits_run / 'config.json').read_text())
+    del config['sha256']
     config['model_args'] = {'block': trap.block}
     (tmp_path / 'config.json').write_text(json.dumps(config))
     monkeypatch.setattr('timm.models._hub.hf_hub_download', lambda *_, **__: str(tmp_path / 'config.json'))

@@ -7,7 +7,8 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from datetime import datetime
@@ -32,6 +33,7 @@ from .data import (
     open_pieces,
     open_source,
 )
+from .data.waiting import DataWatch, Item, shorten_names
 from .export import ExportedModel, files_of, is_exported, load_exported
 from .inputs import ImageLike, open_all, open_own
 from .models.safe_load import hash_file
@@ -77,6 +79,7 @@ class Classifier:
         net: The model in evaluation mode on `device`, or an `ExportedModel`.
         preprocessing: How an image becomes a tensor.
         classes: The class names in the order of the model's outputs.
+        watch: Limits the time that it waits for images.
         named: False if neither the checkpoint nor the user named the classes; `classes` are then ImageNet-1k's for a
             thousand classes, else numbers.
     """
@@ -103,6 +106,7 @@ class Classifier:
         given = read_classes(classes, len(names)) if classes else None
         if given:
             names, self.named = given, True
+        self.watch = DataWatch(say=warnings.warn)
         self.outputs = names
         self.classes = spoken_names(names)
 
@@ -236,13 +240,15 @@ class Classifier:
         self, head: Head, opener: Opener, pieces: Iterable[Piece], batch_size: int, workers: int = 0
     ) -> Iterator[Answers]:
         """Yield the columns of a head for images, batch by batch; no batch goes beyond its piece."""
-        spans = [*pieces]
-        batches = (
-            (start, min(start + batch_size, stop)) for begin, stop in spans for start in range(begin, stop, batch_size)
-        )
-        count = sum(-(-(stop - begin) // batch_size) for begin, stop in spans)
-        workers = max(0, min(workers, count - 1))  # for a single batch they do not pay
-        for opened in open_pieces(opener, batches, workers, self.device):
+        spans = [
+            (start, min(start + batch_size, stop)) for begin, stop in pieces for start in range(begin, stop, batch_size)
+        ]
+        workers = max(0, min(workers, len(spans) - 1))  # for a single batch they do not pay
+
+        def names(i: int) -> str:
+            return shorten_names([opener.images.name(index) for index in range(*spans[min(i, len(spans) - 1)])])
+
+        for opened in self.watched(open_pieces(opener, spans, workers, self.device), names):
             if not opened.good:
                 yield Answers(opened.start, opened.stop, [], opened.errors, {}, 0)
                 continue
@@ -394,8 +400,12 @@ class Classifier:
         batches = open_batches(source, self.preprocessing, batch_size, None, None, workers, device=self.device)
         start = time.perf_counter()
         logits, labels, indices = [], [], []
+
+        def names_of(step: int) -> str:
+            return shorten_names([source.name(i) for part in batches.steps.epoch(0, step)[:1] for i in part.tolist()])
+
         try:
-            for images, truths, index, *_ in batches.epoch():
+            for images, truths, index, *_ in self.watched(batches.epoch(), names_of):
                 logits.append(self.averaged(images, augmentation).cpu())
                 labels.append(position[truths.cpu()])
                 indices.append(index.cpu())
@@ -436,6 +446,16 @@ class Classifier:
             seconds,
             [*([note] if note else []), *left_out(source, data)],
         )
+
+    def watched(self, items: Iterable[Item], describe: Callable[[int], str]) -> Iterator[Item]:
+        """Yield what images become, and stop if one of them does not come; `describe` names them by their number.
+
+        Raises:
+            Stalled: if a source does not answer for `watch.timeout` seconds; only in the main thread.
+            DataError: if a process that opens images was killed.
+        """
+        with self.watch.active():
+            yield from self.watch.each(items, describe)
 
     def averaged(self, images: torch.Tensor, augmentation: Augmentation) -> torch.Tensor:
         """Return logits (B, classes), of test-time augmentation the log of the mean probabilities."""

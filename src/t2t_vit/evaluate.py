@@ -14,6 +14,7 @@ from scipy.stats import binomtest
 from .classifier import Augmentation, Classifier, Evaluation, NotFinite
 from .console import console
 from .data import Opener, Source, printable
+from .data.waiting import command_watch
 from .plots import plot_confusion, plot_predictions
 from .results import appearing, cell, portable_name
 from .settings import require
@@ -90,6 +91,7 @@ def evaluate(
         if len(checkpoint) > 1:
             console().print(f'\n{printable(path)}', soft_wrap=True)
         classifier = Classifier.load(path, model, device, precision, classes, ema)
+        classifier.watch = command_watch()
         source, name = classifier.open_labelled(data, split, cache, download)
         found = classifier.score(source, name, split, batch_size, workers, augmentation, temperature)
         report(found)

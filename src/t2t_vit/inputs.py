@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 
 from .data import SPLIT_FILE, Images, Part, Source, Split, find_images, open_source, open_train_val, read_image
+from .integrity import check_signed
 from .models.safe_load import CheckpointError
 from .settings import UsageError
 
@@ -73,7 +74,7 @@ def open_own(checkpoint: str, split: str, cache: str | None, channels: int) -> t
     if folder is None:
         raise UsageError(f'{checkpoint} is not in a run folder, which would know its data: name the data with --data')
     try:
-        saved = yaml.safe_load((folder / 'config.yaml').read_text('utf-8'))['data']
+        saved = yaml.safe_load(check_signed((folder / 'config.yaml').read_text('utf-8')))['data']
         root, count = str(saved['root']), saved.get(f'{split}_images')
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise CheckpointError(f'{folder / "config.yaml"} cannot be read: {error}') from None

@@ -16,6 +16,7 @@ from . import __version__
 from .classifier import Answers, Classifier, NotFinite, Precision
 from .console import Live, console, duration
 from .data import MAX_PIXELS, DataError, Opener, Piece, counted, find_images, printable
+from .data.waiting import command_watch
 from .export import is_exported
 from .results import Results, check_place, portable_name
 from .settings import UsageError, require
@@ -85,6 +86,7 @@ class Job:
         self.classifier = found = Classifier.load(
             self.checkpoint, self.model, device, self.precision, self.classes, self.ema
         )
+        found.watch = command_watch()
         if (channels := found.preprocessing.channels) not in (1, 3):
             self.images = find_images(self.inputs, channels)
         self.opener = Opener(self.images, found.preprocessing, self.max_pixels)

@@ -1,6 +1,7 @@
 """Score a model during training: loss, top-1, top-5 and confusion, over all processes."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from .data import DataError, DiskBatches, MemoryBatches
+from .data import Batch, DataError
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Scores:
 
 
 @torch.inference_mode()
-def score(model: nn.Module, batches: 'DiskBatches | MemoryBatches', num_classes: int) -> Scores:
+def score(model: nn.Module, batches: Iterable[Batch], num_classes: int) -> Scores:
     """Run the model over all batches, each process over its own; all processes get the scores of the whole.
 
     The model is left in the mode it was in.
@@ -48,7 +49,7 @@ def score(model: nn.Module, batches: 'DiskBatches | MemoryBatches', num_classes:
         }
     ).to(device)
     loss = MeanMetric(nan_strategy=math.nan).to(device)  # NaN stays NaN
-    for images, labels, *_ in batches.epoch():
+    for images, labels, *_ in batches:
         logits = model(images.to(device)).float()
         labels = labels.to(device)
         loss.update(F.cross_entropy(logits, labels, reduction='none'))

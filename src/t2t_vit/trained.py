@@ -21,6 +21,7 @@ from torch import nn
 
 from .custom import UntrustedCodeError, refuse_code
 from .data import Preprocessing
+from .integrity import check_seal, seal
 from .models.checkpoints import convert_state_dict, few
 from .models.listing import build_from_file, check_name
 from .models.lora import merge_adapters
@@ -62,7 +63,9 @@ def save_folder(model: nn.Module, folder: Path, model_args: dict[str, Any], card
         config = Path(draft) / CONFIG
         try:
             save_for_hf(model, draft, model_args=model_args, safe_serialization=True)
-            config.write_text(json.dumps(complete(json.loads(config.read_text('utf-8')), model), indent=2), 'utf-8')
+            config.write_text(
+                json.dumps(seal(complete(json.loads(config.read_text('utf-8')), model)), indent=2), 'utf-8'
+            )
             tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
             save_weights(tensors, Path(draft) / WEIGHTS, {DIGEST: hash_tensors(tensors)})
         except SafetensorError as error:  # safetensors wraps the error of the file system
@@ -179,9 +182,14 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text('utf-8'))
         assert isinstance(config['architecture'], str) and isinstance(config['pretrained_cfg'], dict)
-        return config
     except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
         raise CheckpointError(f'{path} is not the configuration of a model: {few([repr(error)])}') from None
+    if 'transformers_version' not in config:  # transformers keeps the digest when it writes other content
+        try:
+            check_seal(config)
+        except ValueError as error:
+            raise CheckpointError(f'{path}: {error}') from None
+    return config
 
 
 def build_trained(place: Path, config: dict[str, Any], weights: Path, ema: bool) -> Trained:

@@ -3,24 +3,27 @@
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import digits_config
 from PIL import Image
 from test_run import SHORT
+from test_survival import FORKS
 
-from t2t_vit.data import DataError
-from t2t_vit.train import run, trainer, waiting
-from t2t_vit.train.measure import Measured
+from t2t_vit.data import DataError, waiting
+from t2t_vit.data.batches import epoch_order
+from t2t_vit.data.waiting import DataWatch, Stalled
+from t2t_vit.train import run, trainer
 from t2t_vit.train.run import train
 from t2t_vit.train.signals import INTERRUPTED, RESTART, Interrupted, WaitInterrupted, stop_signals
 from t2t_vit.train.state import load_state
-from t2t_vit.train.waiting import Stalled
 
 
 def test_first_signal_is_noted():
@@ -81,15 +84,16 @@ def test_second_signal_ends_the_process(pair, code):
 
 
 class Slow:
-    """A source whose sixth image does not come."""
+    """A source with an image that does not come once the file `hanging` exists: the last one of the first epoch."""
 
     classes = ['a', 'b']
 
-    def __init__(self) -> None:
-        self.labels = [0, 1] * 8
+    def __init__(self, hanging: Path) -> None:
+        self.labels, self.hanging = [0, 1] * 8, hanging
+        self.last = int(epoch_order(16, digits_config().seed, 0)[-1])
 
     def open(self, index: int) -> Image.Image:
-        if index == 5:
+        if index == self.last and self.hanging.exists():
             time.sleep(1000)
         return Image.new('L', (16, 16), 15 * index)
 
@@ -97,13 +101,16 @@ class Slow:
         return f'slow/{index}'
 
 
+def slow_source(setattr, hanging):
+    """Let `train` read from a source that hangs in the first epoch, after the time of a few steps was measured."""
+    train_epoch = run.train_epoch
+    setattr(trainer, 'open_train_val', lambda *_, **__: (Slow(hanging), Slow(hanging), None))
+    setattr(run, 'train_epoch', lambda *args: (hanging.touch(), train_epoch(*args)))
+
+
 @pytest.fixture
-def slow_training(monkeypatch):
-    """Let `train` read from a source that hangs in the middle of the first epoch."""
-    monkeypatch.setattr(trainer, 'open_train_val', lambda *_, **__: (Slow(), Slow(), None), raising=False)
-    monkeypatch.setattr(trainer, 'open_source', lambda *_, **__: Slow(), raising=False)
-    monkeypatch.setattr(trainer, 'measure_input', lambda *_: 0.0)
-    monkeypatch.setattr(run, 'measure', lambda _: Measured(1.0, 8.0, 0, 0, 1))  # it would read the slow image
+def slow_training(monkeypatch, tmp_path):
+    slow_source(monkeypatch.setattr, tmp_path / 'hanging')
 
 
 def slow_config(folder, **changes):
@@ -111,14 +118,14 @@ def slow_config(folder, **changes):
     return digits_config(output=str(folder), **changes)
 
 
-def once_training(act):
-    """Call `act` 3 s after the run handles signals; never before, when a signal would end the tests."""
+def once(condition, act):
+    """Call `act` 2 s after `condition` holds, but never when a signal would end the tests."""
     handler = signal.getsignal(signal.SIGTERM)
 
     def watch():
         for _ in range(1200):
-            if signal.getsignal(signal.SIGTERM) is not handler:
-                time.sleep(3)
+            if condition() and signal.getsignal(signal.SIGTERM) is not handler:
+                time.sleep(2)
                 if signal.getsignal(signal.SIGTERM) is not handler:
                     act()
                 return
@@ -128,24 +135,46 @@ def once_training(act):
 
 
 @pytest.mark.parametrize('workers', [0, 1])
-def test_signal_is_answered_while_waiting_for_images(tmp_path, slow_training, workers):
-    once_training(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Interrupted, match='the state is saved in .*step-0000000'):
+def test_signal_while_training_waits_for_images_saves(tmp_path, slow_training, workers):
+    once((tmp_path / 'hanging').exists, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match='the state is saved in .*step-0000000') as stop:
         train(slow_config(tmp_path / 'run', **{'data.workers': workers}))
     state = load_state(tmp_path / 'run' / 'checkpoints')[0]
-    assert state and 0 < state['position']['step'] < 8  # whole steps, up to the image that did not come
+    assert stop.value.code == RESTART and state and state['position']['step'] == 7  # all steps but the last
     assert state['damaged'] == []
+
+
+@pytest.mark.parametrize('workers, name, code', [(0, 'SIGINT', INTERRUPTED), (1, 'SIGTERM', RESTART)])
+def test_signal_while_the_first_steps_are_measured_stops_and_writes_nothing(
+    tmp_path, slow_training, workers, name, code
+):
+    hanging = tmp_path / 'hanging'
+    hanging.touch()
+    config = slow_config(tmp_path / 'run', batch_size=16, **{'data.workers': workers})
+    once(lambda: True, lambda: os.kill(os.getpid(), getattr(signal, name)))
+    with pytest.raises(Interrupted, match='stopped before the first step, nothing is lost') as stop:
+        train(config)
+    assert stop.value.code == code and not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_source_that_does_not_answer_stops_the_run_and_is_named(tmp_path, slow_training, workers, monkeypatch, capsys):
     monkeypatch.setattr(waiting, 'FIRST_NOTE', 1.0)
     with pytest.raises(
-        Stalled, match=r'no images for 2 s: one of slow/\d+, slow/\d+ does not answer; the state is sav'
+        Stalled, match=r'no images for 2 s: one of slow/\d+, slow/\d+ does not answer; the state is saved in .*00007.pt'
     ):
         train(slow_config(tmp_path / 'run', **{'data.workers': workers, 'data.timeout': 2.0}))
-    assert 'waiting: no images for 1 s: one of slow/' in capsys.readouterr().out
+    said = ' '.join(capsys.readouterr().out.split())
+    assert 'waiting: no images for 1 s: one of slow/' in said and 'stops after 2 s (data.timeout)' in said
     assert load_state(tmp_path / 'run' / 'checkpoints')[0]
+
+
+def test_source_that_does_not_answer_while_steps_are_measured_is_named(tmp_path, slow_training):
+    (tmp_path / 'hanging').touch()
+    config = slow_config(tmp_path / 'run', batch_size=16, **{'data.workers': 0, 'data.timeout': 2.0})
+    with pytest.raises(Stalled, match=r'no images for 2 s: one of slow/\d+, slow/\d+, slow/\d+ and 13 more does not'):
+        train(config)
+    assert not (tmp_path / 'run').exists()
 
 
 def test_killed_data_worker_is_named(tmp_path, slow_training):
@@ -154,6 +183,59 @@ def test_killed_data_worker_is_named(tmp_path, slow_training):
             if process.daemon:  # as DataLoader starts them
                 process.kill()
 
-    once_training(kill_workers)
-    with pytest.raises(DataError, match='a process that opens images died: .*fewer data.workers'):
+    once((tmp_path / 'hanging').exists, kill_workers)
+    with pytest.raises(DataError, match='a process that opens images died: .*fewer workers'):
         train(slow_config(tmp_path / 'run', **{'data.workers': 1}))
+
+
+# several processes
+
+
+def train_slowly(folder, rank, port):
+    """Train as one of two processes; only the second one waits for an image that does not come."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE='2',
+        LOCAL_WORLD_SIZE='2',
+        MASTER_ADDR='127.0.0.1',
+        MASTER_PORT=str(port),
+    )
+    slow_source(setattr, folder / 'hanging')
+    try:
+        train(slow_config(folder / 'run', batch_size=4, **{'data.workers': 0}))
+    except Interrupted as stop:
+        (folder / f'said-{rank}').write_text(str(stop))
+        sys.exit(stop.code)
+
+
+@pytest.mark.timeout(300)
+def test_signal_saves_while_one_of_two_processes_waits_for_images(tmp_path):
+    """The first process waits in the exchange of gradients meanwhile, a call that no signal ends."""
+    with socket.create_server(('127.0.0.1', 0)) as free:
+        port = free.getsockname()[1]
+    processes = [FORKS.Process(target=train_slowly, args=(tmp_path, rank, port)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    while not (tmp_path / 'hanging').exists() and all(process.is_alive() for process in processes):
+        time.sleep(0.1)
+    time.sleep(3)
+    for process in processes:
+        os.kill(process.pid, signal.SIGTERM)
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [RESTART, RESTART]
+    assert 'the state is saved in' in (tmp_path / 'said-0').read_text()
+    state = load_state(tmp_path / 'run' / 'checkpoints')[0]
+    assert state['position']['step'] == 3 and state['processes'] == 2
+
+
+def test_wait_ends_soon_after_a_request_that_needs_an_agreement(monkeypatch):
+    monkeypatch.setattr(waiting, 'ASKED', 0.2)
+    asked: list[int] = []
+    watch = DataWatch(say=str, asked=lambda: len(asked))
+    began = time.monotonic()
+    with watch.active(), pytest.raises(Stalled, match='one of a, b does not answer'), watch.waiting(lambda: 'a, b'):
+        asked.append(1)
+        time.sleep(20)
+    assert time.monotonic() - began < 5

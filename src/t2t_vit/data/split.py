@@ -1,7 +1,6 @@
 """Divide one set of images into training and validation images, and keep the division as lists of names."""
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..integrity import check_seal, seal, write_text
 from .errors import DataError
 from .sources import Source, Subset, check_training_classes, open_source, printable
 
@@ -73,19 +73,18 @@ class Split:
 
     def save(self, file: Path) -> None:
         """Write the names as JSON, a name a line; `load` reads them back, whatever bytes they have."""
-        draft = file.with_name(f'.{file.name}.{os.getpid()}')
-        draft.write_text(json.dumps({'train': self.train, 'val': self.val}, indent=0) + '\n', encoding='utf-8')
-        os.replace(draft, file)
+        write_text(file, json.dumps(seal({'train': self.train, 'val': self.val}), indent=0) + '\n')
 
     @classmethod
     def load(cls, file: Path) -> 'Split':
         """Read names from a file.
 
         Raises:
-            DataError: if it is not a file of `save`.
+            DataError: if it is not a file of `save`, or is damaged.
         """
         try:
             found = json.loads(file.read_text(encoding='utf-8'))
+            check_seal(found)
             lists = found['train'], found['val']
             if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
                 raise ValueError('expected lists of names')

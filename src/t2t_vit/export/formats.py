@@ -8,6 +8,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +16,9 @@ import torch
 from torch import nn
 
 from ..fast.export import prepare_for_export
+from ..integrity import BLANK, stamp
 from ..settings import UsageError
-from .metadata import CHANNELS_LAST, KEY, OUTPUTS, Metadata, kind
+from .metadata import CHANNELS_LAST, KEY, OUTPUTS, Metadata, files_of, kind
 from .preprocess import prepend_preprocessing
 from .runtime import need
 
@@ -105,6 +107,8 @@ def write(path: Path, *files: tuple[str, Callable[[str], Any]]) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='.') as draft:
         for suffix, save in files:
             save(str(Path(draft) / f'{path.stem}{suffix}'))
+        if kind(path) != 'torch':
+            stamp(files_of(Path(draft) / path.name))
         for file in sorted(Path(draft).iterdir()):
             os.replace(file, path.with_suffix(file.suffix))
 
@@ -148,7 +152,7 @@ def save_onnx(proto: Any, path: Path, metadata: Metadata) -> None:
     """Write an .onnx, one file of up to ONNX's 2 GB."""
     import onnx
 
-    onnx.helper.set_model_props(proto, {KEY: metadata.to_text()})
+    onnx.helper.set_model_props(proto, {KEY: replace(metadata, digest=BLANK).to_text()})
     write(path, ('.onnx', lambda file: onnx.save(proto, file)))
 
 
@@ -174,7 +178,7 @@ def save_openvino(model: Any, path: Path, metadata: Metadata) -> None:
     """Write an .xml and its .bin."""
     import openvino
 
-    model.set_rt_info(metadata.to_text(), [KEY])
+    model.set_rt_info(replace(metadata, digest=BLANK).to_text(), [KEY])
     write(path, ('.xml', lambda file: openvino.save_model(model, file, compress_to_fp16=metadata.precision == 'fp16')))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..data import DataError, Preprocessing
+from ..integrity import STAMP
 from ..models.safe_load import CheckpointError, PathLike
 from ..settings import nearest
 
@@ -39,6 +40,7 @@ class Metadata:
     batch: int | None  # images at once; None for any number
     size: tuple[int, int] | None  # height and width; None for any
     versions: dict[str, str]
+    digest: str = ''  # of .onnx and .xml files, see `integrity.stamp`; a .pt2 has checksums of its own
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -69,7 +71,8 @@ class Metadata:
             raise CheckpointError(f'{path} was not written by `t2t-vit export`: it has no metadata of the key {KEY}')
         try:
             tree = json.loads(text)
-            found = cls(**{field.name: tree[field.name] for field in fields(cls)})
+            stated = {'digest': tree.get('digest', '')}  # files of version 0.1 have none
+            found = cls(**{field.name: tree[field.name] for field in fields(cls) if field.name not in stated}, **stated)
             found.preprocessing  # noqa: B018  # raises for bad values
             good = (
                 all(isinstance(name, str) for name in found.class_names)
@@ -77,6 +80,7 @@ class Metadata:
                 and found.pixels in get_args(Pixels)
                 and all(isinstance(n, int) and n > 0 for n in (found.batch or 1, *(found.size or (1, 1))))
                 and len(found.size or (1, 1)) == 2
+                and (not found.digest or STAMP.fullmatch(found.digest.encode()))
             )
         except (ValueError, TypeError, KeyError, AttributeError, DataError) as error:
             raise CheckpointError(f'{path}: its metadata cannot be read: {type(error).__name__} {error}') from error

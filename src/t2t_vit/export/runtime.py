@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from ..data import Preprocessing
+from ..integrity import check_stamp
 from ..models.safe_load import CheckpointError, PathLike
 from ..settings import UsageError
 from .archive import read_archive
-from .metadata import KEY, OUTPUTS, Metadata, kind
+from .metadata import KEY, OUTPUTS, Metadata, files_of, kind
 from .signal_stack import keep_signal_stack
 
 Runtime = Literal['onnxruntime', 'openvino', 'torch']
@@ -144,6 +145,8 @@ def load_exported(path: PathLike, runtime: Runtime | None = None, threads: int |
     if runtime != 'torch':
         need(str(runtime))
     try:
+        if found != 'torch':  # whose zip has checksums
+            check_stamp(files_of(path))
         text, run = load(path, threads)
     except (UsageError, CheckpointError):
         raise

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from ..console import Live, duration
+from ..integrity import sign, write_text
 from .config import Config
 
 METRICS = 'metrics.jsonl'
@@ -40,7 +40,7 @@ class Log:
         """Create the folder with its configuration and the records of the epochs so far."""
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / 'config.yaml', config.to_yaml())
+            write_config(self.folder, config)
             self.write_records(records)
         self.accelerator.wait_for_everyone()
         if config.trackers:
@@ -73,11 +73,9 @@ class Log:
         self.shown.show(done, text)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is complete or absent, in UTF-8; bytes of names that are not UTF-8 stay as they are."""
-    draft = path.with_name(f'.draft-{path.name}')
-    draft.write_text(text, encoding='utf-8', errors='surrogateescape')
-    os.replace(draft, path)
+def write_config(folder: Path, config: Config) -> None:
+    """Write the configuration of a run into its folder."""
+    write_text(folder / 'config.yaml', sign(config.to_yaml()))
 
 
 def line(record: dict[str, Any]) -> str:

@@ -68,7 +68,7 @@ def measure(trainer: Trainer, steps: int = STEPS, seconds: float = SECONDS) -> M
     batch = None
     with unchanged(trainer):
         start = position.step if position.step < len(trainer.data.train) else 0  # an epoch may only lack its scores
-        for batch in islice(trainer.data.train.epoch(position.epoch, start), steps):
+        for batch in islice(trainer.watched(trainer.data.train, position.epoch, start), steps):
             synchronize(device)
             waits.append(time.perf_counter() - clock)
             trainer.accumulate_gradients(type(batch)(*(tensor.clone() for tensor in batch)))

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -15,20 +15,21 @@ from accelerate.utils import broadcast_object_list
 
 from ..console import duration
 from ..data import SPLIT_FILE, printable, report_data, synchronize
+from ..data.waiting import Stalled, explain_worker_death
 from ..plots import plot_curves
 from ..settings import UsageError
 from .classes import check_classes
 from .config import Config
-from .log import Log, limit, table_head, table_row, write_text
+from .log import Log, limit, table_head, table_row, write_config
 from .measure import ENDING, RESERVE, Measured, affordable_epochs, measure
 from .plan import plan, wrap
 from .processes import build_accelerator, hold_folder, join_processes
 from .resume import check_same_run, check_same_start, find_start
 from .short_runs import scale_to_data
-from .signals import WaitInterrupted, stop_signals
+from .signals import WaitInterrupted, answer_at_once, stop_signals
 from .trainer import DAMAGED, Trainer, load, open_sources
-from .waiting import Stalled, explain_worker_death
 
+BEFORE_THE_FIRST_STEP = 'stopped before the first step, nothing is lost: the same command starts again'
 DRAW_SECONDS = 20  # between two drawings of the curves, which take about one: short epochs do not wait for it
 
 
@@ -57,68 +58,62 @@ def train(
         DataError: for data that cannot be used.
         Diverged: if loss or gradient stay not finite.
         OSError: if the state cannot be written, as on a full disk.
-        Interrupted: after Ctrl-C, SIGTERM or SIGUSR1, when the state is saved.
+        Interrupted: after Ctrl-C, SIGTERM or SIGUSR1, when the state is saved or nothing was done yet.
     """
     if problems := config.problems():
         raise UsageError('\n'.join(problems))
     began = time.monotonic() if began is None else began
     if config.threads:
         torch.set_num_threads(config.threads)
-    join_processes(config)
-    folder = choose_folder(config, resume)
-    config = replace(config, output=str(folder))
-    accelerator = build_accelerator(config, folder)
-    sources = open_sources(config, accelerator)
-    asked = config
-    config, notes = scale_to_data(config, len(sources.train.labels), accelerator.num_processes)
     with ExitStack() as stack:
-        existed = broadcast_object_list([folder.exists()])[0]  # one answer, since the first process creates the folder
-        if existed and not dry_run:
-            stack.enter_context(hold_folder(folder, accelerator))
-        state, source, found = find_start(folder, resume)
-        notes += found
-        check_same_start(config, state)
-        if state and is_finished(state['position'], config) and not dry_run:
-            return report_finished(state, config, folder, accelerator)
-        if config.lora and not (config.weights or state):
-            raise UsageError('lora adapts trained weights: give them with --weights')
-        if state:
-            check_same_run([asked, config], state, source)
-        counts = len(sources.train.labels), len(sources.val.labels)
-        notes += check_classes(state, sources.train.classes, counts)
-        if state and state['processes'] != accelerator.num_processes:
-            notes.append(
-                f'note      {accelerator.num_processes} processes continue a state of {state["processes"]}: '
-                'each draws its own mixup, dropout and drop path'
-            )
-        trainer = load(config, folder, state, accelerator, sources)
-        stack.callback(trainer.close)
-        trainer.measure_input()
-        measured = measure(trainer)
-        if config.minutes:
-            fit_budget(trainer, measured, began)
-        log = Log(folder, accelerator)
-        chosen = [f'chosen    {line}' for line in choices]
-        log.say(
-            wrap(
-                [
-                    *chosen,
-                    *plan(
-                        trainer,
-                        measured,
-                        report_data(sources.once, sources.val) if accelerator.is_main_process else None,
-                    ),
-                    *notes,
-                ]
-            )
-        )
-        if dry_run:
-            return {}
-        if not existed:
-            stack.enter_context(hold_folder(folder, accelerator))
-        log.begin(trainer.config, trainer.position.records)
-        if sources.split and accelerator.is_main_process:
-            sources.split.save(folder / SPLIT_FILE)
+        signals = stack.enter_context(stop_signals())
+        with answer_at_once(signals, BEFORE_THE_FIRST_STEP):
+            join_processes(config)
+            folder = choose_folder(config, resume)
+            config = replace(config, output=str(folder))
+            accelerator = build_accelerator(config, folder)
+            sources = open_sources(config, accelerator)
+            asked = config
+            config, notes = scale_to_data(config, len(sources.train.labels), accelerator.num_processes)
+            # one answer, since the first process creates the folder
+            existed = broadcast_object_list([folder.exists()])[0]
+            if existed and not dry_run:
+                stack.enter_context(hold_folder(folder, accelerator))
+            state, source, found = find_start(folder, resume)
+            notes += found
+            check_same_start(config, state)
+            if state and is_finished(state['position'], config) and not dry_run:
+                return report_finished(state, config, folder, accelerator)
+            if config.lora and not (config.weights or state):
+                raise UsageError('lora adapts trained weights: give them with --weights')
+            if state:
+                check_same_run([asked, config], state, source)
+            counts = len(sources.train.labels), len(sources.val.labels)
+            notes += check_classes(state, sources.train.classes, counts)
+            if state and state['processes'] != accelerator.num_processes:
+                notes.append(
+                    f'note      {accelerator.num_processes} processes continue a state of {state["processes"]}: '
+                    'each draws its own mixup, dropout and drop path'
+                )
+            trainer = load(config, folder, state, accelerator, sources, signals)
+            stack.callback(trainer.close)
+            stack.enter_context(trainer.watch.active())
+            trainer.measure_input()
+            measured = measure(trainer)
+            if config.minutes:
+                fit_budget(trainer, measured, began)
+            log = Log(folder, accelerator)
+            trainer.watch.say = log.say
+            chosen = [f'chosen    {line}' for line in choices]
+            report = report_data(sources.once, sources.val) if accelerator.is_main_process else None
+            log.say(wrap([*chosen, *plan(trainer, measured, report), *notes]))
+            if dry_run:
+                return {}
+            if not existed:
+                stack.enter_context(hold_folder(folder, accelerator))
+            log.begin(trainer.config, trainer.position.records)
+            if sources.split and accelerator.is_main_process:
+                sources.split.save(folder / SPLIT_FILE)
         stack.callback(accelerator.end_training)
         return run_epochs(trainer, log, began)
 
@@ -152,7 +147,7 @@ def shorten(trainer: Trainer, began: float) -> None:
     if done + max(epochs, 0) < config.epochs:
         trainer.set_epochs(done + max(epochs, 0))
         if trainer.accelerator.is_main_process:
-            write_text(trainer.folder / 'config.yaml', trainer.config.to_yaml())
+            write_config(trainer.folder, trainer.config)
 
 
 def is_finished(position: dict[str, Any], config: Config) -> bool:
@@ -204,22 +199,13 @@ def run_epochs(trainer: Trainer, log: Log, began: float) -> dict[str, Any]:
         began: When the command began, for `config.minutes`.
     """
     drawn = -math.inf
-    trainer.watch.say = log.say
     log.say(table_head(trainer.parts.ema is not None))
-    with log.live(trainer.total_steps, trainer.done), stop_signals() as trainer.signals, trainer.watch.active():
+    with log.live(trainer.total_steps, trainer.done), saving_when_cut_short(trainer):
         while not is_finished(asdict(trainer.position), trainer.config):
             trainer.epoch_began = time.monotonic()
-            try:
-                trainer.stop_if_asked()
-                train_epoch(trainer, log)
-                record = trainer.validate()
-            except WaitInterrupted:
-                trainer.stop()
-            except Stalled as error:
-                path = trainer.save() if trainer.accelerator.num_processes == 1 else trainer.folder
-                raise Stalled(f'{error}; the state is saved in {path}') from None
-            except RuntimeError as error:
-                raise explain_worker_death(error) or error from None
+            trainer.stop_if_asked()
+            train_epoch(trainer, log)
+            record = trainer.validate()
             shorten(trainer, began)
             trainer.save()
             log.record(trainer.position.records)
@@ -242,12 +228,35 @@ def run_epochs(trainer: Trainer, log: Log, began: float) -> dict[str, Any]:
     return trainer.position.records[-1]
 
 
+@contextmanager
+def saving_when_cut_short(trainer: Trainer) -> Iterator[None]:
+    """Save the state where training cannot reach the next point at which all processes agree to stop.
+
+    That is while one waits for images that do not come, or when another one has ended. The state of the last complete
+    step is the same in all processes, so the main process saves it by itself.
+    """
+    try:
+        yield
+    except WaitInterrupted:
+        trainer.stop(alone=True)
+    except Stalled as error:
+        if trainer.signals:
+            trainer.stop(alone=True)
+        path = trainer.save(alone=True)
+        state = f'the state is saved in {path}' if path else f'the last saved state is in {trainer.folder}'
+        raise Stalled(f'{error}; {state}') from None
+    except RuntimeError as error:  # a process that opens images was killed, or another one of the training has ended
+        if trainer.signals:
+            trainer.stop(alone=True)
+        raise explain_worker_death(error) or error from None
+
+
 def train_epoch(trainer: Trainer, log: Log) -> None:
     """Do the remaining steps of an epoch; save when it is time, stop when a signal asks for it."""
     trainer.parts.model.train()
     position, clock = trainer.position, time.monotonic()
-    batches = trainer.watched(trainer.data.train, trainer.data.sources.train)
-    for batch in batches.epoch(position.epoch, position.step):
+    batches = trainer.watched(trainer.data.train, position.epoch, position.step)
+    for batch in batches:
         synchronize(trainer.accelerator.device)  # transfers count as waiting
         position.waited += time.monotonic() - clock
         outcome = trainer.step(batch)

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 RESTART = 75  # exit code of a preempted run that can be resumed: EX_TEMPFAIL
 INTERRUPTED = 130  # exit code after Ctrl-C
@@ -18,10 +17,10 @@ NUMBERS = sorted({signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGUSR1', sign
 
 
 class Interrupted(Exception):
-    """Raised when a run was asked to stop and its state is saved; `code` is the exit code."""
+    """Raised when a run was asked to stop and nothing of it is lost; `code` is the exit code."""
 
-    def __init__(self, code: int, path: Path, folder: Path) -> None:
-        super().__init__(f'stopped; the state is saved in {path}; continue with --resume {folder}')
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
         self.code = code
 
 
@@ -37,23 +36,37 @@ class StopSignals(list[int]):
 
     @property
     def code(self) -> int:
-        """Exit code that says why the run stopped."""
-        return INTERRUPTED if signal.SIGINT in self else RESTART
+        """Exit code that says why the run stopped; 0 without a signal."""
+        return INTERRUPTED if signal.SIGINT in self else RESTART if self else 0
 
     @contextmanager
     def interrupt_waiting(self) -> Iterator[None]:
         """Let a signal end what the main thread waits for, by `WaitInterrupted`, instead of only being noted."""
-        self.waiting = True
+        before, self.waiting = self.waiting, True
         try:
             if self:
                 raise WaitInterrupted
             yield
         finally:
-            self.waiting = False
+            self.waiting = before
 
 
 class WaitInterrupted(BaseException):
     """Raised where the main thread waits when a signal arrives; no Exception, which would count as a bad image."""
+
+
+@contextmanager
+def answer_at_once(signals: StopSignals, text: str) -> Iterator[None]:
+    """Stop with the first signal while the context lasts, as before the first step, when nothing can be lost.
+
+    Raises:
+        Interrupted: with `text`, after a signal.
+    """
+    try:
+        with signals.interrupt_waiting():
+            yield
+    except WaitInterrupted:
+        raise Interrupted(signals.code, text) from None
 
 
 @contextmanager
@@ -71,8 +84,7 @@ def stop_signals() -> Iterator[StopSignals]:
 
     def note(number: int, _: object) -> None:
         caught.append(number)
-        if caught.waiting:
-            caught.waiting = False
+        if caught.waiting and len(caught) == 1:  # more of them must not disturb what the first one begins
             raise WaitInterrupted
 
     handlers = {number: signal.signal(number, note) for number in NUMBERS}

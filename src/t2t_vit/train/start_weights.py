@@ -1,6 +1,5 @@
 """Weights to start from: a timm tag, a file, a folder or a model on the Hub; and a report of what was loaded."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 from ..models.checkpoints import convert_state_dict, select_weights
 from ..models.safe_load import CheckpointError, read_checkpoint
 from ..settings import UsageError
-from ..trained import CONFIG, WEIGHTS, from_pretrained, read_weights
+from ..trained import CONFIG, WEIGHTS, from_pretrained, read_config, read_weights
 
 HEAD = ('head.weight', 'head.bias')
 SHOWN = 3  # names in a line
@@ -64,7 +63,7 @@ def describe_weights(weights: str) -> StartModel | None:
     config = find_config(Path(weights.removeprefix('local-dir:')))
     if config is None:
         return None
-    content = json.loads(config.read_text(encoding='utf-8'))
+    content = read_config(config)
     names = content.get('label_names') or content['pretrained_cfg'].get('label_names')
     args = {k: v for k, v in content.get('model_args', {}).items() if k not in ('num_classes', 'in_chans', 'img_size')}
     return StartModel(content['architecture'], args, {**content['pretrained_cfg'], 'label_names': names})

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,7 +34,9 @@ from ..data import (
     open_train_val,
     seed_all,
 )
+from ..data.waiting import DataWatch, shorten_names
 from ..hub import Card, licence_of, public
+from ..integrity import write_text
 from ..models.lora import add_adapters, merged_model
 from ..results import portable_name
 from ..scoring import Scores, score
@@ -41,13 +44,11 @@ from ..settings import UsageError, flatten
 from ..trained import save_folder
 from .build import build_model, build_optimizer, build_schedule, freeze, parameter_groups, preprocess
 from .config import Config
-from .log import write_text
 from .short_runs import scale_to_data
-from .signals import Interrupted, StopSignals
+from .signals import RESTART, Interrupted, StopSignals
 from .start_weights import LoadReport, load_start_weights
 from .state import Position, git_revision, save_state
 from .tasks import Task, make_task
-from .waiting import DataWatch, WatchedBatches
 
 DAMAGED = 'damaged.txt'  # a name a line, as `portable_name` writes it
 
@@ -211,16 +212,24 @@ def build_parts(config: Config, data: TrainingData, accelerator: Accelerator, li
 
 
 def load(
-    config: Config, folder: Path, state: dict[str, Any] | None, accelerator: Accelerator, sources: Sources | None = None
+    config: Config,
+    folder: Path,
+    state: dict[str, Any] | None,
+    accelerator: Accelerator,
+    sources: Sources | None = None,
+    signals: StopSignals | None = None,
 ) -> 'Trainer':
-    """Open the data, unless it is given, build the parts, and restore a state if there is one."""
+    """Open the data, unless it is given, build the parts, and restore a state if there is one.
+
+    A signal in `signals` stops the training.
+    """
     data = build_batches(config, sources or open_sources(config, accelerator), accelerator)
     # from the state: a resumed run's own configuration no longer names the weights that it started from
     origin = (state or {}).get('origin') or dict(
         weights=config.weights and Path(config.weights).name, license=licence_of(config.weights)
     )
     trainer = Trainer(
-        config, folder, accelerator, data, build_parts(config, data, accelerator, origin['license']), origin
+        config, folder, accelerator, data, build_parts(config, data, accelerator, origin['license']), origin, signals
     )
     if state is not None:
         trainer.restore(state)
@@ -237,6 +246,7 @@ class Trainer:
         data: The opened data.
         parts: Model, loss, optimizer, schedule and EMA.
         origin: Name and licence of the weights that the run started from.
+        signals: Received so far; by default none ever is.
     """
 
     def __init__(
@@ -247,6 +257,7 @@ class Trainer:
         data: TrainingData,
         parts: Parts,
         origin: dict[str, str | None],
+        signals: StopSignals | None = None,
     ) -> None:
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.data, self.parts, self.origin = data, parts, origin
@@ -254,8 +265,17 @@ class Trainer:
         self.total_steps = len(data.train) * config.epochs
         self.position, self.damaged_before = Position(), list[str]()
         self.input_alone: float | None = None  # images/s, measured
-        self.signals = StopSignals()
-        self.watch = DataWatch(config.data.timeout, print)
+        self.signals = StopSignals() if signals is None else signals
+        # one process stops at once; several first try to agree on a step, for a few seconds
+        once = accelerator.num_processes == 1
+        self.watch = DataWatch(
+            config.data.timeout,
+            option='data.timeout',
+            around=self.signals.interrupt_waiting if once else nullcontext,
+            asked=lambda: self.signals.code,
+            fatal=True,
+        )
+        self.whole = True  # false while a step changes the weights
         self.last_save = self.epoch_began = time.monotonic()
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -281,11 +301,15 @@ class Trainer:
         self.total_steps = len(self.data.train) * epochs
         self.parts.schedule = build_schedule(self.config, self.parts.optimizer, len(self.data.train))
 
-    def watched(self, batches: Any, source: Any) -> WatchedBatches:
-        """Return batches whose waits end on a signal and after data.timeout."""
-        return WatchedBatches(
-            batches, source, self.watch, self.signals if self.accelerator.num_processes == 1 else None
-        )
+    def watched(self, batches: 'DiskBatches | MemoryBatches', epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch from step `start` on; a wait ends on a signal and after data.timeout."""
+        source = self.data.sources.train if batches.steps.training else self.data.sources.val
+
+        def names(step: int) -> str:
+            samples = [sample for part in batches.steps.epoch(epoch, step)[:1] for sample in part.tolist()]
+            return shorten_names([source.name(i) for i in samples])
+
+        return self.watch.each(batches.epoch(epoch, start), names, start)
 
     def rates(self) -> dict[str, float | None]:
         """Return images/s of this epoch: overall, of the input alone, of the model alone; and the fraction waited."""
@@ -308,7 +332,9 @@ class Trainer:
             return
         few = batches.smaller() if isinstance(batches, DiskBatches) else batches
         try:
-            rates = gather_object([measure_input(few, seconds, [epoch])])
+            with self.watch.waiting(lambda: f'the images of {self.config.data.root}'):
+                rate = measure_input(few, seconds, [epoch])
+            rates = gather_object([rate])
         finally:
             few.close()
         self.input_alone = round(sum(rates), 1) if all(rates) else None
@@ -319,8 +345,10 @@ class Trainer:
         seed_all(derive(self.config.seed, self.done, 3, self.accelerator.process_index))
         self.parts.schedule.step_update(self.done)
         outcome = self.agree(self.accumulate_gradients(batch))
+        self.whole = False
         self.update(outcome.loss)
         self.position.step += 1
+        self.whole = True
         return outcome
 
     def accumulate_gradients(self, batch: Batch) -> torch.Tensor:
@@ -378,10 +406,14 @@ class Trainer:
                 f'optimizer.clip_grad 1; the last good state is in {self.folder / "checkpoints"}'
             )
 
-    def save(self) -> Path | None:
-        """Save the state from the main process; all processes must call it at the same step."""
-        path, damaged = None, self.damaged()
-        if self.accelerator.is_main_process:
+    def save(self, alone: bool = False) -> Path | None:
+        """Save the state from the main process, and return the file there.
+
+        All processes must call it at the same step, unless one is left `alone`: it then saves without the others, and
+        without the damaged images that only they know. A step that is not complete is not saved.
+        """
+        path, damaged = None, self.damaged(alone)
+        if self.accelerator.is_main_process and self.whole:
             path = save_state(
                 self.folder / 'checkpoints',
                 {
@@ -407,11 +439,15 @@ class Trainer:
         if self.agree().stop:
             self.stop()
 
-    def stop(self) -> NoReturn:
-        """Save, and raise Interrupted."""
-        path = self.save()
-        self.accelerator.wait_for_everyone()
-        raise Interrupted(self.signals.code, path or self.folder, self.folder)
+    def stop(self, alone: bool = False) -> NoReturn:
+        """Save, and raise Interrupted; `alone` as for `save`."""
+        path = self.save(alone)
+        if not alone:
+            self.accelerator.wait_for_everyone()
+        raise Interrupted(
+            self.signals.code or RESTART,
+            f'stopped; the state is saved in {path or self.folder}; continue with --resume {self.folder}',
+        )
 
     def validate(self) -> dict[str, Any]:
         """Score weights and EMA weights, keep the better if it is the best so far, and start the next epoch.
@@ -422,8 +458,7 @@ class Trainer:
         scores: dict[str, Scores] = {}
         for suffix, model in self.candidates().items():
             self.stop_if_asked()  # a resumed run scores again what was scored
-            batches: Any = self.watched(self.data.val, self.data.sources.val)
-            scores[suffix] = score(model, batches, len(self.data.classes))
+            scores[suffix] = score(model, self.watched(self.data.val), len(self.data.classes))
         record, damaged = self.record(scores), self.damaged()
         record['damaged'] = len(damaged)
         if damaged and self.accelerator.is_main_process:
@@ -478,9 +513,10 @@ class Trainer:
             **self.origin,
         )
 
-    def damaged(self) -> list[str]:
-        """Return the names of images that no process could read, since the run began."""
-        return sorted(set(gather_object([*self.damaged_before, *self.data.train.damaged, *self.data.val.damaged])))
+    def damaged(self, alone: bool = False) -> list[str]:
+        """Return the names of images that no process could read since the run began; `alone`, only of this one."""
+        mine = [*self.damaged_before, *self.data.train.damaged, *self.data.val.damaged]
+        return sorted(set(mine if alone else gather_object(mine)))
 
     def close(self) -> None:
         """End the processes that open images."""
