@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 KEY = 'sha256'
 BLANK = 't2t-vit-sha256:' + '0' * 64  # in a file that `stamp` completes
 STAMP = re.compile(rb't2t-vit-sha256:([0-9a-f]{64})')
+HEX = re.compile(r'[0-9a-f]{64}')
 LAST_LINE = re.compile(r'# sha256 of the lines above: ([0-9a-f]{64})\n\Z')
 
 
@@ -34,11 +35,16 @@ def seal(tree: dict[str, Any]) -> dict[str, Any]:
 
 def check_seal(tree: dict[str, Any]) -> None:
     """Raise ValueError if a JSON object has another digest than it states; without one it is accepted."""
-    if KEY in tree and tree != seal(tree):
+    if has_digest(tree) and tree != seal(tree):
         raise ValueError(
             'its content does not have the SHA-256 that it states: it is damaged. If you changed it on purpose, '
             f'remove "{KEY}" from it'
         )
+
+
+def has_digest(tree: Mapping[str, Any]) -> bool:
+    """Return whether an object states a digest, also under a name that is damaged."""
+    return KEY in tree or any(isinstance(value, str) and HEX.fullmatch(value) for value in tree.values())
 
 
 def sign(text: str) -> str:
@@ -52,7 +58,9 @@ def check_signed(text: str) -> str:
     Raises:
         ValueError: if it has another digest than it states.
     """
-    if (found := LAST_LINE.search(text)) and digest(text[: found.start()]) != found[1]:
+    found = LAST_LINE.search(text)
+    damaged = digest(text[: found.start()]) != found[1] if found else bool(HEX.search(text[text.rfind('#') :]))
+    if damaged:
         raise ValueError(
             'its lines do not have the SHA-256 that the last one states: it is damaged. If you changed it on purpose, '
             'remove the last line'

@@ -21,7 +21,8 @@ from torch import nn
 
 from .custom import UntrustedCodeError, refuse_code
 from .data import Preprocessing
-from .integrity import check_seal, seal
+from .integrity import KEY as DIGEST
+from .integrity import check_seal, has_digest, seal
 from .models.checkpoints import convert_state_dict, few
 from .models.listing import build_from_file, check_name
 from .models.lora import merge_adapters
@@ -30,7 +31,6 @@ from .models.variants import VARIANTS
 from .settings import UsageError
 
 WEIGHTS, CONFIG, CARD = 'model.safetensors', 'config.json', 'README.md'
-DIGEST = 'sha256'  # in the metadata of model.safetensors: `hash_tensors` of its tensors
 
 
 class Trained(NamedTuple):
@@ -250,8 +250,8 @@ def read_weights(path: Path, ema: bool) -> Mapping[str, torch.Tensor]:
         )
     if path.suffix == '.safetensors':
         with safe_open(path, 'pt') as file:
-            digest = (file.metadata() or {}).get(DIGEST)
-        if digest and digest != hash_tensors(checkpoint):
+            stated = file.metadata() or {}
+        if has_digest(stated) and stated.get(DIGEST) != hash_tensors(checkpoint):
             raise CheckpointError(f'{path} is damaged: its tensors do not have the SHA-256 that it states')
     return checkpoint
 

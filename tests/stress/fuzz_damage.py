@@ -89,6 +89,14 @@ def mangle(rng: random.Random, content: bytes, others: Sequence[bytes] = (b'\0' 
     return content, ', '.join(done)
 
 
+def flip(rng: random.Random, content: bytes) -> bytes:
+    """Flip one to three bits."""
+    changed = bytearray(content)
+    for at in rng.sample(range(len(content)), rng.choice((1, 1, 2, 3))):
+        changed[at] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
 def mangle_tree(rng: random.Random, tree: Any) -> tuple[Any, str]:
     """Drop, rename, nest or replace one to three nodes of nested dicts and lists."""
     tree, done = copy.deepcopy(tree), []
