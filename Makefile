@@ -6,7 +6,7 @@
 # make test-export  export every registered model at its size to ONNX; compare in onnxruntime and OpenVINO (export.csv)
 # make test-oldest  the tests with the oldest supported versions, in another environment, without the optional extras
 # make load         a thousand requests to the page, good and bad
-# make torture      kill a run at a hundred random moments and compare with an uninterrupted one
+# make torture      interrupt and damage runs at two hundred random moments and compare with unbroken ones
 # make fuzz         ten thousand damaged and hostile inputs: the right answer or a clear error
 # make docs         build the site in .cache/site; a warning is an error
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.datasets import load_sample_images
 
 if not torch.cuda.is_available():  # before Triton reads it: test_fused.py runs kernels on a CPU
@@ -26,12 +27,15 @@ from t2t_vit.settings import read_settings, recipes, resolve
 from t2t_vit.train import run
 from t2t_vit.train.config import Config
 from t2t_vit.train.run import train
+from t2t_vit.train.state import read_state, saved_states
 
 if 'PYTEST_XDIST_WORKER' in os.environ:
     torch.set_num_threads(1)
 
 pytest_plugins = ['client_fixtures']
 CLASSES = ['flower', 'roof', 'sky']
+SHORT = {'epochs': 1, 'optimizer.warmup_epochs': 0}
+PHOTOS = {'data.mean': None, 'data.std': None, 'augment.rotate': 0}
 SMALLER = {'depth': 1, 'token_dim': 16}
 
 
@@ -82,6 +86,32 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def read_records(file: Path) -> list[dict[str, Any]]:
     """Read the lines of a metrics.jsonl."""
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of every epoch, without times and speeds."""
+    return [
+        {
+            key: value
+            for key, value in record.items()
+            if key not in ('images_per_second', 'input_alone', 'model_alone', 'waited', 'seconds')
+        }
+        for record in read_records(folder / 'metrics.jsonl')
+    ]
+
+
+def same_run(folder: Path, expected: Path) -> bool:
+    """Return whether metrics, model, and last weights, EMA weights and moments are equal, bit for bit."""
+    states = [read_state(saved_states(f / 'checkpoints')[0]) for f in (folder, expected)]
+    moments = [list(state['optimizer']['state'].values()) for state in states]
+    return records(folder) == records(expected) and all(
+        found.keys() == want.keys() and all(torch.equal(found[key], want[key]) for key in want)
+        for found, want in (
+            [load_file(f / 'model.safetensors') for f in (folder, expected)],
+            *([state[part] for state in states] for part in ('model', 'ema')),
+            *zip(*moments),
+        )
+    )
 
 
 def digits_config(**changes: object) -> Config:

@@ -9,10 +9,9 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import CLASSES, digits_config
+from conftest import CLASSES, PHOTOS, SHORT, digits_config
 from PIL import Image
 from safetensors.torch import load_file
-from test_run import PHOTOS, SHORT
 
 from t2t_vit.cli import main
 from t2t_vit.data import Augment

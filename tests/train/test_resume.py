@@ -13,9 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import digits_config, read_records
+from conftest import PHOTOS, SHORT, digits_config, read_records, records, same_run
 from filelock import FileLock
-from test_run import PHOTOS, SHORT, records, same_run
 
 from t2t_vit.cli import main
 from t2t_vit.models.safe_load import CheckpointError

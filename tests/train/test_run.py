@@ -18,7 +18,7 @@ import timm
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import SMALLER, digits_config, read_records
+from conftest import PHOTOS, SHORT, SMALLER, digits_config, read_records, records, same_run
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -36,35 +36,7 @@ from t2t_vit.train.signals import RESTART, Interrupted
 from t2t_vit.train.state import load_state, read_state, saved_states
 from t2t_vit.train.trainer import Trainer, load
 
-SHORT = {'epochs': 1, 'optimizer.warmup_epochs': 0}
 GREY_PHOTOS = {'data.channels': 1, 'augment.rotate': 0}
-PHOTOS = {'data.mean': None, 'data.std': None, 'augment.rotate': 0}
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    """Of every epoch, but for what is time."""
-    return [
-        {
-            key: value
-            for key, value in record.items()
-            if key not in ('images_per_second', 'input_alone', 'model_alone', 'waited', 'seconds')
-        }
-        for record in read_records(folder / 'metrics.jsonl')
-    ]
-
-
-def same_run(folder: Path, expected: Path) -> bool:
-    """Return whether metrics, model, and last weights, EMA weights and moments are equal, bit for bit."""
-    states = [read_state(saved_states(f / 'checkpoints')[0]) for f in (folder, expected)]
-    moments = [list(state['optimizer']['state'].values()) for state in states]
-    return records(folder) == records(expected) and all(
-        found.keys() == want.keys() and all(torch.equal(found[key], want[key]) for key in want)
-        for found, want in (
-            [load_file(f / 'model.safetensors') for f in (folder, expected)],
-            *([state[part] for state in states] for part in ('model', 'ema')),
-            *zip(*moments),
-        )
-    )
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:

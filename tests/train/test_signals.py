@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import digits_config
+from conftest import SHORT, digits_config
 from PIL import Image
-from test_run import SHORT
 from test_survival import FORKS
 
 from t2t_vit.data import DataError, waiting

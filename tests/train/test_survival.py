@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALLER, digits_config
-from test_run import SHORT, records, same_run
+from conftest import SHORT, SMALLER, digits_config, records, same_run
 
 from t2t_vit.cli import main
 from t2t_vit.models.safe_load import CheckpointError
@@ -62,7 +61,7 @@ FORKS.set_forkserver_preload(['pytest', 't2t_vit.train.run'])
 class Forked:
     """`t2t-vit WORDS` in a process of its own, or several that train together, with the methods of subprocess.Popen."""
 
-    def __init__(self, words: Sequence[str], log: Path, processes: int = 1) -> None:
+    def __init__(self, words: Sequence[str], log: Path, processes: int = 1, limit: int | None = None) -> None:
         self.logs = [log, *(log.with_name(f'{log.name}.{rank}') for rank in range(1, processes))]
         with socket.create_server(('127.0.0.1', 0)) as free:
             port = free.getsockname()[1]
@@ -74,6 +73,7 @@ class Forked:
                     list(words),
                     self.logs[rank],
                     dict(together, RANK=rank, LOCAL_RANK=rank) if processes > 1 else {},
+                    limit,
                 ),
             )
             for rank in range(processes)
@@ -95,7 +95,9 @@ class Forked:
                 os.killpg(process.pid, signal.SIGKILL)  # with the workers that open images, which would end later
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.processes[0].pid, number)
+        for process in self.processes:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, number)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
         for process in self.processes:
@@ -104,8 +106,10 @@ class Forked:
         return ''.join(log.read_text() for log in self.logs), None
 
 
-def run_forked(words: list[str], log: Path, environment: dict[str, object]) -> None:
+def run_forked(words: list[str], log: Path, environment: dict[str, object], limit: int | None) -> None:
     os.setsid()
+    if limit:  # bytes that a file may have
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     os.environ.update({key: str(value) for key, value in environment.items()})
     multiprocessing.set_start_method('fork', force=True)  # for what opens images, as it is for the command
     with log.open('w') as file:
