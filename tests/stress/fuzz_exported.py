@@ -53,20 +53,20 @@ class Exported:
         self.seeds = {file.suffix: file.read_bytes() for file in seeds.iterdir()}
         with zipfile.ZipFile(seeds / 'model.pt2') as archive:
             self.records = [(name, archive.read(name)) for name in archive.namelist()]
-        self.answer = use(seeds / 'model.pt2')
+        self.answers = {suffix: use(seeds / f'model{suffix}') for suffix in SUFFIXES}
 
     def make(self, rng: random.Random, folder: Path) -> Case:
         """Make one input."""
         suffix = rng.choice(('.pt2', '.pt2', '.pt2', '.onnx', '.xml'))
         changed = '.bin' if suffix == '.xml' and rng.random() < 0.3 else suffix
-        checked = suffix == '.pt2' and rng.random() < 0.2  # its checksums show any damage
-        if suffix == '.pt2' and not checked:
+        rewritten = suffix == '.pt2' and rng.random() < 0.8  # with right checksums
+        if rewritten:
             content, what = self.archive(rng)
         else:
             content, what = mangle(rng, self.seeds[changed], [*self.seeds.values()])
         for kind in {suffix, changed, *(['.bin'] if suffix == '.xml' else [])}:
             (folder / f'model{kind}').write_bytes(content if kind == changed else self.seeds[kind])
-        expected = self.answer if checked else None
+        expected = None if rewritten else self.answers[suffix]
         return Case(f'{changed}, {what}', lambda: use(folder / f'model{suffix}'), expected=expected)
 
     def archive(self, rng: random.Random) -> tuple[bytes, str]:
