@@ -90,8 +90,8 @@ class Torture:
         if kind == 'limit':
             run = self.start(folder, random.randrange(20_000, 2 * large))
         elif kind == 'disk':
-            used = sum(file.stat().st_size for file in self.room.glob('runs/**/*') if file.is_file())
-            self.set_space((used + random.randrange(4_000, 3 * large)) // 1024 + 1)
+            used = shutil.disk_usage(self.room / 'runs').used
+            self.set_space((used + random.randrange(8_000, 3 * large)) // 1024 + 1)
             run = self.start(folder)
         else:
             run = self.start(folder)
