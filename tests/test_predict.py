@@ -481,9 +481,10 @@ def test_formulas_are_disarmed_for_spreadsheets(model, photos, tmp_path):
                 assert next(csv.DictReader(file))['image'] == expected
 
 
-def test_second_command_into_the_same_output_is_refused(many, model, tmp_path, capsys):
+@pytest.mark.parametrize('rank, world', [(0, 1), (1, 2)], ids=['one process', 'one of two processes'])
+def test_second_command_into_the_same_output_is_refused(many, model, tmp_path, rank, world):
     words = ['predict', many, '--checkpoint', model, '--output', tmp_path / 'a.csv']
-    with Results(tmp_path / 'a.csv', 1, 1, {}).lock():
+    with Results(tmp_path / 'a.csv', 1, 1, {}).lock(rank, world):
         code = 'import sys; from t2t_vit import cli; sys.exit(cli.main(sys.argv[1:]))'
         done = subprocess.run([sys.executable, '-c', code, *map(str, words)], capture_output=True, text=True)
     assert done.returncode == 2 and f'another command is writing to {tmp_path}/a.csv' in done.stderr

@@ -168,7 +168,7 @@ def follow(job: Job, head: Head, width: dict[str, int], settings: Row) -> Iterat
         yield from rows(job, head, width, None)
         return
     results = Results(Path(job.output), len(job.images), job.shard_size, {**job.settings, **settings}, job.spreadsheet)
-    with results.lock(job.rank):
+    with results.lock(job.rank, job.world):
         results.begin(job.environment())
         yield from rows(job, head, width, results)
 

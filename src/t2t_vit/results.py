@@ -105,17 +105,20 @@ class Results:
         self.parts = [self.folder / f'part-{i:05d}-of-{total:05d}.parquet' for i in range(total)]
 
     @contextmanager
-    def lock(self, rank: int = 0) -> Iterator[None]:
-        """Hold the output while the context lasts, for process `rank` of those that share the work.
+    def lock(self, rank: int = 0, world: int = 1) -> Iterator[None]:
+        """Hold the output while the context lasts, for process `rank` of the `world` that share the work.
 
         Raises:
-            UsageError: if another command writes there.
+            UsageError: if another command writes there: the same process of the same number, or any of another number,
+                which would compute the same parts.
         """
-        name = f'.{self.place.name}.{rank}.lock'
-        with locked(
-            self.place.parent / name,
-            f'another command is writing to {self.place}: wait for it, or choose another --output',
-        ):
+        busy = f'another command is writing to {self.place}: wait for it, or choose another --output'
+        folder = self.place.parent
+        with locked(folder / f'.{self.place.name}.{rank}-of-{world}.lock', busy):
+            for other in folder.glob(f'.{escape(self.place.name)}.*-of-*.lock'):
+                if not other.name.endswith(f'-of-{world}.lock'):
+                    with locked(other, busy):  # left by a process that is gone
+                        pass
             yield
 
     def begin(self, environment: dict[str, Any]) -> None:

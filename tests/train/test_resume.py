@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +18,17 @@ from conftest import PHOTOS, SHORT, digits_config, read_records, records, same_r
 from filelock import FileLock
 
 from t2t_vit.cli import main
+from t2t_vit.data import Batch
 from t2t_vit.models.safe_load import CheckpointError
 from t2t_vit.settings import Setting, UsageError
+from t2t_vit.train import resume
 from t2t_vit.train.classes import describe_difference
 from t2t_vit.train.processes import LOCK
-from t2t_vit.train.resume import saved_settings
+from t2t_vit.train.resume import check_same_start, find_start, saved_settings
 from t2t_vit.train.run import train
+from t2t_vit.train.signals import Interrupted
 from t2t_vit.train.state import load_state, read_state, saved_states
+from t2t_vit.train.trainer import Trainer
 from t2t_vit.train.upgrade import upgrade
 
 OLD_RUN = Path(__file__).parents[1] / 'assets' / 'run-0.1.0'
@@ -297,3 +302,138 @@ def test_files_have_the_mode_of_the_umask(tmp_path):
     modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / 'run').rglob('*') if file.is_file()}
     assert {name: oct(mode) for name, mode in modes.items() if name != LOCK and mode != 0o640} == {}
     assert load_state(tmp_path / 'run' / 'checkpoints')[0]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Ctrl-C in the middle of a step."""
+    step, made = Trainer.step, []
+
+    def stopping(run: Trainer, batch: Batch) -> float:
+        made.append(1)
+        if len(made) == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(run, batch)
+
+    monkeypatch.setattr(Trainer, 'step', stopping)
+
+
+@pytest.mark.parametrize('steps', [2, 5, 8], ids=['second step', 'last of an epoch', 'middle of the second'])
+def test_interrupted_run_resumes_exactly(digits_run, tmp_path, monkeypatch, steps):
+    config = digits_config(output=str(tmp_path))
+    with monkeypatch.context() as context, pytest.raises(Interrupted, match='continue with --resume') as stop:
+        stop_after(context, steps)
+        train(config)
+    assert str(tmp_path / 'checkpoints' / f'step-{steps:08}.pt') in str(stop.value) and stop.value.code == 130
+    train(config, resume=str(tmp_path))
+    assert same_run(tmp_path, digits_run)
+
+
+def test_resume_is_exact_with_all_randomness(photos, tmp_path, monkeypatch):
+    random = {
+        **PHOTOS,
+        'data.root': str(photos),
+        'data.memory': False,
+        'batch_size': 8,
+        'augment.mixup': 0.8,
+        'augment.cutmix': 1.0,
+        'augment.reprob': 0.5,
+        'augment.aa': 'rand-m9-mstd0.5-inc1',
+        'model_args.drop_path_rate': 0.2,
+        'model_args.drop_rate': 0.2,
+    }
+    train(digits_config(output=str(tmp_path / 'whole'), **random))
+    config = digits_config(output=str(tmp_path / 'parts'), **random)
+    with monkeypatch.context() as context, pytest.raises(Interrupted):
+        stop_after(context, 5)
+        train(config)
+    train(config, resume=str(tmp_path / 'parts'))
+    assert same_run(tmp_path / 'parts', tmp_path / 'whole')
+
+
+def test_truncated_state_is_skipped(digits_run, tmp_path, capsys):
+    config = digits_config(output=str(tmp_path))
+    train(config)
+    last = saved_states(tmp_path / 'checkpoints')[0]
+    last.write_bytes(last.read_bytes()[:1000])
+    train(config, resume=str(tmp_path))
+    assert f'skipped {last} cannot be read' in ' '.join(capsys.readouterr().out.split())
+    assert same_run(tmp_path, digits_run)
+
+
+def test_resuming_a_finished_run_changes_nothing(digits_run, tmp_path):
+    config = digits_config(output=str(tmp_path))
+    record = train(config)
+    assert train(config, resume=str(tmp_path)) == record
+    assert same_run(tmp_path, digits_run)
+
+
+def test_new_run_in_a_folder_with_a_run_is_refused(digits_run):
+    before = {p: p.read_bytes() for p in digits_run.rglob('*') if p.is_file()}
+    with pytest.raises(UsageError, match=f'holds a run: continue it with --resume {digits_run}'):
+        train(digits_config(output=str(digits_run)))
+    assert {p: p.read_bytes() for p in digits_run.rglob('*') if p.is_file()} == before
+
+
+def test_new_run_in_a_folder_with_a_model_is_refused(digits_run, tmp_path):
+    (tmp_path / 'model.safetensors').write_bytes((digits_run / 'model.safetensors').read_bytes())
+    with pytest.raises(UsageError, match='holds a run'):
+        train(digits_config(output=str(tmp_path)))
+
+
+def test_model_without_a_state_is_not_overwritten(digits_run, tmp_path):
+    """As where checkpoints were deleted; a run that was cut off in its first validation begins again."""
+    for name in ('model.safetensors', 'metrics.jsonl'):
+        (tmp_path / name).write_bytes((digits_run / name).read_bytes())
+    config = digits_config(output=str(tmp_path), **SHORT)
+    with pytest.raises(UsageError, match=f'{tmp_path} holds a model but no state of its run .* --weights {tmp_path}'):
+        train(config, resume='auto')
+    (tmp_path / 'metrics.jsonl').write_text('')
+    assert find_start(tmp_path, 'auto') == (None, tmp_path / 'checkpoints', [])
+
+
+def test_resume_with_another_output_is_refused(digits_run, tmp_path):
+    with pytest.raises(UsageError, match=f'output is {tmp_path}: leave out output, or resume from one of the files'):
+        train(digits_config(output=str(tmp_path)), resume=str(digits_run))
+
+
+def test_ranks_that_disagree_are_refused(monkeypatch):
+    """As where hosts do not share the folder of the run."""
+    config, ours = digits_config(), {'position': {'epoch': 0, 'step': 3}}
+    for other, message in (
+        ((config.to_yaml(), (0, 0)), 'starts in epoch 1, step 4, rank 1 in epoch 1, step 1; output must be'),
+        ((digits_config(epochs=3).to_yaml(), (0, 3)), 'epochs is 2 in rank 0 and 3 in rank 1'),
+    ):
+        monkeypatch.setattr(resume, 'gather_object', lambda found, other=other: [*found, other])
+        with pytest.raises(UsageError, match=message):
+            check_same_start(config, ours)
+    monkeypatch.setattr(
+        resume,
+        'gather_object',
+        lambda found: [*found, (digits_config(**{'data.root': '/elsewhere', 'threads': 3}).to_yaml(), (0, 3))],
+    )
+    check_same_start(config, ours)
+
+
+def test_resume_notes_another_number_of_processes(digits_run, tmp_path, capsys):
+    shutil.copytree(digits_run, tmp_path / 'run')
+    last = saved_states(tmp_path / 'run' / 'checkpoints')[0]
+    torch.save({**read_state(last), 'processes': 2}, last)
+    train(digits_config(), resume=str(tmp_path / 'run'), dry_run=True)
+    assert 'note 1 processes continue a state of 2' in ' '.join(capsys.readouterr().out.split())
+
+
+def test_resume_of_a_folder_without_state_is_refused(tmp_path):
+    with pytest.raises(UsageError, match='holds no state to resume from'):
+        train(digits_config(), resume=str(tmp_path))
+
+
+def test_resume_rejects_changed_settings(digits_run):
+    changes = {'optimizer.lr': 0.1, 'model_args.drop_rate': 0.5, 'batch_size': 64, 'epochs': 9, 'data.workers': 0}
+    with pytest.raises(UsageError) as error:
+        train(digits_config(**changes), resume=str(digits_run))
+    states = digits_run / 'checkpoints'
+    assert str(error.value).splitlines() == [
+        f'optimizer.lr is 0.002 in {states}, and cannot become 0.1 there',
+        f'batch_size is 256 in {states}, and cannot become 64 there',
+        f'model_args.drop_rate is None in {states}, and cannot become 0.5 there',
+    ]

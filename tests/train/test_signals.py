@@ -10,15 +10,17 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import SHORT, digits_config
+from conftest import SHORT, digits_config, same_run
 from PIL import Image
 from test_survival import FORKS
 
 from t2t_vit.data import DataError, waiting
 from t2t_vit.data.batches import epoch_order
 from t2t_vit.data.waiting import DataWatch, Stalled
+from t2t_vit.scoring import score
 from t2t_vit.train import run, trainer
 from t2t_vit.train.run import train
 from t2t_vit.train.signals import INTERRUPTED, RESTART, Interrupted, WaitInterrupted, stop_signals
@@ -238,3 +240,69 @@ def test_wait_ends_soon_after_a_request_that_needs_an_agreement(monkeypatch):
         asked.append(1)
         time.sleep(20)
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize('call', [1, 2], ids=['weights', 'average'])
+def test_signal_during_validation_is_exact(digits_run, tmp_path, monkeypatch, call):
+    """It does not wait for the next step: what is not scored yet, the resumed run scores."""
+    calls: list[int] = []
+
+    def stopping(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(*args)
+
+    config = digits_config(output=str(tmp_path))
+    with monkeypatch.context() as context:
+        context.setattr(trainer, 'score', stopping)
+        with pytest.raises(Interrupted, match='step-00000005') as stop:
+            train(config)
+    assert stop.value.code == RESTART and len(calls) == call
+    train(config, resume='auto')
+    assert same_run(tmp_path, digits_run)
+
+
+def test_interrupt_of_the_whole_process_group_saves(photos, tmp_path):
+    """As a terminal does it, with workers under way."""
+    run = subprocess.Popen(
+        [
+            sys.executable,
+            '-m',
+            't2t_vit.cli',
+            'train',
+            '--recipe',
+            'small-images',
+            '--data.root',
+            str(photos),
+            '--batch_size',
+            '4',
+            '--model_args.depth',
+            '1',
+            '--data.memory',
+            'false',
+            '--output',
+            str(tmp_path / 'run'),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = tmp_path / 'run' / 'metrics.jsonl'
+    while run.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGINT)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 130, output
+    assert f'continue with --resume {tmp_path / "run"}' in output and 'Traceback' not in output
+    assert load_state(tmp_path / 'run' / 'checkpoints')[0]['position']['epoch'] >= 1
+
+
+def test_training_works_in_another_thread(tmp_path):
+    """Which receives no signals."""
+    results: list[dict[str, Any]] = []
+    thread = threading.Thread(target=lambda: results.append(train(digits_config(output=str(tmp_path), **SHORT))))
+    thread.start()
+    thread.join()
+    assert results[0]['epoch'] == 0

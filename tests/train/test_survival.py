@@ -103,7 +103,7 @@ class Forked:
         for process in self.processes:
             process.join(timeout)
         assert self.poll() is not None, 'it does not end'
-        return ''.join(log.read_text() for log in self.logs), None
+        return ''.join(log.read_text() for log in self.logs if log.exists()), None
 
 
 def run_forked(words: list[str], log: Path, environment: dict[str, object], limit: int | None) -> None:
