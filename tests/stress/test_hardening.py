@@ -1,4 +1,4 @@
-"""What the fuzz run found, each as a test of its own."""
+"""Test each fault that the fuzz run found."""
 
 import io
 import json
@@ -26,7 +26,7 @@ from t2t_vit.trained import load_model, save_folder
 SMALL = dict(depth=1, token_dim=16, num_classes=3)
 
 
-def test_an_archive_that_unpacks_without_measure(tmp_path):
+def test_archive_that_unpacks_to_far_more_than_its_size_is_refused(tmp_path):
     torch.save(tiny().state_dict(), tmp_path / 'small.pth')
     with (
         zipfile.ZipFile(tmp_path / 'small.pth') as whole,
@@ -39,7 +39,7 @@ def test_an_archive_that_unpacks_without_measure(tmp_path):
             read(tmp_path / 'bomb.pth')
 
 
-def test_a_tensor_that_claims_more_than_it_holds(tmp_path):
+def test_tensor_larger_than_its_storage_is_refused(tmp_path):
     torch.save({**tiny().state_dict(), 'head.weight': torch.zeros(1).expand(10**8, 32)}, tmp_path / 'a.pth')
     with pytest.raises(CheckpointError, match='would take .* in memory'):
         load_weights(tiny(), tmp_path / 'a.pth')
@@ -53,7 +53,7 @@ def test_a_tensor_that_claims_more_than_it_holds(tmp_path):
         (lambda t: t.to(torch.complex64), 'norm.weight complex64 instead of float32'),
     ],
 )
-def test_tensors_that_are_no_weights(change, message, tmp_path):
+def test_tensors_of_another_kind_than_the_weights_are_refused(change, message, tmp_path):
     weights = tiny().state_dict()
     torch.save({**weights, 'norm.weight': change(weights['norm.weight'])}, tmp_path / 'a.pth')
     with pytest.raises(CheckpointError, match=message):
@@ -82,8 +82,8 @@ def folder(tmp_path_factory):
     ],
     ids=str,
 )
-def test_a_run_folder_with_other_settings(change, folder, tmp_path):
-    """Whatever is wrong, it is found before anything of that size is allocated."""
+def test_run_folder_with_wrong_settings_is_refused(change, folder, tmp_path):
+    """Check that wrong settings are refused before anything of their size is allocated."""
     shutil.copytree(folder, tmp_path / 'run')
     config = json.loads((folder / 'config.json').read_text())
     del config['sha256']
@@ -93,7 +93,7 @@ def test_a_run_folder_with_other_settings(change, folder, tmp_path):
 
 
 @pytest.mark.parametrize('file', ['config.json', 'model.safetensors'])
-def test_a_damaged_run_folder(file, folder, tmp_path):
+def test_truncated_file_of_a_run_folder_is_refused(file, folder, tmp_path):
     shutil.copytree(folder, tmp_path / 'run')
     (tmp_path / 'run' / file).write_bytes((folder / file).read_bytes()[:99])
     with pytest.raises(CheckpointError, match=str(tmp_path / 'run')):
@@ -120,12 +120,12 @@ def test_exponential_aliases_are_refused():
         '3',
     ],
 )
-def test_texts_that_are_no_settings(text):
+def test_text_that_is_no_mapping_of_settings_is_refused(text):
     with pytest.raises(UsageError, match='file'):
         parse_settings(text, 'file')
 
 
-def test_names_of_classes_that_are_no_text(tmp_path):
+def test_class_names_that_are_not_utf8_are_refused(tmp_path):
     (tmp_path / 'classes.txt').write_bytes(b'\xff\xfe\x00cat')
     with pytest.raises(DataError, match='classes.txt is not text'):
         read_lines(tmp_path / 'classes.txt')
@@ -133,7 +133,7 @@ def test_names_of_classes_that_are_no_text(tmp_path):
 
 @pytest.mark.parametrize('bomb', ['png of 30000²', 'png of 1×3000000', 'png of 60000000×1', 'ppm', 'eps', 'xpm', 'tga'])
 @pytest.mark.filterwarnings('ignore:.*decompression bomb:PIL.Image.DecompressionBombWarning')
-def test_images_that_would_take_all_memory_or_start_a_program(bomb):
+def test_image_that_would_take_all_memory_or_start_a_program_is_refused(bomb):
     with pytest.raises((DataError, OSError, Image.DecompressionBombError)):
         decode_image(io.BytesIO(BOMBS[bomb]))
 
@@ -142,7 +142,7 @@ BOMBS = bombs()
 
 
 @pytest.mark.filterwarnings('ignore:.*decompression bomb:PIL.Image.DecompressionBombWarning')
-def test_the_limits_of_an_image():
+def test_images_beyond_the_limits_of_pixels_and_sides_are_refused():
     assert decode_image(io.BytesIO(png(500, 1, 8, 0, True))).size == (500, 1)
     with pytest.raises(DataError, match='501x1 pixels: its sides are more than 500 to 1'):
         decode_image(io.BytesIO(png(501, 1, 8, 0, True)))
@@ -150,7 +150,7 @@ def test_the_limits_of_an_image():
         decode_image(io.BytesIO(png(10000, 10000)))
 
 
-def test_labels_of_any_kind():
+def test_labels_that_are_neither_integer_nor_text_are_refused():
     with pytest.raises(DataError, match='no integer or text label for every image: label holds list'):
         number_labels([[0], [1]], [], 'a.parquet', 'label')
     for content in (b'9' * 5000, b'[' * 100000):
@@ -167,7 +167,7 @@ def test_labels_of_any_kind():
         ('model.a', 'x', 'model.a'),
     ],
 )
-def test_values_of_another_kind(key, value, message):
+def test_settings_of_another_type_are_refused(key, value, message):
     with pytest.raises(UsageError, match=message):
         resolve(Config, [(key, key, value), ('epochs', 'epochs', 30)][: 1 if key == 'epochs' else 2])
 
@@ -176,8 +176,8 @@ DOCKER = Path(__file__).parents[2] / 'docker'
 
 
 @pytest.mark.parametrize('file', sorted(DOCKER.glob('*Dockerfile')), ids=lambda file: file.name)
-def test_dockerfiles(file):
-    """What a linter asks of them."""
+def test_dockerfile_follows_the_rules_of_a_linter(file):
+    """Check pinned and small base images, no downloads, no root, and the exec form of commands."""
     lines = re.sub(r'\\\n', ' ', re.sub(r'^#.*\n', '', file.read_text(), flags=re.MULTILINE)).splitlines()
     steps = [(line.split()[0], line.partition(' ')[2].strip()) for line in lines if line]
     of = {kind: [value for name, value in steps if name == kind] for kind, _ in steps}

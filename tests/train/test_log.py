@@ -1,4 +1,4 @@
-"""What a run prints: plan, table of epochs, progress."""
+"""Test the output of a run: plan, table of epochs, progress."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""Resuming: damaged files, changed classes, other versions, two processes, finished runs."""
+"""Test resuming: exactness, damaged files, changed classes and settings, other versions, locks."""
 
 import json
 import os
@@ -179,7 +179,7 @@ def old_run(tmp_path: Path) -> Path:
 
 
 def test_run_of_version_0_1_0_resumes(old_run, capsys):
-    """It was stopped after three of six epochs, one of which was the cooldown; the schedule goes on as it was."""
+    """Continue a run that was stopped after three of six epochs, one of them cooldown, with the same schedule."""
     assert main(['train', '--resume', str(old_run)]) == 0
     expected = read_records(OLD_RUN.with_name('run-0.1.0-metrics.jsonl'))
     found = read_records(old_run / 'metrics.jsonl')
@@ -253,7 +253,7 @@ def test_state_may_not_name_code(run_copy, tmp_path, capsys):
     assert 'names code to execute' in capsys.readouterr().err and not (tmp_path / 'ran').exists()
 
 
-# two at once, and finished runs
+# locks and finished runs
 
 
 def test_second_training_in_a_folder_is_refused(run_copy, monkeypatch, capsys):
@@ -305,7 +305,7 @@ def test_files_have_the_mode_of_the_umask(tmp_path):
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Ctrl-C in the middle of a step."""
+    """Send Ctrl-C in the middle of a step."""
     step, made = Trainer.step, []
 
     def stopping(run: Trainer, batch: Batch) -> float:
@@ -381,7 +381,7 @@ def test_new_run_in_a_folder_with_a_model_is_refused(digits_run, tmp_path):
 
 
 def test_model_without_a_state_is_not_overwritten(digits_run, tmp_path):
-    """As where checkpoints were deleted; a run that was cut off in its first validation begins again."""
+    """Test a folder whose checkpoints were deleted, and a run that was killed in its first validation."""
     for name in ('model.safetensors', 'metrics.jsonl'):
         (tmp_path / name).write_bytes((digits_run / name).read_bytes())
     config = digits_config(output=str(tmp_path), **SHORT)
@@ -397,7 +397,7 @@ def test_resume_with_another_output_is_refused(digits_run, tmp_path):
 
 
 def test_ranks_that_disagree_are_refused(monkeypatch):
-    """As where hosts do not share the folder of the run."""
+    """Test hosts that do not share the run folder."""
     config, ours = digits_config(), {'position': {'epoch': 0, 'step': 3}}
     for other, message in (
         ((config.to_yaml(), (0, 0)), 'starts in epoch 1, step 4, rank 1 in epoch 1, step 1; output must be'),

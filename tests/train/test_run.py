@@ -1,4 +1,4 @@
-"""Runs: what they leave, that they repeat bit for bit, also when cut short, and what stops them."""
+"""Test runs: the files that they write, that they repeat bit for bit, their options, and errors."""
 
 import matplotlib.image
 import pytest
@@ -16,7 +16,7 @@ from t2t_vit.train.run import train
 GREY_PHOTOS = {'data.channels': 1, 'augment.rotate': 0}
 
 
-# what a run leaves
+# files of a run
 
 
 def test_run_folder_has_all_files(digits_run):
@@ -74,7 +74,7 @@ def test_run_folder_keeps_model_args(tmp_path):
     assert 'conv' in dict(model.tokens_to_token.attention1.named_children())
 
 
-# the same again
+# repetition
 
 
 def test_run_repeats_bit_for_bit(digits_run, tmp_path):
@@ -87,7 +87,7 @@ def test_other_seed_gives_another_run(digits_run, tmp_path):
     assert records(tmp_path)[0]['train_loss'] != records(digits_run)[0]['train_loss']
 
 
-# what it can be made of
+# options
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_options_train(tmp_path, changes):
     assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).num_classes == 10
 
 
-# what stops it
+# errors
 
 
 def test_single_class_is_refused(photos, tmp_path):
@@ -134,6 +134,3 @@ def test_validation_with_unknown_classes_is_refused(photos, tmp_path):
 def test_mean_and_std_for_other_channels_are_refused():
     with pytest.raises(UsageError, match='a value for each of 1 channels'):
         train(digits_config(**{'data.mean': [0.1, 0.2], 'data.std': [1, 1]}))
-
-
-# what it says

@@ -1,4 +1,4 @@
-"""Settings are scaled down to what the data and the epochs allow."""
+"""Test that settings are scaled down to the number of images and epochs."""
 
 import yaml
 from conftest import digits_config

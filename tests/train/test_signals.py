@@ -1,4 +1,4 @@
-"""Signals: the first saves, also while waiting for images; the second ends the process."""
+"""Test that the first signal saves, also while the run waits for images, and the second ends the process."""
 
 import multiprocessing
 import os
@@ -59,7 +59,7 @@ def test_signal_ends_a_wait():
     ],
 )
 def test_second_signal_ends_the_process(pair, code):
-    """Also while the main thread is inside a call that never returns to Python."""
+    """Block the main thread in a call that never returns to Python."""
     script = textwrap.dedent("""
         import ctypes, signal
         from t2t_vit.train.signals import stop_signals
@@ -85,7 +85,7 @@ def test_second_signal_ends_the_process(pair, code):
 
 
 class Slow:
-    """A source with an image that does not come once the file `hanging` exists: the last one of the first epoch."""
+    """A source whose last image of the first epoch hangs once the file `hanging` exists."""
 
     classes = ['a', 'b']
 
@@ -212,7 +212,7 @@ def train_slowly(folder, rank, port):
 
 @pytest.mark.timeout(300)
 def test_signal_saves_while_one_of_two_processes_waits_for_images(tmp_path):
-    """The first process waits in the exchange of gradients meanwhile, a call that no signal ends."""
+    """Let the second process wait, and the first one wait for it in the exchange of gradients."""
     with socket.create_server(('127.0.0.1', 0)) as free:
         port = free.getsockname()[1]
     processes = [FORKS.Process(target=train_slowly, args=(tmp_path, rank, port)) for rank in range(2)]
@@ -244,7 +244,7 @@ def test_wait_ends_soon_after_a_request_that_needs_an_agreement(monkeypatch):
 
 @pytest.mark.parametrize('call', [1, 2], ids=['weights', 'average'])
 def test_signal_during_validation_is_exact(digits_run, tmp_path, monkeypatch, call):
-    """It does not wait for the next step: what is not scored yet, the resumed run scores."""
+    """Send the signal before a score; the resumed run computes the missing scores."""
     calls: list[int] = []
 
     def stopping(*args: Any) -> Any:
@@ -264,7 +264,7 @@ def test_signal_during_validation_is_exact(digits_run, tmp_path, monkeypatch, ca
 
 
 def test_interrupt_of_the_whole_process_group_saves(photos, tmp_path):
-    """As a terminal does it, with workers under way."""
+    """Send Ctrl-C as a terminal does, to the run and its data workers."""
     run = subprocess.Popen(
         [
             sys.executable,
@@ -300,7 +300,7 @@ def test_interrupt_of_the_whole_process_group_saves(photos, tmp_path):
 
 
 def test_training_works_in_another_thread(tmp_path):
-    """Which receives no signals."""
+    """Train in a thread, where Python delivers no signals."""
     results: list[dict[str, Any]] = []
     thread = threading.Thread(target=lambda: results.append(train(digits_config(output=str(tmp_path), **SHORT))))
     thread.start()

@@ -1,4 +1,4 @@
-"""What training starts from: weights of a run, with or without its head."""
+"""Test starting from the weights of a run, with and without its head."""
 
 import torch
 from accelerate import Accelerator

@@ -1,4 +1,4 @@
-"""A run survives what happens to it: kills at any moment, preemption, full disks, lost workers, bad steps."""
+"""Test that a run survives kills, preemption, full disks, lost processes and steps that are not finite."""
 
 import multiprocessing
 import os
@@ -59,7 +59,7 @@ FORKS.set_forkserver_preload(['pytest', 't2t_vit.train.run'])
 
 
 class Forked:
-    """`t2t-vit WORDS` in a process of its own, or several that train together, with the methods of subprocess.Popen."""
+    """Run `t2t-vit WORDS` in a new process, or several that train together, with the methods of subprocess.Popen."""
 
     def __init__(self, words: Sequence[str], log: Path, processes: int = 1, limit: int | None = None) -> None:
         self.logs = [log, *(log.with_name(f'{log.name}.{rank}') for rank in range(1, processes))]
@@ -176,10 +176,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_killed_run_resumes_exactly(unbroken, tmp_path):
-    """SIGKILL in the first and the third epoch: the same weights, averages and moments, bit for bit.
-
-    `torture.py` does it at a hundred random moments.
-    """
+    """Kill a run in the first and the third epoch; torture.py does it at random moments."""
     for step in (2, 12):
         run = start(tmp_path / 'run')
         wait_for_step(tmp_path / 'run', step, run)
@@ -205,8 +202,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(900)  # six starts of torch, on a machine that may be busy
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='finds processes as Linux lists them')
-def test_one_of_two_workers_lost(pair, tmp_path):
-    """The launcher starts both again, and they go on from the last step saved; twice."""
+def test_launcher_restarts_both_processes_after_one_is_lost(pair, tmp_path):
+    """Kill one process twice; both continue from the last state."""
     run = launch(tmp_path / 'parts', *LOUD)
     for step in (4, 9):
         wait_for_step(tmp_path / 'parts', step, run)
@@ -217,7 +214,7 @@ def test_one_of_two_workers_lost(pair, tmp_path):
 
 
 def test_two_processes_train_as_one(tmp_path):
-    """The same images a step, gradients averaged: the same run but for rounding, where nothing is drawn in a step."""
+    """Compare one process with two, without random numbers inside a step: equal except for rounding."""
     for processes, name in ((1, 'one'), (2, 'pair')):
         finish(start(tmp_path / name, *QUIET, processes=processes))
     for a, b in zip(records(tmp_path / 'one'), records(tmp_path / 'pair')):
@@ -238,7 +235,7 @@ def test_preempted_run_resumes_exactly(unbroken, tmp_path):
 
 
 def test_resume_from_a_state_file_into_another_folder(unbroken, tmp_path):
-    """In another folder; the file's own configuration comes with it."""
+    """Check that the configuration in the state file is used."""
     run = start(tmp_path / 'first')
     wait_for_step(tmp_path / 'first', 6, run)
     run.send_signal(signal.SIGTERM)
@@ -320,11 +317,11 @@ def test_too_many_skipped_steps_stop_the_run(tmp_path, monkeypatch):
     assert load_state(tmp_path / 'checkpoints')[0]['position']['epoch'] == 1
 
 
-# parts of a batch
+# micro-batches
 
 
 def test_micro_batches_give_the_same_step(tmp_path):
-    """As far as rounding goes: the same gradient, summed."""
+    """Compare one micro-batch with four: equal except for rounding."""
     quiet = {'model_args.token_layer': 'transformer', **SHORT}
     for parts in 1, 4:
         train(digits_config(output=str(tmp_path / str(parts)), accumulate=parts, **quiet))

@@ -1,4 +1,4 @@
-"""Steps and epochs of training, from every kind of source."""
+"""Test the trainer: schedule of a resumed run, sources in memory and on disk, damaged images."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from t2t_vit.train.trainer import load
 
 
 def test_resume_with_more_epochs_follows_their_schedule(digits_run, tmp_path):
-    """The schedule is that of all epochs from the first resumed step on, not the old one begun anew."""
+    """Compare the learning rate of a resumed step with that of a run with all epochs from the start."""
     config = digits_config(output=str(tmp_path), epochs=3)
     rates = []
     for state in (None, read_state(digits_run / 'checkpoints' / 'step-00000010.pt')):
