@@ -105,7 +105,7 @@ def same_run(folder: Path, expected: Path) -> bool:
     states = [read_state(saved_states(f / 'checkpoints')[0]) for f in (folder, expected)]
     moments = [list(state['optimizer']['state'].values()) for state in states]
     return records(folder) == records(expected) and all(
-        found.keys() == want.keys() and all(torch.equal(found[key], want[key]) for key in want)
+        found.keys() == want.keys() and all(torch.equal(*map(torch.as_tensor, (found[key], want[key]))) for key in want)
         for found, want in (
             [load_file(f / 'model.safetensors') for f in (folder, expected)],
             *([state[part] for state in states] for part in ('model', 'ema')),

@@ -3,9 +3,9 @@
 import pytest
 import timm
 import torch
-from conftest import SMALLER, digits_config
+from conftest import SMALLER, digits_config, same_run
 from safetensors.torch import load_file
-from test_run import same_run, stop_after
+from test_resume import stop_after
 
 from t2t_vit import Classifier
 from t2t_vit.cli import main
