@@ -60,6 +60,23 @@ def test_tensors_of_another_kind_than_the_weights_are_refused(change, message, t
         load_weights(tiny(), tmp_path / 'a.pth')
 
 
+def test_weights_of_mmpretrain_1x_are_scaled_in_float8_and_refused_in_int8(tmp_path):
+    loaded, name = [], 'blocks.0.attn.qkv.weight'
+    narrow = tiny().state_dict()[name].to(torch.float8_e5m2)
+    for weight in (narrow, narrow.float(), narrow.float().to(torch.int8)):
+        torch.save(
+            {'state_dict': {**tiny().state_dict(), name: weight}, 'meta': {'mmengine_version': '1'}}, tmp_path / 'a.pth'
+        )
+        model = tiny()
+        if weight.dtype == torch.int8:
+            with pytest.raises(CheckpointError, match=name):
+                load_weights(model, tmp_path / 'a.pth')
+        else:
+            load_weights(model, tmp_path / 'a.pth')
+            loaded.append(model.state_dict()[name])
+    assert torch.equal(*loaded)
+
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('run')

@@ -162,10 +162,10 @@ def fold_inverted_scale(state_dict: Mapping[str, torch.Tensor], model: nn.Module
     """
     folded, modules = {}, dict(model.named_modules())
     for name, weight in state_dict.items():
-        if name.endswith('.attn.qkv.weight') and weight.ndim == 2:
+        if name.endswith('.attn.qkv.weight') and weight.ndim == 2 and weight.is_floating_point():
             heads = getattr(modules.get(name[: -len('.qkv.weight')]), 'num_heads', 1)
             rows = len(weight) // 3
-            folded[name] = weight.clone()
+            folded[name] = weight.float() if weight.element_size() == 1 else weight.clone()  # float8 has no product
             folded[name][:rows] *= math.sqrt(rows / heads * weight.shape[1] / heads)
     return folded
 
