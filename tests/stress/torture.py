@@ -64,10 +64,12 @@ class Torture:
         """Start a run, or continue it."""
         words = options(folder, *(DISK if self.given.disk else []))
         if self.given.old:
-            if not folder.exists():
-                shutil.copytree(OLD_RUN, folder)
             words = ['train', '--resume', str(folder), *OLD_OPTIONS]
         return Forked(words, self.room / f'{folder.name}.log', self.given.processes, limit)
+
+    def prepare(self, folder: Path) -> Path:
+        """Return the folder of a new run, which has the old run in it if one is continued."""
+        return Path(shutil.copytree(OLD_RUN, folder)) if self.given.old else folder
 
     def set_space(self, kilobytes: int) -> None:
         """Set the size of the file system."""
@@ -178,10 +180,10 @@ def main(argv: list[str] | None = None) -> int:
     torture = Torture(given, room)
     begun, done, runs = time.monotonic(), 0, 0
     try:
-        unbroken = room / 'runs' / 'unbroken'
+        unbroken = torture.prepare(room / 'runs' / 'unbroken')
         finish(torture.start(unbroken))
         while done < given.harms:
-            folder, harms = room / 'runs' / f'run{runs}', 0
+            folder, harms = torture.prepare(room / 'runs' / f'run{runs}'), 0
             ended = False
             while not ended:
                 ended = torture.harm(random.choice(torture.kinds), folder)
