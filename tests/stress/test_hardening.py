@@ -15,7 +15,7 @@ from PIL import Image
 from test_checkpoints import tiny
 
 from t2t_vit import CheckpointError, load_weights
-from t2t_vit.data import DataError, decode_image
+from t2t_vit.data import DataError, decode_image, open_source
 from t2t_vit.data.sources.labels import number_labels, read_lines
 from t2t_vit.data.sources.webdataset import read_label
 from t2t_vit.settings import UsageError, parse_settings, resolve
@@ -123,6 +123,11 @@ def test_exponential_aliases_are_refused():
     ]
     with pytest.raises(UsageError, match=r'file expands to [\d,]{12,} values'):
         parse_settings('\n'.join(lines), 'file')
+
+
+def test_data_of_a_name_that_no_file_can_have_is_not_found():
+    with pytest.raises(DataError, match='no data at xxx'):
+        open_source('x' * 5000, 'train')
 
 
 @pytest.mark.parametrize(

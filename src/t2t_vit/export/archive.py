@@ -217,7 +217,7 @@ def read_archive(path: PathLike) -> io.BytesIO:
     except pickle.UnpicklingError:
         refuse(path, 'pickled objects')
     except Exception as error:  # zip, JSON and torch raise many kinds for damaged bytes
-        raise CheckpointError(f'{path} is damaged, or not written by torch.export: {error}') from error
+        raise CheckpointError(f'{path} is damaged, or not written by torch.export: {str(error)[:300]}') from error
     copy.seek(0)
     return copy
 

@@ -1,5 +1,6 @@
 """Open the images of a split by one syntax, which `data.root` has."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def open_source(
         return TorchSet(name, one, folder, download, classes)
     if prefix == 'hfds' and name and not path.exists():
         return HubSet(name, one, cache, channels, classes)
-    if not path.exists():
+    if not os.path.exists(path):  # which is false for a name that is too long
         raise DataError(
             f"no data at {path}{nearest(prefix, ('torch', 'hfds', 'digits'))}; data.root is 'digits', "
             "'torch/NAME', 'hfds/NAME', a folder with train/ and val/ of class folders, "

@@ -33,7 +33,7 @@ def is_remote(root: str) -> bool:
 def is_prepared(root: str) -> bool:
     """Return true for an address, and for a folder that `t2t-vit prepare` wrote."""
     folder = Path(root).expanduser()
-    return is_remote(root) or (folder / MANIFEST).is_file() or (folder / PREPARING).is_file()
+    return is_remote(root) or any(os.path.isfile(folder / name) for name in (MANIFEST, PREPARING))
 
 
 class Prepared:
