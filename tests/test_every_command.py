@@ -123,7 +123,8 @@ def explore(root: Path, run: str, output: Path, patch: Any) -> None:
     patch.setattr('t2t_vit.explore.server.serve', serve)
     patch.setattr('t2t_vit.explore.command.stop_signals', stopped)
     try:
-        config.write_text(before.replace(str(root.parent / 'twin'), str(root)))
+        unsigned = before[: before.index('# sha256')]
+        config.write_text(unsigned.replace(str(root.parent / 'twin'), str(root)))
         assert main(['explore', '--checkpoint', run, '--device', 'cpu']) == 0
     finally:
         config.write_text(before)

@@ -72,8 +72,8 @@ def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_contains_recipes_and_types_but_no_tests(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     recipes = {f't2t_vit/recipes/{file.name}' for file in (ROOT / 'src' / 't2t_vit' / 'recipes').glob('*.yaml')}
-    assert recipes | {'t2t_vit/py.typed', 't2t_vit_cli.py'} <= {*names}
-    assert {name.split('/')[0].split('-')[0] for name in names} == {'t2t_vit', 't2t_vit_cli.py'}
+    assert recipes | {'t2t_vit/py.typed', 't2t_vit_cli.py', 't2t_vit_serve.py'} <= {*names}
+    assert {name.split('/')[0].split('-')[0] for name in names} == {'t2t_vit', 't2t_vit_cli.py', 't2t_vit_serve.py'}
     assert not [name for name in names if 'test' in name]
 
 

@@ -33,9 +33,12 @@ def seal(tree: dict[str, Any]) -> dict[str, Any]:
     return {**rest, KEY: digest(json.dumps(rest, sort_keys=True))}
 
 
-def check_seal(tree: dict[str, Any]) -> None:
-    """Raise ValueError if a JSON object has another digest than it states; without one it is accepted."""
-    if has_digest(tree) and tree != seal(tree):
+def check_seal(tree: Any) -> None:
+    """Raise ValueError if a JSON object has another digest than it states; without one it is accepted.
+
+    What is no object is left to the caller.
+    """
+    if isinstance(tree, dict) and has_digest(tree) and tree != seal(tree):
         raise ValueError(
             'its content does not have the SHA-256 that it states: it is damaged. If you changed it on purpose, '
             f'remove "{KEY}" from it'

@@ -73,7 +73,7 @@ class ShardWriter(Dataset[dict[str, Any]]):
         path, draft = self.folder / f'{number:06}.tar', self.folder / f'{number:06}.tar.part'
         rows: list[dict[str, Any]] = []
         damaged: list[str] = []
-        with tarfile.open(draft, 'w', format=tarfile.USTAR_FORMAT) as tar:
+        with tarfile.TarFile(draft, 'w', format=tarfile.USTAR_FORMAT) as tar:
             for index in self.shards[number]:
                 try:
                     image = self.source.open(index)
