@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Train on two hosts simulated on one machine: two network namespaces connected by a virtual cable, gloo. The second host is
 # cut off in the middle and its processes die. After it returns, the run resumes from the last saved state and must reach the
-# weights of an uninterrupted run, bit for bit.
+# weights of an uninterrupted run, bit for bit. Then an elastic run of one or two hosts loses the second host, goes on with
+# one, regains it and goes on with two, without anybody's help.
 #   sudo scripts/two_hosts.sh [FOLDER]
 # Needs Linux, root and iproute2. PYTHON names the interpreter, MINUTES (10) limits each part.
 set -euo pipefail
@@ -89,3 +90,43 @@ print(f'{whole["processes"]} processes on two hosts: weights after the interrupt
       'equal those of the uninterrupted run, bit for bit' if same else 'DIFFER')
 sys.exit(not same)
 PYTHON
+
+elastic() {  # elastic NAME: join the elastic run on host NAME
+    OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME="t2t_v$1" TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 timeout $((${MINUTES:-10} * 60)) \
+        ip netns exec "t2t_$1" "$python" -m torch.distributed.run \
+        --nnodes 1:2 --nproc_per_node 1 --max_restarts 20 --local_addr "$([ "$1" = a ] && echo 10.77.0.1 || echo 10.77.0.2)" \
+        --rdzv_backend c10d --rdzv_id t2t --rdzv_endpoint 10.77.0.1:29512 \
+        --rdzv_conf "is_host=$([ "$1" = a ] && echo true || echo false),last_call_timeout=5,join_timeout=120" \
+        -m t2t_vit.cli train --recipe digits --epochs "${EPOCHS:-100}" --optimizer.warmup_epochs 1 --batch_size 256 \
+        --device cpu --model_args.depth 1 --save_minutes 0 --output "$out/elastic" --resume auto
+}
+
+saved() {  # saved STEP: wait until a state of a later step is there
+    local end=$((SECONDS + ${MINUTES:-10} * 60)) last
+    while true; do
+        last=$(ls "$out/elastic/checkpoints" 2> /dev/null | grep -o '[0-9]\{8\}' | tail -n 1 || true)
+        [ "$((10#${last:-0}))" -gt "$1" ] && break
+        if [ "$SECONDS" -ge "$end" ] || ! kill -0 "$first" 2> /dev/null; then
+            echo "no state after step $1" >&2
+            tail -n 20 "$out/elastic-a.log" >&2
+            exit 1
+        fi
+        sleep 0.2
+    done
+    step=$((10#$last))
+}
+
+echo 'elastic: two hosts, then the second one is cut off'
+elastic a > "$out/elastic-a.log" 2>&1 & first=$!
+elastic b > "$out/elastic-b1.log" 2>&1 & second=$!
+saved 20
+ip netns pids t2t_b | xargs -r kill -9
+wait "$second" || true
+saved $((step + 20))
+echo "one host went on to step $step; the second one is back"
+elastic b > "$out/elastic-b2.log" 2>&1 & second=$!
+wait "$first"
+wait "$second"
+grep -hoE '= [0-9]+ processes x|resumed?.*from epoch.*' "$out/elastic-a.log"
+tail -n 1 "$out/elastic-a.log"
+[ "$(grep -c '= 2 processes x' "$out/elastic-a.log")" -ge 2 ] && grep -q '= 1 processes x' "$out/elastic-a.log"
