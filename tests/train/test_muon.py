@@ -31,7 +31,7 @@ def updated(optimizer, dtype, monkeypatch, nesterov):
         dict(params=parameters[: len(matrices)], weight_decay=0.1),
         dict(params=parameters[len(matrices) :], weight_decay=0.0, use_fallback=True),
     ]
-    stepper = optimizer(groups, lr=0.02, nesterov=nesterov, fallback_lr_scale=0.1)
+    stepper = optimizer(groups, lr=0.02, nesterov=nesterov)
     for _ in range(3):
         for parameter in parameters:
             parameter.grad = torch.randn(parameter.shape, generator=generator)
