@@ -90,6 +90,15 @@ def check_stamp(files: Sequence[Path]) -> None:
         raise ValueError('the content does not have the SHA-256 that it states')
 
 
+def hash_file(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file."""
+    sha = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while part := file.read(1 << 20):
+            sha.update(part)
+    return sha.hexdigest()
+
+
 def hash_files(files: Sequence[Path]) -> str:
     """Return the SHA-256 of the content of files, with `BLANK` in the place of the digest in the first one."""
     first, *others = (file.read_bytes() for file in files)

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from .console import Live, console, duration
 from .data import DataError, Source, check_same_classes, convert_image, is_color, open_source, printable
 from .data.batches import epoch_order, leave_signals
-from .data.sources.prepared import INDEX, MANIFEST, PREPARING, VERSION, checksum, is_remote
+from .data.sources.prepared import INDEX, MANIFEST, PREPARING, VERSION, is_remote
+from .integrity import hash_file, write_text
 from .settings import UsageError, require
 
 SHOWN = 5  # damaged images in a message
@@ -92,7 +92,7 @@ class ShardWriter(Dataset[dict[str, Any]]):
                     tar.addfile(member, io.BytesIO(part))
         with draft.open('rb+') as file:
             os.fsync(file.fileno())
-        record = dict(name=f'{self.folder.name}/{path.name}', sha256=checksum(draft), bytes=draft.stat().st_size)
+        record = dict(name=f'{self.folder.name}/{path.name}', sha256=hash_file(draft), bytes=draft.stat().st_size)
         record |= dict(images=len(rows), rows=rows, damaged=damaged)
         os.replace(draft, path)
         write_json(path.with_suffix('.json'), record)
@@ -100,23 +100,8 @@ class ShardWriter(Dataset[dict[str, Any]]):
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file that is complete as soon as it has its name."""
-    draft = path.with_name(f'{path.name}.part')
-    draft.write_text(json.dumps(content, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
-    os.replace(draft, path)
-
-
-class Numbers:
-    """Numbers of the shards to write, as a sampler."""
-
-    def __init__(self, numbers: list[int]) -> None:
-        self.numbers = numbers
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.numbers)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
+    """Write a JSON file so that it is complete or absent."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + '\n')
 
 
 def prepare(
@@ -213,7 +198,7 @@ def write_all(folder: Path, sources: dict[str, Source], settings: dict[str, Any]
             loader = DataLoader(
                 writer,
                 batch_size=None,
-                sampler=Numbers(missing),
+                sampler=missing,
                 num_workers=min(workers, len(missing)),
                 worker_init_fn=leave_signals,
             )
@@ -262,7 +247,7 @@ def check_shards(folder: Path) -> None:
     wrong = [
         record['name']
         for record in files
-        if not (folder / record['name']).exists() or checksum(folder / record['name']) != record['sha256']
+        if not (folder / record['name']).exists() or hash_file(folder / record['name']) != record['sha256']
     ]
     if wrong:
         raise DataError(
@@ -277,4 +262,4 @@ def finish_split(folder: Path, split: str, records: list[dict[str, Any]]) -> dic
     path = folder / split / 'index.parquet'
     pq.write_table(pa.Table.from_pylist(rows, INDEX), path)
     shards = [{key: record[key] for key in ('name', 'sha256', 'bytes', 'images')} for record in records]
-    return dict(shards=shards, index=dict(name=f'{split}/{path.name}', sha256=checksum(path)))
+    return dict(shards=shards, index=dict(name=f'{split}/{path.name}', sha256=hash_file(path)))

@@ -1,7 +1,6 @@
 """Read and write checkpoint files safely: nothing in a file is executed, and damage is an error."""
 
 import argparse
-import hashlib
 import os
 import pickle
 import re
@@ -13,6 +12,8 @@ from typing import Any, Union
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from ..integrity import hash_file
 
 PathLike = Union[str, 'os.PathLike[str]']
 
@@ -138,15 +139,6 @@ def verify_file(path: PathLike, size: int | None = None, sha256: str | None = No
         return
     if (found := hash_file(path)) != sha256.lower():
         raise CheckpointError(f'{path} has SHA-256 {found}; expected {sha256}')
-
-
-def hash_file(path: PathLike) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def save_weights(

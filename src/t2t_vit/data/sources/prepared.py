@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
+from ...integrity import hash_file
 from ..decode import Raw, read_image
 from ..errors import DataError
 from .labels import number_labels
@@ -128,15 +129,6 @@ def fetch(address: str, path: Path, sha256: str | None = None) -> None:
                     target.write(chunk)
         except Exception as error:  # every file system of fsspec has errors of its own
             raise DataError(f'cannot fetch {address}: {type(error).__name__}: {error}') from error
-        if sha256 and (found := checksum(draft)) != sha256:
+        if sha256 and (found := hash_file(draft)) != sha256:
             raise DataError(f'{address} is damaged: its SHA-256 is {found}, expected {sha256}')
         os.replace(draft, path)
-
-
-def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    sha = hashlib.sha256()
-    with path.open('rb') as file:
-        while chunk := file.read(1 << 20):
-            sha.update(chunk)
-    return sha.hexdigest()
