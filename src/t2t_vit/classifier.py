@@ -36,7 +36,7 @@ from .data import (
 from .data.waiting import DataWatch, Item, shorten_names
 from .export import ExportedModel, files_of, is_exported, load_exported
 from .inputs import ImageLike, open_all, open_own
-from .models.safe_load import hash_file
+from .integrity import hash_file
 from .settings import Setting, UsageError, flatten, nearest, read_settings, recipes, resolve
 from .trained import (
     Trained,
@@ -397,7 +397,9 @@ class Classifier:
         else:
             names = self.outputs
         position = torch.tensor(outputs)
-        batches = open_batches(source, self.preprocessing, batch_size, None, None, workers, device=self.device)
+        batches = open_batches(
+            source, self.preprocessing, batch_size, None, None, workers, device=self.device, watch=self.watch
+        )
         start = time.perf_counter()
         logits, labels, indices = [], [], []
 

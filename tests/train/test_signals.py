@@ -178,6 +178,21 @@ def test_source_that_does_not_answer_while_steps_are_measured_is_named(tmp_path,
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize('signalled', [False, True])
+def test_source_that_does_not_answer_while_it_is_read_into_memory_is_named(tmp_path, slow_training, signalled):
+    (tmp_path / 'hanging').touch()
+    timeout = 60.0 if signalled else 2.0
+    config = slow_config(tmp_path / 'run', **{'data.memory': True, 'data.timeout': timeout})
+    if signalled:
+        once(lambda: True, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted, match='stopped before the first step, nothing is lost'):
+            train(config)
+    else:
+        with pytest.raises(Stalled, match=rf'no images for 2 s: one of slow/{Slow(tmp_path).last} does not answer'):
+            train(config)
+    assert not (tmp_path / 'run').exists()
+
+
 def test_killed_data_worker_is_named(tmp_path, slow_training):
     def kill_workers():
         for process in multiprocessing.active_children():

@@ -21,10 +21,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_
 from torchvision.transforms import InterpolationMode
 
 from .augment import Augment, BatchAugment, in_batches
-from .decode import image_size
+from .decode import Raw, image_size
 from .errors import DataError
 from .preprocessing import Preprocessing, TrainCrop, TrainTransform, resize_pixels
 from .sources import Source, read_channels
+from .waiting import DataWatch
 
 
 class Batch(NamedTuple):
@@ -322,6 +323,7 @@ class MemoryBatches:
         device: torch.device = torch.device('cpu'),
         rank: int = 0,
         world: int = 1,
+        watch: DataWatch | None = None,
     ) -> None:
         if augment and not in_batches(augment):
             raise DataError(
@@ -333,18 +335,29 @@ class MemoryBatches:
         self.damaged: list[str] = []
         evaluate = preprocessing.transform(normalize=False)
         images, indices, boxes = [], [], []
-        for i in range(len(source.labels)):
-            try:
-                image = source.open(i)
-                pixels = preprocessing.pixels(image) if augment else evaluate(preprocessing.convert(image))
-            except Exception:  # a damaged image, or one that cannot be read
-                self.damaged.append(source.name(i))
-                continue
-            if augment:
-                pixels = resize_pixels(pixels, preprocessing.size, InterpolationMode.BICUBIC)
-            images.append(pixels if preprocessing.displayable else pixels * 255)
-            indices.append(i)
-            boxes.append(preprocessing.kept(image))
+
+        def read() -> Iterator[tuple[Raw, torch.Tensor] | None]:
+            for i in range(len(source.labels)):
+                try:
+                    image = source.open(i)
+                    pixels = preprocessing.pixels(image) if augment else evaluate(preprocessing.convert(image))
+                except Exception:  # a damaged image, or one that cannot be read
+                    self.damaged.append(source.name(i))
+                    yield None
+                else:
+                    yield image, pixels
+
+        watch = watch or DataWatch()
+        with watch.active():
+            for i, opened in enumerate(watch.each(read(), source.name)):
+                if opened is None:
+                    continue
+                image, pixels = opened
+                if augment:
+                    pixels = resize_pixels(pixels, preprocessing.size, InterpolationMode.BICUBIC)
+                images.append(pixels if preprocessing.displayable else pixels * 255)
+                indices.append(i)
+                boxes.append(preprocessing.kept(image))
         if not images:
             raise DataError(f'none of {len(source.labels)} images can be read: {", ".join(self.damaged[:5])}, …')
         self.images = torch.stack(images).to(device)
@@ -401,6 +414,7 @@ def open_batches(
     device: torch.device = torch.device('cpu'),
     rank: int = 0,
     world: int = 1,
+    watch: DataWatch | None = None,
 ) -> 'DiskBatches | MemoryBatches':
     """Return the loader for a source: in memory if `memory` says so, or if it is None and the images are small.
 
@@ -415,9 +429,11 @@ def open_batches(
         device: The device of the batches.
         rank: Number of this process among those that share every step.
         world: Number of these processes.
+        watch: Limits the time that a set is waited for while it is read into memory.
 
     Raises:
         DataError: if the augmentation is not available for these images.
+        Stalled: if images that are read into memory do not come.
     """
     if augment and not preprocessing.displayable and (augment.aa or augment.color_jitter):
         raise DataError(
@@ -428,8 +444,8 @@ def open_batches(
         memory = small_images(source, preprocessing, augment is not None) and (augment is None or in_batches(augment))
     if augment and augment.rotate and not memory:
         raise DataError('augment.rotate needs a set held in memory: set data.memory to true, or augment.rotate to 0')
-    loader = MemoryBatches if memory else DiskBatches
-    return loader(source, preprocessing, batch_size, augment, workers, seed, device, rank, world)
+    args = source, preprocessing, batch_size, augment, workers, seed, device, rank, world
+    return MemoryBatches(*args, watch) if memory else DiskBatches(*args)
 
 
 def measure_input(

@@ -152,7 +152,19 @@ def open_sources(config: Config, accelerator: Accelerator) -> Sources:
     return Sources(Balanced(train) if data.sampler == 'balanced' else train, val, split, train)
 
 
-def build_batches(config: Config, sources: Sources, accelerator: Accelerator) -> TrainingData:
+def watch_data(config: Config, accelerator: Accelerator, signals: StopSignals) -> DataWatch:
+    """Return the watch over waits for images: it ends them after `data.timeout`, and soon after a signal."""
+    return DataWatch(
+        config.data.timeout,
+        option='data.timeout',
+        # one process stops at once; several first try to agree on a step, for a few seconds
+        around=signals.interrupt_waiting if accelerator.num_processes == 1 else nullcontext,
+        asked=lambda: signals.code,
+        fatal=True,
+    )
+
+
+def build_batches(config: Config, sources: Sources, accelerator: Accelerator, watch: DataWatch) -> TrainingData:
     """Make batches of the images for this process.
 
     Raises:
@@ -174,6 +186,7 @@ def build_batches(config: Config, sources: Sources, accelerator: Accelerator) ->
             accelerator.device,
             accelerator.process_index,
             world,
+            watch,
         )
         for source, augment in ((train, config.augment), (val, None))
     )
@@ -221,16 +234,17 @@ def load(
 ) -> 'Trainer':
     """Open the data, unless it is given, build the parts, and restore a state if there is one.
 
-    A signal in `signals` stops the training.
+    A signal in `signals` stops the training; by default none ever comes.
     """
-    data = build_batches(config, sources or open_sources(config, accelerator), accelerator)
+    signals = StopSignals() if signals is None else signals
+    watch = watch_data(config, accelerator, signals)
+    data = build_batches(config, sources or open_sources(config, accelerator), accelerator, watch)
     # from the state: a resumed run's own configuration no longer names the weights that it started from
     origin = (state or {}).get('origin') or dict(
         weights=config.weights and Path(config.weights).name, license=licence_of(config.weights)
     )
-    trainer = Trainer(
-        config, folder, accelerator, data, build_parts(config, data, accelerator, origin['license']), origin, signals
-    )
+    parts = build_parts(config, data, accelerator, origin['license'])
+    trainer = Trainer(config, folder, accelerator, data, parts, origin, signals, watch)
     if state is not None:
         trainer.restore(state)
     return trainer
@@ -246,7 +260,8 @@ class Trainer:
         data: The opened data.
         parts: Model, loss, optimizer, schedule and EMA.
         origin: Name and licence of the weights that the run started from.
-        signals: Received so far; by default none ever is.
+        signals: Received so far.
+        watch: Limits the time that images are waited for.
     """
 
     def __init__(
@@ -257,7 +272,8 @@ class Trainer:
         data: TrainingData,
         parts: Parts,
         origin: dict[str, str | None],
-        signals: StopSignals | None = None,
+        signals: StopSignals,
+        watch: DataWatch,
     ) -> None:
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.data, self.parts, self.origin = data, parts, origin
@@ -265,16 +281,7 @@ class Trainer:
         self.total_steps = len(data.train) * config.epochs
         self.position, self.damaged_before = Position(), list[str]()
         self.input_alone: float | None = None  # images/s, measured
-        self.signals = StopSignals() if signals is None else signals
-        # one process stops at once; several first try to agree on a step, for a few seconds
-        once = accelerator.num_processes == 1
-        self.watch = DataWatch(
-            config.data.timeout,
-            option='data.timeout',
-            around=self.signals.interrupt_waiting if once else nullcontext,
-            asked=lambda: self.signals.code,
-            fatal=True,
-        )
+        self.signals, self.watch = signals, watch
         self.whole = True  # false while a step changes the weights
         self.last_save = self.epoch_began = time.monotonic()
 
