@@ -20,7 +20,7 @@ from t2t_vit.train.trainer import Trainer, load
 MUON = {'optimizer.name': 'nmuon', 'optimizer.lr': 2e-3, 'optimizer.momentum': 0.95}
 
 
-def updated(optimizer, dtype, monkeypatch, nesterov):
+def updated(optimizer, dtype, monkeypatch, **args):
     """Return parameters after three steps with the same random gradients."""
     monkeypatch.setattr(muon, 'newton_schulz_dtype', lambda device: dtype)
     generator = torch.Generator().manual_seed(0)
@@ -31,7 +31,7 @@ def updated(optimizer, dtype, monkeypatch, nesterov):
         dict(params=parameters[: len(matrices)], weight_decay=0.1),
         dict(params=parameters[len(matrices) :], weight_decay=0.0, use_fallback=True),
     ]
-    stepper = optimizer(groups, lr=0.02, nesterov=nesterov)
+    stepper = optimizer(groups, lr=0.02, **args)
     for _ in range(3):
         for parameter in parameters:
             parameter.grad = torch.randn(parameter.shape, generator=generator)
@@ -40,11 +40,22 @@ def updated(optimizer, dtype, monkeypatch, nesterov):
     return [p.detach() - start for p, start in zip(parameters, matrices + vectors)], stepper
 
 
-@pytest.mark.parametrize('nesterov', [False, True])
-def test_updates_equal_timms(nesterov, monkeypatch):
-    expected, theirs = updated(timm.optim.Muon, None, monkeypatch, nesterov)
+ARGUMENTS = [
+    {},
+    {'nesterov': True},
+    {'ns_coefficients': 'original', 'ns_steps': 3},
+    {'safety_factor': 1.5, 'scale_eps': True, 'adjust_lr_fn': 'rms_to_rms'},
+    {'adjust_lr_fn': None},
+    {'conv_mode': 'batched'},
+    {'algo': 'adamuon'},
+]
+
+
+@pytest.mark.parametrize('args', ARGUMENTS, ids=str)
+def test_updates_equal_timms_with_every_argument(args, monkeypatch):
+    expected, theirs = updated(timm.optim.Muon, None, monkeypatch, **args)
     for dtype, bound in ((torch.bfloat16, 1e-3), (torch.float32, 1e-2)):  # timm iterates in bfloat16
-        found, ours = updated(Muon, dtype, monkeypatch, nesterov)
+        found, ours = updated(Muon, dtype, monkeypatch, **args)
         for a, b in zip(found, expected):
             assert (a - b).norm() < bound * b.norm()
     assert [sorted(state) for state in ours.state.values()] == [sorted(state) for state in theirs.state.values()]
@@ -84,6 +95,15 @@ def test_interrupted_run_with_muon_resumes_exactly(tmp_path, monkeypatch, change
         states.append(read_state(saved_states(folder / 'checkpoints')[0]))
     for name, value in states[0]['model'].items():
         assert torch.equal(value, states[1]['model'][name]), name
+
+
+@pytest.mark.parametrize(
+    'name, value, choice', [('adjust_lr_fn', 'spectral', 'match_rms_adamw'), ('ns_coefficients', 'x', 'quintic')]
+)
+def test_wrong_value_of_an_argument_is_refused(name, value, choice, tmp_path):
+    config = digits_config(output=str(tmp_path), **MUON, **{f'optimizer.opt_kwargs.{name}': value})
+    with pytest.raises(UsageError, match=f"nmuon cannot be built with optimizer.opt_kwargs .*'{value}'.*{choice}"):
+        load(config, tmp_path, None, Accelerator(cpu=True))
 
 
 def test_unknown_argument_of_the_optimizer_is_refused():

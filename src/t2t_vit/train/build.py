@@ -141,14 +141,21 @@ def check_groups(task: nn.Module, groups: list[dict[str, Any]]) -> None:
 
 
 def build_optimizer(config: Config, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Build timm's optimizer of the configured name; `muon` and `nmuon` have a faster step of ours."""
+    """Build timm's optimizer of the configured name; `muon` and `nmuon` have a faster step of ours.
+
+    Raises:
+        UsageError: if the optimizer does not accept its arguments.
+    """
     tuning = config.optimizer
-    if tuning.name in MUON:
-        kwargs = {'nesterov': tuning.name == 'nmuon', **tuning.opt_kwargs}
-        return Muon(groups, config.lr, tuning.weight_decay, tuning.momentum, **kwargs)
-    return create_optimizer_v2(
-        groups, tuning.name, config.lr, tuning.weight_decay, tuning.momentum, **tuning.opt_kwargs
-    )
+    common = config.lr, tuning.weight_decay, tuning.momentum
+    try:
+        if tuning.name in MUON:
+            return Muon(groups, *common, **{'nesterov': tuning.name == 'nmuon', **tuning.opt_kwargs})
+        return create_optimizer_v2(groups, tuning.name, *common, **tuning.opt_kwargs)
+    except Exception as error:  # whatever an optimizer raises for arguments that do not fit it
+        raise UsageError(
+            f'{tuning.name} cannot be built with optimizer.opt_kwargs {tuning.opt_kwargs}: {error}'
+        ) from error
 
 
 def build_schedule(config: Config, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:

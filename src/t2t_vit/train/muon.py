@@ -6,15 +6,15 @@ from typing import Any
 
 import timm.optim
 import torch
-from timm.optim.muon import get_lr_scale, reshape_for_muon, zeropower_via_newtonschulz
+from timm.optim.muon import (
+    _COEFFICIENTS,
+    get_lr_scale,
+    reshape_for_muon,
+    resolve_ns_coefficients,
+    zeropower_via_newtonschulz,
+)
 
-COEFFICIENTS = [  # of the quintic iteration, timm's `quintic`
-    (4.0848, -6.8946, 2.9270),
-    (3.9505, -6.3029, 2.6377),
-    (3.7418, -5.5913, 2.3037),
-    (2.8769, -3.1427, 1.2046),
-    (2.8366, -3.0525, 1.2012),
-]
+LR_RULES = ('match_rms_adamw', 'original', 'rms_to_rms')  # of timm's Muon
 
 
 def newton_schulz_dtype(device: torch.device) -> torch.dtype:
@@ -26,13 +26,23 @@ def newton_schulz_dtype(device: torch.device) -> torch.dtype:
 class Muon(timm.optim.Muon):
     """timm's Muon (Jordan 2024; Moonshot 2025) with its matrices in stacks: the same updates, faster.
 
-    On a CPU without bfloat16 instructions timm's iteration, one matrix after another in bfloat16, takes five times as
-    long. Groups with `use_fallback`, and all gradients that are left, are timm's AdamW. The state is timm's.
+    timm iterates in bfloat16, one matrix after another, which is slow on a CPU that only emulates it
+    (docs/few-images.md). Groups with `use_fallback` (timm's AdamW), AdaMuon, and convolutions in batched mode are left
+    to timm's own step. The arguments and the state are timm's.
 
     Args:
         params: Parameter groups; those without `use_fallback` hold matrices or convolution kernels only.
-        args: The arguments of timm's Muon.
+
+    Raises:
+        ValueError: for an unknown rule or an unknown preset of coefficients, which timm finds in the first step only.
     """
+
+    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(params, *args, **kwargs)
+        for group in self.param_groups:
+            resolve_ns_coefficients(group['ns_coefficients'], _COEFFICIENTS)
+            if group['adjust_lr_fn'] not in (None, *LR_RULES):
+                raise ValueError(f'adjust_lr_fn is one of {", ".join(LR_RULES)}, got {group["adjust_lr_fn"]!r}')
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -43,7 +53,7 @@ class Muon(timm.optim.Muon):
                 loss = closure()
         done = []
         for group in self.param_groups:
-            if group.get('use_fallback'):
+            if group.get('use_fallback') or group['algo'] != 'muon' or group['conv_mode'] != 'flatten':
                 continue
             stacks: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
             for parameter in group['params']:
@@ -71,8 +81,15 @@ class Muon(timm.optim.Muon):
         updates = torch._foreach_lerp(grads, buffers, momentum) if group['nesterov'] else buffers
         matrices = torch.stack([reshape_for_muon(update)[0] for update in updates])
         matrices = zeropower_via_newtonschulz(
-            matrices, group['ns_steps'], COEFFICIENTS, group['eps'], dtype=newton_schulz_dtype(matrices.device)
+            matrices,
+            group['ns_steps'],
+            resolve_ns_coefficients(group['ns_coefficients'], _COEFFICIENTS),
+            group['eps'],
+            group['safety_factor'],
+            newton_schulz_dtype(matrices.device),
+            group['scale_eps'],
         )
-        matrices = matrices.to(parameters[0]) * (-lr * get_lr_scale(matrices.shape, group['adjust_lr_fn']))
+        scale = get_lr_scale(matrices.shape, group['adjust_lr_fn']) if group['adjust_lr_fn'] else 1.0
+        matrices = matrices.to(parameters[0]) * (-lr * scale)
         torch._foreach_mul_(parameters, 1 - lr * group['weight_decay'])
         torch._foreach_add_(parameters, [*matrices.view(len(parameters), *parameters[0].shape)])
