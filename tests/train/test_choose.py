@@ -93,6 +93,24 @@ def test_augmentation_is_light_for_few_passes():
     assert 'data.memory' not in chosen(device='cuda')
 
 
+@pytest.mark.parametrize(
+    'given',
+    [{'augment.recount': '2'}, {'augment.aa': 'augmix-m5'}, {'data.channels': '12'}, {'data.img_size': '128'}],
+    ids=str,
+)
+def test_images_stay_on_disk_where_memory_does_not_fit_them(given):
+    facts = Facts(9_000, 5, 1.0, 500, True, 'cpu')
+    assert 'data.memory' in {key for key, _, _ in choices(facts, {'augment.aa': 'null'})}
+    assert 'data.memory' not in {key for key, _, _ in choices(facts, given)}
+    assert 'data.memory' not in chosen(pixels=3_000)  # photos that take long to decode
+
+
+def test_minutes_given_as_null_are_no_budget():
+    assert {key: value for key, value, _ in choices(Facts(9_000, 5, 1.0, 500, True, 'cpu'), {'minutes': None})} == (
+        chosen(images=9_000)
+    )
+
+
 def test_class_weights_balance_the_loss():
     weights = balanced_weights([0, 0, 0, 1], 2)
     assert torch.allclose(weights, torch.tensor([2 / 3, 2.0]))

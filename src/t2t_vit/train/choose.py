@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from timm.models import get_pretrained_cfg
 
-from ..data import DataError, Source, image_size, open_source
+from ..data import Augment, DataError, Source, image_size, open_source
+from ..data.augment import in_batches
 from ..settings import Setting, UsageError, read_settings, recipes
 from ..trained import pick_device
 from .resume import saved_settings
@@ -27,6 +28,7 @@ EPOCHS: dict[str, tuple[int, int]] = {'cpu': (10, 100), 'cuda': (20, 300)}  # fe
 SPEED = {'cpu': 200, 'cuda': 3_000}  # images/s, roughly, to guess how many epochs a time budget has
 FEW_PASSES, MANY_PASSES = 15, 60  # of every image: shifted and mirrored only; cropped, too; all of the recipe
 MEMORY = 1 << 30  # bytes of decoded images that a run on a CPU keeps
+LARGE = 512  # pixels of the shorter side, above which decoding all of them would keep the run from starting
 BATCH = {'cpu': 32, 'cuda': 128}
 STEPS_AN_EPOCH = 8  # at least
 VAL_FRACTION = 0.2
@@ -150,18 +152,19 @@ def choices(facts: Facts, values: dict[str, Any], start: StartModel | None = Non
     fewest, most = EPOCHS[facts.device]
     epochs = min(max(round(STEPS[facts.device] / steps), fewest), most)
     epochs = math.ceil(epochs / 4) if start else epochs  # trained weights need fewer
-    if 'minutes' in values:
+    if has_value(values.get('minutes')):
         epochs = 1000
         yield 'epochs', epochs, 'as many as fit into the minutes, at most'
     else:
         yield 'epochs', epochs, f'{epochs * steps:,} steps on {on}'
     epochs = int(str(values.get('epochs', epochs)))
     if not start:
-        passes = float(values['minutes']) * 60 * SPEED[facts.device] / facts.images if 'minutes' in values else epochs
+        minutes = values.get('minutes')
+        passes = float(str(minutes)) * 60 * SPEED[facts.device] / max(facts.images, 1) if has_value(minutes) else epochs
         yield from augmentation(passes)
     if batch > 64:
         yield 'optimizer.lr_base_size', 64, 'the learning rate follows the batch size'
-    if values.get('lora') not in (None, 'null'):
+    if has_value(values.get('lora')):
         yield 'optimizer.lr', LORA_LR, 'for adapters'
         yield 'optimizer.layer_decay', None, 'for adapters'
     if not start:
@@ -203,7 +206,16 @@ def small_model(facts: Facts, values: dict[str, Any], on: str) -> Iterator[tuple
         pixels = max((size for size in models if size <= int(str(asked))), default=min(models))
     yield 'model', models[pixels], f'a small model for {pixels} pixels, for {facts.images:,} images on {on}'
     yield 'data.img_size', pixels, f'half of the images have {facts.pixels} pixels or more, on {on}'
-    if facts.device == 'cpu' and not is_number(asked) and 3 * pixels**2 * facts.images < MEMORY:
+    policy, recount = values.get('augment.aa', Augment.aa), int(str(values.get('augment.recount', 1)))
+    fits = (
+        3 * pixels**2 * facts.images < MEMORY and facts.pixels <= LARGE and not has_value(values.get('data.channels'))
+    )
+    if (
+        facts.device == 'cpu'
+        and not is_number(asked)
+        and fits
+        and in_batches(Augment(aa=policy if has_value(policy) else None, recount=recount))
+    ):
         yield 'data.memory', True, 'decoded once, so that the cores can train'
 
 
@@ -219,6 +231,11 @@ def model_of_weights(start: StartModel) -> Iterator[tuple[str, Any, str]]:
     for key in ('mean', 'std'):
         if key in start.cfg:
             yield f'data.{key}', list(start.cfg[key]), 'of the weights'
+
+
+def has_value(value: Any) -> bool:
+    """Tell if a setting is given, and not as null."""
+    return value not in (None, 'null')
 
 
 def is_number(value: Any) -> bool:
