@@ -23,6 +23,7 @@ SMOKE = {
     'optimizer.min_lr': 0.0,
     'optimizer.lr_base_size': None,
 }
+DENSE_GROUPS = {'t2t_vit_dense': [1, 1], 'vit_s_16_dense': [1, 1]}
 
 
 def config(name, **changes):
@@ -52,12 +53,21 @@ def teacher(tmp_path_factory, photos):
     return folder
 
 
-@pytest.mark.parametrize('name', [name for name in recipes() if name != 'digits'])
-def test_recipe_trains(name, photos, tmp_path, teacher):
-    whole = config(
-        name, weights=None, **({'objective.teacher': 'resnet18'} if name.startswith(('distill', 'token')) else {})
-    )
-    small = {'data.root': str(photos), 'data.img_size': 32, 'model_args.depth': 1}
+def models_of(name):
+    """Return the models that the header of a recipe lists, or None for the recipe's own."""
+    return re.findall(r'^#   --model (\S+)', recipes()[name].read_text(), re.MULTILINE) or [None]
+
+
+TRAINED = [(name, model) for name in recipes() if name != 'digits' for model in models_of(name)]
+
+
+@pytest.mark.parametrize('name, model', TRAINED)
+def test_recipe_trains(name, model, photos, tmp_path, teacher):
+    chosen = {'model': model} if model else {}
+    resnet = {'objective.teacher': 'resnet18'} if name.startswith(('distill', 'token')) else {}
+    whole = config(name, weights=None, **chosen, **resnet)
+    small = {'data.root': str(photos), 'data.img_size': 32, 'model_args.depth': DENSE_GROUPS.get(whole.model, 1)}
+    small.update(chosen)
     if whole.objective.kind != 'labels':
         small['objective.teacher'] = str(teacher)
     if weights := [value for _, key, value, _ in read_settings(recipes()[name]) if key == 'weights']:
