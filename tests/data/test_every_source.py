@@ -177,7 +177,7 @@ def batch_of(loader: Any) -> 'Callable[[str, Classifier], torch.Tensor]':
 
 
 def watched(call: 'Callable[[Classifier, str], Any]') -> 'Callable[[str, Classifier], torch.Tensor]':
-    """Return what the model is given while the classifier's method runs."""
+    """Return the images that reach the model while the classifier's method runs."""
 
     def read(root: str, model: Classifier) -> torch.Tensor:
         with model_inputs() as seen:
