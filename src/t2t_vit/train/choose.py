@@ -207,15 +207,10 @@ def small_model(facts: Facts, values: dict[str, Any], on: str) -> Iterator[tuple
     yield 'model', models[pixels], f'a small model for {pixels} pixels, for {facts.images:,} images on {on}'
     yield 'data.img_size', pixels, f'half of the images have {facts.pixels} pixels or more, on {on}'
     policy, recount = values.get('augment.aa', Augment.aa), int(str(values.get('augment.recount', 1)))
-    fits = (
-        3 * pixels**2 * facts.images < MEMORY and facts.pixels <= LARGE and not has_value(values.get('data.channels'))
-    )
-    if (
-        facts.device == 'cpu'
-        and not is_number(asked)
-        and fits
-        and in_batches(Augment(aa=policy if has_value(policy) else None, recount=recount))
-    ):
+    augment = Augment(aa=policy if has_value(policy) else None, recount=recount)
+    rgb = not has_value(values.get('data.channels'))
+    fits = rgb and 3 * pixels**2 * facts.images < MEMORY and facts.pixels <= LARGE
+    if facts.device == 'cpu' and fits and not is_number(asked) and in_batches(augment):
         yield 'data.memory', True, 'decoded once, so that the cores can train'
 
 
