@@ -66,8 +66,27 @@ def test_one_unreadable_image_is_an_error_of_its_own(classifier, photos, tmp_pat
     assert np.isnan(classifier.embed([tmp_path / 'a.png', good])).all(1).tolist() == [True, False]
     with pytest.raises(DataError, match='nowhere'):
         classifier.predict(['nowhere.png'])
-    with pytest.raises(UsageError, match='image 0 is a int; expected a path, a PIL image, or an array'):
+    with pytest.raises(UsageError, match='image 0 is a int; expected a path, the bytes of a file, a PIL'):
         classifier.predict([3])
+
+
+def test_predictions_count_damaged_images_and_files_left_out(classifier, photos, tmp_path):
+    good = sorted((photos / 'val' / 'sky').glob('*.png'))[0]
+    shutil.copy(good, tmp_path)
+    (tmp_path / 'damaged.png').write_bytes(b'\x89PNG damaged')
+    (tmp_path / 'notes.txt').write_text('no image')
+    found = classifier.predict(tmp_path)
+    assert [one.image for one in found.damaged] == [str(tmp_path / 'damaged.png')]
+    assert found.skipped == {'files ending in .txt': 1}
+    assert classifier.predict(good).damaged == [] and classifier.predict(good).skipped == {}
+
+
+def test_predict_takes_the_bytes_of_a_file(classifier, photos):
+    files = sorted((photos / 'val' / 'sky').glob('*'))[:2]
+    found = classifier.predict([*(file.read_bytes() for file in files), b'no image'])
+    assert [one.top_k for one in found[:2]] == [one.top_k for one in classifier.predict(files)]
+    assert found[2].label is None and 'not an image' in found[2].error
+    assert np.array_equal(classifier.embed(files[0].read_bytes()), classifier.embed(files[:1]))
 
 
 def test_predictions_as_a_table(classifier, photos):

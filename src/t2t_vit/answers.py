@@ -1,5 +1,6 @@
 """The answers of a classifier as plain data."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +24,20 @@ class Prediction:
 
 
 class Predictions(list[Prediction]):
-    """A list of predictions, in the order of the images."""
+    """A list of predictions, in the order of the images.
+
+    Attributes:
+        skipped: How many files in folders and tars are no images and were left out, by reason.
+    """
+
+    def __init__(self, predictions: Iterable[Prediction] = (), skipped: Mapping[str, int] | None = None) -> None:
+        super().__init__(predictions)
+        self.skipped = dict(skipped or {})
+
+    @property
+    def damaged(self) -> list[Prediction]:
+        """The predictions of images that have an error instead of a label."""
+        return [one for one in self if one.error is not None]
 
     def to_pandas(self) -> 'pandas.DataFrame':
         """Return a table: image, label, probability, error, and class_1, probability_1, class_2, …

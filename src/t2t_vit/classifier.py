@@ -273,18 +273,19 @@ class Classifier:
     ) -> Predictions:
         """Classify images.
 
-        An image that cannot be read has an `error` and no label; the others are not affected.
+        An image that cannot be read has an `error` and no label; the others are not affected. The list counts them in
+        `damaged`, and the files that are no images in `skipped`.
 
         Args:
-            images: Paths (files, folders, patterns, tars, Parquet files, lists), PIL images, arrays (H, W) or
-                (H, W, 3), or a list of these.
+            images: Paths (files, folders, patterns, tars, Parquet files, lists), the bytes of image files, PIL images,
+                arrays (H, W) or (H, W, 3), or a list of these.
             top_k: Classes to return for each image.
             batch_size: Images at once.
             workers: Processes that read images; 0 for none.
             max_pixels: Larger images are not decoded.
         """
         found = open_all(images, self.preprocessing.channels)
-        results = Predictions()
+        results = Predictions(skipped=found.skipped)
         opener = Opener(found, self.preprocessing, max_pixels)
         for answers in self.answers(self.top_k(top_k), opener, [(0, len(found))], batch_size, workers):
             rows = dict(zip(answers.good, zip(*(answers.columns.values() if answers.good else ((), ())))))

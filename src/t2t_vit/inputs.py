@@ -1,6 +1,7 @@
-"""Open the images that a classifier is given: paths, PIL images and arrays, and the data of a run."""
+"""Open the images that a classifier is given: paths, encoded bytes, PIL images and arrays, and the data of a run."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Union
@@ -14,7 +15,9 @@ from .integrity import check_signed
 from .models.safe_load import CheckpointError
 from .settings import UsageError
 
-ImageLike = Union[str, 'os.PathLike[str]', Image.Image, np.ndarray]
+ImageLike = Union[str, bytes, 'os.PathLike[str]', Image.Image, np.ndarray]
+
+IN_MEMORY = (bytes, Image.Image, np.ndarray)
 
 
 class Held:
@@ -39,21 +42,25 @@ def open_all(images: ImageLike | Iterable[ImageLike], channels: int) -> Images:
     """Return images of all kinds as one list.
 
     Raises:
-        UsageError: for anything that is not a path, a PIL image or an array.
+        UsageError: for anything that is not a path, the bytes of a file, a PIL image or an array.
         DataError: naming everything that is not there.
     """
-    items = [images] if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)) else list(images)
+    items = [images] if isinstance(images, (str, os.PathLike, *IN_MEMORY)) else list(images)
     parts: list[Any] = []
+    skipped: Counter[str] = Counter()
     for position, item in enumerate(items):
         if isinstance(item, (str, os.PathLike)):
-            parts += find_images([os.fspath(item)], channels).parts
-        elif isinstance(item, (Image.Image, np.ndarray)):
+            found = find_images([os.fspath(item)], channels)
+            parts += found.parts
+            skipped += found.skipped
+        elif isinstance(item, IN_MEMORY):
             parts.append(Held([item], position, channels))
         else:
             raise UsageError(
-                f'image {position} is a {type(item).__name__}; expected a path, a PIL image, or an array (H, W, 3)'
+                f'image {position} is a {type(item).__name__}; expected a path, the bytes of a file, a PIL image, '
+                'or an array (H, W, 3)'
             )
-    return Images(parts)
+    return Images(parts, skipped)
 
 
 def run_folder(checkpoint: str) -> Path | None:
