@@ -1,5 +1,10 @@
 """Test runs: the files that they write, that they repeat bit for bit, their options, and errors."""
 
+import os
+import re
+import subprocess
+import sys
+
 import matplotlib.image
 import pytest
 import timm
@@ -134,3 +139,22 @@ def test_validation_with_unknown_classes_is_refused(photos, tmp_path):
 def test_mean_and_std_for_other_channels_are_refused():
     with pytest.raises(UsageError, match='a value for each of 1 channels'):
         train(digits_config(**{'data.mean': [0.1, 0.2], 'data.std': [1, 1]}))
+
+
+@pytest.mark.skipif(not hasattr(os, 'wait4'), reason='the system does not tell the peak memory of a process')
+@pytest.mark.parametrize('batch, pixels', [(32, 16), (256, 32)])
+def test_planned_memory_is_the_peak_of_the_whole_process(tmp_path, batch, pixels):
+    words = ['train', 'digits', '--epochs', '1', '--batch', str(batch), '--imgsz', str(pixels), '--threads', '1']
+    words += ['--data.train_images', '512', '--optimizer.warmup_epochs', '0', '--device', 'cpu']
+    words += ['--output', str(tmp_path / 'run')]
+    with (
+        (tmp_path / 'log').open('w') as log,
+        subprocess.Popen([sys.executable, '-m', 't2t_vit', *words], stdout=log, stderr=log) as run,
+    ):
+        _, status, usage = os.wait4(run.pid, 0)
+        run.returncode = os.waitstatus_to_exitcode(status)
+    text = (tmp_path / 'log').read_text()
+    assert run.returncode == 0, text
+    said = re.search(r'memory +about ([\d,]+) MB for each process', text)
+    unit = 2**20 if sys.platform == 'darwin' else 2**10  # of ru_maxrss, for MB
+    assert int(said[1].replace(',', '')) == pytest.approx(usage.ru_maxrss / unit, rel=0.2)

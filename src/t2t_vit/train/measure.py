@@ -22,6 +22,7 @@ except ImportError:  # Windows
 STEPS = 6  # at most; the first is not timed
 SECONDS = 10.0  # after which no further step is measured
 ENDING = 2.0  # seconds kept for the last picture and the end of the process
+DRAWING = 80 << 20  # bytes that validation and the picture of the curves add to the process later
 RESERVE = 1.1  # factor on the measured time, for saving, drawing and a machine that slows down
 
 
@@ -110,6 +111,7 @@ def peak_memory(trainer: Trainer) -> int:
     added = state * sum(parameter.numel() * parameter.element_size() for parameter in trainer.parameters)
     if trainer.accelerator.device.type == 'cuda':
         return torch.cuda.max_memory_reserved() + added
+    added += DRAWING
     if resource is None:
         return psutil.Process().memory_info().peak_wset + added
     unit = 1 if sys.platform == 'darwin' else 1024
