@@ -13,7 +13,7 @@ import yaml
 import t2t_vit
 from t2t_vit import cli, custom
 from t2t_vit.classifier import Classifier
-from t2t_vit.explore.command import DEMO, offer
+from t2t_vit.explore.command import offer
 from t2t_vit.look.opened import open_model
 from t2t_vit.reproduce.runs import read_arm
 from t2t_vit.train.state import saved_states
@@ -126,7 +126,7 @@ def test_code_named_by_a_file_is_refused(way, foreign, trap, tmp_path, capsys, m
 
 def test_page_refuses_code_of_a_compared_model(foreign, trap):
     """`explore --compare RUN` opens a model when it is chosen on the page."""
-    openers = offer(open_model(str(DEMO)), [str(foreign)], open_model)
+    openers = offer(open_model('t2t_vit_7'), [str(foreign)], open_model)
     with pytest.raises(custom.UntrustedCodeError, match='names code to execute'):
         openers['foreign']()
     assert not trap.sprung()

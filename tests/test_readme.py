@@ -179,7 +179,7 @@ def test_links_to_files_exist(page):
 def row_of(name: str) -> dict[str, str]:
     """Return the row of a model in docs/models.md."""
     with torch.device('meta'):
-        variant, model = VARIANTS[name], timm.create_model(name)
+        variant, model = VARIANTS[name], timm.create_model(name, num_classes=1000)
     total, trained = count_parameters(model)
     depth = variant.depth if isinstance(variant.depth, tuple) else (variant.depth,)
     width = f'{variant.embed_dim} to {model.num_features}' if variant.block == 'dense' else f'{variant.embed_dim}'

@@ -27,6 +27,7 @@ from .models.checkpoints import convert_state_dict, few
 from .models.listing import build_from_file, check_name
 from .models.lora import merge_adapters
 from .models.safe_load import CheckpointError, read_checkpoint, save_weights
+from .models.shipped import locate
 from .models.variants import VARIANTS
 from .settings import UsageError
 
@@ -126,6 +127,7 @@ def from_pretrained(source: str, **kwargs: Any) -> Any:
     Raises:
         CheckpointError: if the folder holds no model.
     """
+    source = locate(source)
     if not source.startswith('hf-hub:'):
         check_folder(Path(source.removeprefix('local-dir:')))
         source = f'local-dir:{source.removeprefix("local-dir:")}'
@@ -144,7 +146,8 @@ def load_trained(checkpoint: str, model: str | None = None, ema: bool = True) ->
 
     Args:
         checkpoint: A run folder, `hf-hub:USER/NAME`, a `model.safetensors` with its config.json beside it, a training
-            state (`checkpoints/step-*.pt`), or a file in any published layout.
+            state (`checkpoints/step-*.pt`), a model of the package (see `models.shipped`), or a file in any published
+            layout.
         model: The registered name, with its tag if it has one; needed for a file without a config.json.
         ema: Take the EMA weights if the file has them, else the raw weights.
 
@@ -152,6 +155,7 @@ def load_trained(checkpoint: str, model: str | None = None, ema: bool = True) ->
         CheckpointError: if there is no such model in it.
         ValueError: if no model has this name.
     """
+    checkpoint = locate(checkpoint)
     path = Path(checkpoint.removeprefix('local-dir:'))
     if checkpoint.startswith('hf-hub:'):
         return describe(from_pretrained(checkpoint))

@@ -25,10 +25,11 @@ from sklearn.datasets import load_sample_images
 
 from t2t_vit.cli import main
 from t2t_vit.data import DataError, Preprocessing
-from t2t_vit.explore.command import DEMO, examples, last_run, offer
+from t2t_vit.explore.command import examples, last_run, offer
 from t2t_vit.explore.explorer import MAX_PASSES, SIDE, Explorer, Limits, Seen, TimeUp, explain, read_photo, untrained
-from t2t_vit.explore.views import CROSS_TOKEN, VIEWS, Choice, card, gallery, show
+from t2t_vit.explore.views import CROSS_TOKEN, VIEWS, Choice, gallery, show
 from t2t_vit.look.opened import OpenModel, Photo, open_model
+from t2t_vit.models.shipped import compared
 from t2t_vit.settings import UsageError
 
 LIMITS = Limits(megabytes=1, megapixels=2, seconds=60)
@@ -209,17 +210,26 @@ def test_untrained_model_has_the_same_random_weights_each_time():
     assert not weights[0]['head.bias'].any() and one.model.head.bias.any()
 
 
-def test_last_run_is_the_default_and_a_demo_without_runs(digits_run, tmp_path):
+def test_last_run_is_the_default_model(digits_run, tmp_path):
     assert last_run(tmp_path) is None and last_run(digits_run.parent) == digits_run
     run = open_model(str(digits_run))
     assert list(offer(run, [str(digits_run)])) == ['digits #1', 'digits #2', 'digits #1, untrained']
-    demo = open_model(str(DEMO))
-    assert '98.33 % on digits' in card(demo) and '0.12 million parameters, 16×16 pixels grey' in card(demo)
-    explorer = Explorer(offer(demo, []), torch.device('cpu'), LIMITS)
-    digits = examples(demo, str(DEMO), compared=False)
-    assert [photo.name for photo in digits] == [f'digit {i}' for i in range(10)]
-    right = sum(explorer.see('digits', photo).ranking(1)[0][1] == photo.name[-1] for photo in digits)
-    assert right >= 9  # it is trained
+
+
+@needs_gradio
+def test_page_shows_trained_models_of_photos_if_there_is_no_run(tmp_path, monkeypatch, capsys):
+    seen = {}
+
+    def stop(explorer, photos, uploads):
+        seen.update(names=explorer.names, photos=[photo.name for photo in photos])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('t2t_vit.explore.page.build', stop)
+    assert main(['explore', '--runs', str(tmp_path)]) == 130
+    t2t, vit, resnet = reversed(compared())
+    photos = ['samples/china.jpg', 'samples/flower.jpg']
+    assert seen == {'names': [t2t, vit, resnet, f'{t2t}, untrained'], 'photos': photos}
+    assert 'showing small models of photos' in capsys.readouterr().out
 
 
 def test_examples_fit_the_model(digits_run, photos, tmp_path):

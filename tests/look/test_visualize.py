@@ -191,7 +191,6 @@ def test_runs_without_images(digits_run, tmp_path):
 @pytest.mark.parametrize(
     'argv, message',
     [
-        ([], 'nothing to draw: give images'),
         (['nowhere.png'], 'not found: nowhere.png'),
         (['samples', '--models', 'resnet188'], "unknown model 'resnet188', did you mean resnet18"),
         (['samples', '--models', '.'], 'it has no model.safetensors and no config.json'),

@@ -43,6 +43,8 @@ COUNTS = {  # all parameters, fixed position table and Performer features includ
     't2t_vit_4_16': (880_478, 874_206),
     't2t_vit_c_6_32': (588_392, 582_152),
     't2t_vit_c_6_64': (592_232, 585_992),
+    't2t_vit_6_64': (628_558, 621_294),
+    'vit_6_64': (611_900, 605_400),
     't2t_vit_7_32': (4_253_150, 4_232_414),
     't2t_vit_14_32': (21_471_582, 21_442_526),
     't2t_vit_7_64': (4_253_150, 4_232_414),
@@ -102,7 +104,7 @@ def test_every_variant_is_counted():
 
 @pytest.mark.parametrize('name', VARIANTS)
 def test_parameter_counts(name):
-    model = timm.create_model(name, device='meta')
+    model = timm.create_model(name, device='meta', num_classes=1000)
     assert COUNTS[name] == (
         sum(tensor.numel() for tensor in model.state_dict().values()),
         sum(p.numel() for p in model.parameters()),

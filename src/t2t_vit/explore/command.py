@@ -15,11 +15,11 @@ from ..data import Source, open_source
 from ..inputs import open_own
 from ..look.opened import OpenModel, Photo, as_photo, open_images, open_model, short_name
 from ..look.visualize import unique
+from ..models.shipped import compared
 from ..settings import UsageError, require
 from ..trained import CONFIG, WEIGHTS, pick_device
 from .explorer import Explorer, Limits, untrained
 
-DEMO = Path(__file__).parent / 'digits'  # a small model of the embedded digits, trained as its model card says
 MAX_EXAMPLES = 10
 
 
@@ -46,7 +46,7 @@ def explore(
     Args:
         checkpoint: A run folder, its model.safetensors, a training state (checkpoints/step-*.pt), hf-hub:USER/NAME, a
             timm name, or a file in any published layout (with --model). By default the last run under --runs, or a
-            small model of handwritten digits that comes with the package.
+            small T2T-ViT, ViT and ResNet that come with the package, trained on photos.
         model: Name of the model in a file.
         compare: Further models to choose from.
         classes: A file with the class names in the order of the outputs, one a line, for models without names.
@@ -74,9 +74,11 @@ def explore(
     )
     target = pick_device(device)
     check_gradio()
-    text = checkpoint or str(last_run(Path(runs)) or DEMO)
-    if text == str(DEMO):
-        console().print(f'No run under {runs}: showing a small model of handwritten digits', soft_wrap=True)
+    text = checkpoint or str(last_run(Path(runs)) or '')
+    if not text:
+        console().print(f'No run under {runs}: showing small models of photos from the package', soft_wrap=True)
+        text, *others = reversed(compared())
+        compare = [*compare, *others]
     choose = partial(open_model, pretrained=pretrained, classes=classes, ema=ema)
     opened = choose(f'{model}={text}' if model is not None else text)
     if opened.note:

@@ -14,6 +14,7 @@ from torch import nn
 from ..classes import read_classes
 from ..data import MAX_PIXELS, DataError, Images, Preprocessing, Raw, convert_image, find_images, pixel_limit
 from ..models.listing import build
+from ..models.shipped import locate
 from ..settings import UsageError, nearest
 from ..trained import CARD, WEIGHTS, class_names, load_trained, note_on_names, spoken_names
 
@@ -62,7 +63,7 @@ def open_model(
     """
     name, equals, file = text.partition('=')
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
-    path = Path(text.removeprefix('local-dir:'))
+    path = Path(locate(text).removeprefix('local-dir:'))
     if equals or text.startswith('hf-hub:') or path.exists():
         model, preprocessing, outputs, named, _ = load_trained(file if equals else text, name if equals else None, ema)
         if size is not None and hasattr(model, 'set_input_size'):

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..console import console
 from ..data import find_images, left_out
+from ..models.shipped import compared
 from ..plots import one_line
 from ..settings import UsageError, require
 from ..trained import pick_device
@@ -27,7 +28,6 @@ from .opened import OpenModel, Photo, bands, folder_name, open_images, open_mode
 from .report import Picture, Section, write_report
 from .trace import trace
 
-MODELS = ('resnet50', 'vit_small_patch16_224', 't2t_vit_14')  # of Fig. 2, of one size
 MAX_IMAGES = 8
 DRAWN = ('epoch', 'train_loss', 'val_loss', 'val_top1', 'images_per_second')  # required in each line of metrics.jsonl
 
@@ -61,10 +61,10 @@ def visualize(
 
     Args:
         images: Image files, folders and lists as predict takes them, digits, or samples (scikit-learn's two photos,
-            the default with --models).
+            the default unless only --runs is given).
         models: Run folders, files in them (model.safetensors, checkpoints/step-*.pt), timm names, NAME=FILE,
-            hf-hub:USER/NAME or FILE.py:FUNCTION; by default resnet50, vit_small_patch16_224 and t2t_vit_14, the models
-            of the paper's Fig. 2.
+            hf-hub:USER/NAME or FILE.py:FUNCTION; by default a small ResNet, ViT and T2T-ViT that come with the package,
+            trained on photos, the kinds of the paper's Fig. 2.
         runs: Run folders whose curves to compare.
         output: Folder for the pictures, layers.csv and index.html, which contains them all; by default looks, or the
             first of looks-2, looks-3, … that does not exist.
@@ -82,11 +82,6 @@ def visualize(
     sizes = [] if img_size is None else [img_size] if isinstance(img_size, int) else list(img_size)
     require(
         (
-            (
-                bool(images or models or runs),
-                'nothing to draw: give images (files, folders, digits or samples), --models or --runs, for example '
-                't2t-vit visualize samples --models runs/photos',
-            ),
             (all(0 <= part <= 1 for part in query), f'query must be two fractions from 0 to 1, got {list(query)}'),
             (all(size >= 1 for size in sizes), f'img_size must be at least 1, got {img_size}'),
             (dead >= 0, f'dead must be at least 0, got {dead}'),
@@ -94,8 +89,8 @@ def visualize(
     )
     where, folder = pick_device(device), Path(output) if output else free_folder(Path('looks'))
     records = {name: read_run(Path(run)) for name, run in zip(unique([folder_name(run) for run in runs]), runs)}
-    images = images or (['samples'] if models else [])
-    opened = [open_model(text, pretrained, img_size, classes, ema) for text in (models or MODELS)] if images else []
+    images = images or (['samples'] if models or not runs else [])
+    opened = [open_model(text, pretrained, img_size, classes, ema) for text in models or compared()] if images else []
     notes = [f'{one.name}: {one.note}' for one in opened if one.note]
     photos: list[Photo] = []
     if images:

@@ -15,6 +15,7 @@ from ..custom import load_code
 from .checkpoints import convert_state_dict, count_classes
 from .published import PUBLISHED
 from .safe_load import CheckpointError, PathLike, read_checkpoint, save_weights
+from .shipped import shipped
 from .variants import VARIANTS
 
 KEYS = ('model', 'img_size', 'parameters', 'trainable', 'published_weights')
@@ -33,8 +34,9 @@ def check_name(model: str) -> None:
         raise ValueError(
             f'unknown model {model!r}' + (f', did you mean {near[0]}?' if near else '') + '; `t2t-vit models` lists all'
         )
-    if tag and model not in PUBLISHED:
-        tags = [key.partition('.')[2] for key in PUBLISHED if key.split('.')[0] == name]
+    known = [*PUBLISHED, *shipped()]
+    if tag and model not in known:
+        tags = [key.partition('.')[2] for key in known if key.split('.')[0] == name]
         raise ValueError(f'{name} has no tag {tag!r}; tags: {", ".join(tags) or "none"}')
 
 
@@ -91,7 +93,7 @@ def build(name: str, img_size: int | tuple[int, int], **kwargs: Any) -> nn.Modul
 
 
 def models(pattern: str = '*', json: bool = False) -> dict[str, tuple[int, int]]:
-    """List the models: image size, parameters, and the tags of published weights.
+    """List the models: image size, parameters with 1000 classes, and the tags of published weights.
 
     Args:
         pattern: Only names that match, as t2t_vit_t_*.
@@ -102,9 +104,9 @@ def models(pattern: str = '*', json: bool = False) -> dict[str, tuple[int, int]]
     rows = []
     for name in fnmatch.filter(VARIANTS, pattern):
         with torch.device('meta'):
-            model = timm.create_model(name)
+            model = timm.create_model(name, num_classes=1000)
         counts[name] = count_parameters(model)
-        tags = [key.split('.')[1] for key in PUBLISHED if key.split('.')[0] == name]
+        tags = [key.split('.')[1] for key in (*PUBLISHED, *shipped()) if key.split('.')[0] == name]
         rows.append((name, model.img_size[0], *counts[name], tags))
         table.add_row(name, str(model.img_size[0]), *(f'{n:,}' for n in counts[name]), ', '.join(tags))
     if not counts:

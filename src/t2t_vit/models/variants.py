@@ -20,6 +20,7 @@ from ..custom import check_source
 from ..fast import optimize
 from .checkpoints import convert_state_dict
 from .published import PUBLISHED, RELEASE
+from .shipped import shipped_cfgs
 from .t2t_vit import PAPER_SPLITS
 from .timm_api import Pyramid, TimmT2TViT
 
@@ -39,6 +40,7 @@ class Variant(NamedTuple):
 
 
 HARD_SPLIT = ((16, 16, 0),)  # a ViT's patches
+HARD_SPLIT_64 = ((8, 8, 0),)  # 64² becomes 8²
 SPLITS_16 = ((3, 2, 1), (3, 2, 1), (3, 1, 1))  # for small images: 16² becomes 8², 4², 4²
 SPLITS_32 = ((3, 1, 1), (3, 2, 1), (3, 2, 1))  # 32², 16², 8²
 SPLITS_64 = ((3, 2, 1), (3, 2, 1), (3, 2, 1))  # 32², 16², 8²
@@ -79,13 +81,15 @@ VARIANTS: dict[str, Variant] = {
     't2t_vit_14_32': Variant('performer', 14, 384, 6, 3, img_size=32, splits=SPLITS_32),
     't2t_vit_c_6_32': Variant('convolution', 6, 96, 4, 2, img_size=32, splits=SPLITS_32, token_dim=32),
     't2t_vit_c_6_64': Variant('convolution', 6, 96, 4, 2, img_size=64, splits=OVERLAPPING_64, token_dim=32),
+    't2t_vit_6_64': Variant('performer', 6, 96, 4, 2, img_size=64, splits=OVERLAPPING_64, token_dim=32),
+    'vit_6_64': Variant('none', 6, 100, 4, 2, img_size=64, splits=HARD_SPLIT_64),
     't2t_vit_7_64': Variant('performer', 7, 256, 4, 2, img_size=64, splits=SPLITS_64),
     't2t_vit_14_64': Variant('performer', 14, 384, 6, 3, img_size=64, splits=SPLITS_64),
 }
 
 
 def pretrained_cfgs() -> dict[str, Any]:
-    """Return timm's configuration of every variant and every published file, `model` and `model.tag`."""
+    """Return timm's configuration of every variant and every file of weights, `model` and `model.tag`."""
     cfgs: dict[str, Any] = {}
     for name, variant in VARIANTS.items():
         shared = dict(
@@ -108,7 +112,9 @@ def pretrained_cfgs() -> dict[str, Any]:
                 mean=row.mean,
                 std=row.std,
             )
-        if not published:
+        ours = {key: dict(cfg, classifier='head', first_conv=()) for key, cfg in shipped_cfgs(name).items()}
+        cfgs.update(ours)
+        if not published and not ours:
             cfgs[name] = dict(
                 shared,
                 input_size=(3, variant.img_size, variant.img_size),

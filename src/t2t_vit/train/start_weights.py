@@ -12,10 +12,10 @@ from torch import nn
 
 from ..models.checkpoints import convert_state_dict, select_weights
 from ..models.safe_load import CheckpointError, read_checkpoint
+from ..models.shipped import locate
 from ..settings import UsageError
 from ..trained import CONFIG, WEIGHTS, from_pretrained, read_config, read_weights
 
-HEAD = ('head.weight', 'head.bias')
 SHOWN = 3  # names in a line
 
 
@@ -26,7 +26,7 @@ def is_tag(weights: str) -> bool:
 
 def exists(weights: str) -> bool:
     """Tell if weights can be looked for under this name."""
-    return weights.startswith('hf-hub:') or is_tag(weights) or Path(weights.removeprefix('local-dir:')).exists()
+    return weights.startswith('hf-hub:') or is_tag(weights) or Path(locate(weights).removeprefix('local-dir:')).exists()
 
 
 @dataclass
@@ -60,7 +60,7 @@ def describe_weights(weights: str) -> StartModel | None:
         return StartModel(cfg['architecture'], {}, cfg)
     if is_tag(weights) and not Path(weights).exists():
         return StartModel(weights, {}, get_pretrained_cfg(weights).to_dict())
-    config = find_config(Path(weights.removeprefix('local-dir:')))
+    config = find_config(Path(locate(weights).removeprefix('local-dir:')))
     if config is None:
         return None
     content = read_config(config)
@@ -111,7 +111,8 @@ def load_start_weights(model: nn.Module, weights: str, classes: Sequence[str]) -
     expected = model.state_dict()
     names = start.cfg.get('label_names') if start else None
     if names is not None and list(names) != list(classes):
-        found = {name: tensor for name, tensor in found.items() if name not in HEAD}
+        heads = head_names(model)
+        found = {name: tensor for name, tensor in found.items() if not name.startswith(heads)}
     if hasattr(model, 'tokens_to_token'):
         try:
             fitted = convert_state_dict(found, model)
@@ -132,9 +133,16 @@ def load_start_weights(model: nn.Module, weights: str, classes: Sequence[str]) -
     )
 
 
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """Return how the names of a classifier's weights begin, as `head.` or, of a ResNet, `fc.`."""
+    cfg: Any = getattr(model, 'pretrained_cfg', {})
+    names = cfg.get('classifier') or 'head'
+    return tuple(f'{name}.' for name in ([names] if isinstance(names, str) else names))
+
+
 def read_source(weights: str) -> Mapping[str, Any]:
     """Read weights as a state dict, or as the checkpoint that holds one."""
-    path = Path(weights.removeprefix('local-dir:'))
+    path = Path(locate(weights).removeprefix('local-dir:'))
     if weights.startswith('hf-hub:'):
         return from_pretrained(weights).state_dict()
     if is_tag(weights) and not path.exists():
