@@ -186,8 +186,9 @@ class Attention(nn.Module):
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, D) -> three of (B, heads, N, D / heads)."""
-        qkv = self.qkv(x).reshape(x.shape[0], x.shape[1], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        return qkv[0], qkv[1], qkv[2]
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        heads = (x.shape[0], x.shape[1], self.num_heads, -1)
+        return q.reshape(heads).transpose(1, 2), k.reshape(heads).transpose(1, 2), v.reshape(heads).transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.queries_keys_values(x)
@@ -262,14 +263,13 @@ class T2TViT(nn.Module):
         check_arguments(**{name: value for name, value in locals().items() if name not in ('self', '__class__')})
         super().__init__()
         self.img_size, self.num_classes, self.embed_dim = as_size(img_size), num_classes, embed_dim
-        layer = choose('token_layer', token_layer, TOKEN_LAYERS)
+        layer, block_cls = choose('token_layer', token_layer, TOKEN_LAYERS), choose('block', block, BLOCKS)
         self.tokens_to_token = TokensToToken(splits, layer, in_chans, token_dim, embed_dim)
         self.grid_size = token_grids(self.tokens_to_token.splits, *self.img_size)[-1]
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.register_buffer('pos_embed', sinusoid_table(1 + math.prod(self.grid_size), embed_dim))
         self.pos_drop: nn.Module = nn.Dropout(pos_drop_rate)
         block_args.update(num_heads=num_heads, mlp_ratio=mlp_ratio, attn_drop=attn_drop_rate, proj_drop=proj_drop_rate)
-        block_cls = choose('block', block, BLOCKS)
         self.blocks, self.widths = stack_blocks(block_cls, embed_dim, depth, drop_path_rate, **block_args)
         self.num_features = self.widths[-1]
         self.norm: nn.Module = nn.LayerNorm(self.num_features)
