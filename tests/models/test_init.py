@@ -5,6 +5,7 @@ import timm
 import torch
 
 import t2t_vit  # noqa: F401  registers the models
+from t2t_vit.models.positions import grid_table, sinusoid_table
 
 SHAPES = [(64, 14), (128, 4), (256, 24), (768, 4)]  # width and depth
 
@@ -65,3 +66,24 @@ def test_scaled_head_starts_at_equal_probabilities(name):
 def test_unknown_weight_init_is_refused():
     with pytest.raises(ValueError, match=r"weight_init is one of \('published', 'scaled'\), got 'jax'"):
         timm.create_model('t2t_vit_7', weight_init='jax')
+
+
+@pytest.mark.parametrize('grid', [(8, 8), (4, 6), (1, 5)], ids=str)
+def test_grid_table_tells_positions_apart_by_rows_and_columns(grid):
+    table = grid_table(*grid, 96)[0].unflatten(0, grid)
+    assert table.shape == (*grid, 96) and table.dtype == torch.get_default_dtype()
+    distances = torch.cdist(table.flatten(0, 1), table.flatten(0, 1)) + 100 * torch.eye(grid[0] * grid[1])
+    assert distances.min() > 0.5
+    if min(grid) > 1:  # a step along a row changes as much as one along a column, in a square
+        down, right = (table[1, 0] - table[0, 0]).norm(), (table[0, 1] - table[0, 0]).norm()
+        assert 0.8 < down / right < 1.25
+    rows = table[..., :48]
+    assert torch.equal(rows, rows[:, :1].expand_as(rows))  # the first half does not depend on the column
+
+
+def test_scaled_models_of_another_size_keep_their_neighbours():
+    model = timm.create_model('t2t_vit_7_32', weight_init='scaled')
+    assert torch.equal(model.pos_embed[:, 1:], grid_table(*model.grid_size, model.embed_dim))
+    assert model.pos_embed[:, 1:].std() == pytest.approx(0.7, abs=0.1)  # beside tokens of 1.1
+    published = timm.create_model('t2t_vit_7_32')
+    assert torch.equal(published.pos_embed, sinusoid_table(*published.pos_embed.shape[1:]))

@@ -3,7 +3,7 @@
 `published` is std 0.02 for every Linear, whatever its width: right for the release's widths and long schedules, but a
 narrow model starts with branches that are almost zero, and learns slowly.
 
-`scaled` keeps the size of tokens and gradients about the same at every width and depth, by four rules:
+`scaled` keeps the size of tokens and gradients about the same at every width and depth, by five rules:
 
 - weights of Linears and convolutions have std 1/√fan_in, so that a branch answers a normalised token with values of
   variance near 1, beside which the position table has variance 1/2; convolutional tokens have √2 times that, since
@@ -12,7 +12,9 @@ narrow model starts with branches that are almost zero, and learns slowly.
   of all branches does not grow with the depth; those of a token layer, which has two, by √2;
 - keys and queries of a Performer are divided by D^1/4, so that q·k has variance 1 as in the attention of the blocks,
   and its random features, exp(w·x - |x|²/2), are neither 0 nor dominated by one;
-- the head starts at 0, so that the first loss is that of equal probabilities.
+- the head starts at 0, so that the first loss is that of equal probabilities;
+- the position table has sines of rows and of columns in place of those of the index, so that neighbours in both
+  directions are similar. It has the same name and shape, and checkpoints hold it.
 """
 
 from typing import Any
@@ -21,6 +23,8 @@ import torch
 from timm.layers import trunc_normal_
 from timm.models import named_apply
 from torch import nn
+
+from .positions import grid_table
 
 WEIGHT_INITS = ('published', 'scaled')
 BRANCH_ENDS = ('.attn.proj', '.mlp.fc2', '.mlp.2', '.proj')  # names of the Linears that end a residual branch
@@ -69,3 +73,5 @@ def scale_weights(model: Any) -> None:
             module.weight[: 2 * width] /= width**0.25
     if isinstance(model.head, nn.Linear):
         nn.init.zeros_(model.head.weight)
+    height, width = model.grid_size
+    model.pos_embed[:, 1:] = grid_table(height, width, model.embed_dim)
