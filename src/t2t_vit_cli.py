@@ -110,7 +110,7 @@ COMMANDS = {
   --batch-size N      images at a time
   --workers N         processes that read images
   --device NAME       auto, cpu, cuda or mps
-  --precision NAME    no (float32), bf16 or fp16
+  --precision NAME    no (float32), bf16, fp16, auto
   --picture FILE      draw the first images with their classes as a PNG file
 """,
         (
@@ -135,7 +135,7 @@ COMMANDS = {
   --batch-size N      images at a time
   --workers N         processes that read images
   --device NAME       auto, cpu, cuda or mps
-  --precision NAME    no (float32), bf16 or fp16
+  --precision NAME    no (float32), bf16, fp16, auto
 """,
         (
             'photos --checkpoint runs/photos --output vectors.parquet',
@@ -262,7 +262,7 @@ COMMANDS = {
   MODEL…              names that timm knows, or FILE.py:FUNCTION
   --baseline MODEL    the model to compare with
   --modes NAME…       infer, train
-  --precision NAME    float32, bf16 or fp16
+  --precision NAME    float32, bf16, fp16, bf16_weights or fp16_weights
   --batch-size N      images at a time
   --img-sizes N…      pixels
   --device NAME       auto, cpu, cuda or mps

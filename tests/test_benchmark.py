@@ -111,6 +111,15 @@ def test_save_plots_speed_against_top1_or_over_sizes(tmp_path):
         assert image.size[0] > 800
 
 
+def test_weights_in_half_precision_are_benchmarked():
+    seen = set()
+    model = build('t2t_vit_4_16', 16)
+    model.head.register_forward_hook(lambda module, args, output: seen.add((args[0].dtype, output.dtype)))
+    for mode in ('infer', 'train'):
+        benchmark.work(model, mode, False, torch.randn(2, 3, 16, 16), 'bf16_weights')()
+    assert seen == {(torch.bfloat16, torch.bfloat16)} and model.head.weight.dtype == torch.bfloat16
+
+
 def test_build_model_from_python_file(tmp_path):
     (tmp_path / 'mine.py').write_text(
         'import timm\ndef small(img_size):\n    return timm.create_model("t2t_vit_4_16", img_size=img_size, depth=1)\n'

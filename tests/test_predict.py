@@ -92,6 +92,15 @@ def test_record_holds_settings_and_environment(whole, model):
     assert len(record['settings']['weights']) == 64 and record['environment']['checkpoint'] == str(model)
 
 
+@pytest.mark.parametrize('gain, precision', [(0.0, 'no'), (6.0, 'bf16')])
+def test_precision_auto_is_resolved_and_named(gain, precision, many, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('t2t_vit.models.precision.cpu_gain', lambda kind: gain)
+    output = tmp_path / 'a.parquet'
+    assert run('predict', many, '--checkpoint', model, '--output', output, '--precision', 'auto') == 0
+    assert json.loads((tmp_path / 'a.parquet.json').read_text())['settings']['precision'] == precision
+    assert f'note: precision {precision}: this processor' in ' '.join(capsys.readouterr().out.split())
+
+
 def test_formats_hold_equal_rows(whole, many, model, tmp_path, capsys):
     for name in ('a.csv', 'a.jsonl', 'parts'):
         assert run('predict', many, '--checkpoint', model, '--output', tmp_path / name, '--shard_size', 12) == 0

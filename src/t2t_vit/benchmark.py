@@ -30,8 +30,9 @@ from .timing import device_name, interleave, keep_freed_memory, spread, synchron
 from .trained import pick_device
 
 Mode = Literal['infer', 'train']
-Precision = Literal['float32', 'bf16', 'fp16']
+Precision = Literal['float32', 'bf16', 'fp16', 'bf16_weights', 'fp16_weights']
 DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
+WEIGHTS = {f'{name}_weights': dtype for name, dtype in DTYPES.items()}  # the whole model, without autocast
 
 
 @dataclass
@@ -110,7 +111,8 @@ def work(
 ) -> Callable[[], None]:
     """Return the function to time: a forward pass, or a training step with AdamW."""
     device = images.device
-    model = model.to(device).train(mode == 'train')
+    images = images.to(WEIGHTS.get(precision, images.dtype))
+    model = model.to(device, images.dtype).train(mode == 'train')
     call = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     if mode == 'infer':
 
@@ -305,7 +307,7 @@ def bench(
         baseline: Model that the ratios refer to; it is timed too.
         modes: infer (forward), train (forward, backward, AdamW), or both.
         compiled: Use torch.compile; [false,true] measures both.
-        precision: float32, or autocast to bf16 or fp16.
+        precision: float32; bf16 or fp16 by autocast; or bf16_weights or fp16_weights, the whole model in it.
         batch_size: Images per batch.
         img_sizes: Image sizes in pixels; several give a curve.
         device: cpu, cuda, mps or auto.

@@ -37,6 +37,7 @@ from .data.waiting import DataWatch, Item, shorten_names
 from .export import ExportedModel, files_of, is_exported, load_exported
 from .inputs import ImageLike, open_all, open_own
 from .integrity import hash_file
+from .models.precision import choose_precision
 from .settings import Setting, UsageError, flatten, nearest, read_settings, recipes, resolve
 from .trained import (
     Trained,
@@ -50,7 +51,7 @@ from .trained import (
 )
 from .vectors import Embedding, Head, Kind, TopK, finite_rows
 
-Precision = Literal['no', 'bf16', 'fp16']
+Precision = Literal['no', 'bf16', 'fp16', 'auto']
 Augmentation = Literal['none', 'flip', 'crops']
 DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 NOT_FINITE = 'the model computed NaN or infinity for this image'
@@ -95,6 +96,12 @@ class Classifier:
         classes: str | None = None,
     ) -> None:
         self.checkpoint, self.device, self.precision, self.choice = checkpoint, device, precision, classes
+        self.precision_note = ''
+        if precision == 'auto' and isinstance(trained, ExportedModel):
+            self.precision = 'no'  # the file's own
+        elif precision == 'auto':
+            self.precision, reason = choose_precision(device)
+            self.precision_note = f'precision {self.precision}: {reason}'
         self.net: Any
         if isinstance(trained, ExportedModel):
             self.net, names, self.natural = trained, trained.class_names, False
@@ -127,7 +134,7 @@ class Classifier:
                 an exported .onnx, .xml or .pt2, or a file in any published layout (then with `model`).
             model: The registered name of the model in a file without a config.json.
             device: cpu, cuda, cuda:1, mps, or auto for the accelerator if there is one.
-            precision: no (float32), bf16 or fp16: autocast.
+            precision: no (float32), bf16 or fp16 by autocast, or auto for bf16 if the device is faster in it.
             classes: A file with the class names in the order of the model's outputs, one a line; or, for a checkpoint
                 without names, `text` or `natural`, the order in which its class folders were sorted.
             ema: Take the EMA weights of a training state, else the raw ones.
@@ -140,7 +147,7 @@ class Classifier:
         if is_exported(checkpoint):
             if device not in ('auto', 'cpu'):
                 raise UsageError(f'exported files run on the CPU, not on {device}')
-            if precision != 'no':
+            if precision not in ('no', 'auto'):
                 raise UsageError(f'{checkpoint} has its own precision: leave out --precision {precision}')
             return cls(load_exported(checkpoint), checkpoint, classes=classes)
         target = pick_device(device)

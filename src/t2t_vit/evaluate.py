@@ -11,7 +11,7 @@ import torch
 from rich.table import Column, Table
 from scipy.stats import binomtest
 
-from .classifier import Augmentation, Classifier, Evaluation, NotFinite
+from .classifier import Augmentation, Classifier, Evaluation, NotFinite, Precision
 from .console import console
 from .data import Opener, Source, printable
 from .data.waiting import command_watch
@@ -44,7 +44,7 @@ def evaluate(
     batch_size: int = 128,
     workers: int = 2,
     device: str = 'auto',
-    precision: Literal['no', 'bf16', 'fp16'] = 'no',
+    precision: Precision = 'no',
     cache: str | None = None,
     download: bool = False,
     output: str | None = None,
@@ -72,7 +72,7 @@ def evaluate(
         batch_size: Images at once.
         workers: Processes that read images.
         device: cpu, cuda, cuda:1, mps, or auto.
-        precision: no (float32), bf16 or fp16.
+        precision: no (float32), bf16, fp16, or auto for bf16 if the device is faster in it.
         cache: Folder of torch/ and hfds/ sets; by default ~/.cache/t2t-vit, and the Hub's own.
         download: Fetch a torch/ set that is not there.
         output: Folder for scores.json, images.csv (every image), confusion.csv, confusion.png and mistakes.png; by
@@ -92,6 +92,8 @@ def evaluate(
             console().print(f'\n{printable(path)}', soft_wrap=True)
         classifier = Classifier.load(path, model, device, precision, classes, ema)
         classifier.watch = command_watch()
+        if classifier.precision_note:
+            console().print(f'note: {classifier.precision_note}', soft_wrap=True)
         source, name = classifier.open_labelled(data, split, cache, download)
         found = classifier.score(source, name, split, batch_size, workers, augmentation, temperature)
         report(found)

@@ -87,6 +87,8 @@ class Job:
             self.checkpoint, self.model, device, self.precision, self.classes, self.ema
         )
         found.watch = command_watch()
+        if found.precision_note:
+            console().print(f'note: {found.precision_note}', soft_wrap=True)
         if (channels := found.preprocessing.channels) not in (1, 3):
             self.images = find_images(self.inputs, channels)
         self.opener = Opener(self.images, found.preprocessing, self.max_pixels)
@@ -94,7 +96,7 @@ class Job:
             **found.identity,
             classes=found.classes,
             preprocessing=found.preprocessing.as_cfg(),
-            precision=self.precision,
+            precision=found.precision,
             max_pixels=self.max_pixels,
             images=len(self.images),
             image_names=self.images.digest(),
@@ -255,7 +257,7 @@ def predict(
         batch_size: Images at once.
         workers: Processes that read images; none for a single batch.
         device: cpu, cuda, cuda:1, mps or auto.
-        precision: no (float32), bf16 or fp16.
+        precision: no (float32), bf16, fp16, or auto for bf16 if the device is faster in it.
         shard_size: Images in a part of the output, which is computed again if it was interrupted.
         max_pixels: Larger images are not decoded.
         picture: A PNG file to show the first images in, with their predictions.
@@ -371,7 +373,7 @@ def embed(
         batch_size: Images at once.
         workers: Processes that read images; none for a single batch.
         device: cpu, cuda, cuda:1, mps or auto.
-        precision: no (float32), bf16 or fp16.
+        precision: no (float32), bf16, fp16, or auto for bf16 if the device is faster in it.
         shard_size: Images in a part of the output, which is computed again if it was interrupted.
         max_pixels: Larger images are not decoded.
         spreadsheet: Write names in the .csv that a spreadsheet would execute as formulas (beginning with = + - @) with

@@ -115,6 +115,15 @@ def test_options_train(tmp_path, changes):
     assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).num_classes == 10
 
 
+@pytest.mark.parametrize('gain, precision', [(0.0, 'no'), (6.0, 'bf16')])
+def test_precision_auto_is_resolved_and_recorded(gain, precision, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('t2t_vit.models.precision.cpu_gain', lambda kind: gain)
+    record = train(digits_config(output=str(tmp_path), **SHORT, precision='auto'))
+    assert 0 < record['train_loss'] < 10
+    assert yaml.safe_load((tmp_path / 'config.yaml').read_text()).get('precision', 'no') == precision
+    assert f'precision {precision}: this processor' in ' '.join(capsys.readouterr().out.split())
+
+
 # errors
 
 

@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.precision import full_precision
+from ..models.precision import cpu_has_matmuls, full_precision, half_precision
 from ..models.t2t_vit import TokenAttention, TokenPerformer, TokensToToken, TokenTransformer
 from .memory import recomputed, scale_shift
 from .rule import Fast
 
+MAP_CHANNELS = 32  # from which a map is one of tokens, not an image
 is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)  # unknown to old torch
 
 
@@ -67,8 +68,8 @@ def window_values(x: Tensor, dim: int, kernel: int, stride: int) -> Tensor:
     return torch.stack([part[:, :, ::stride] if dim == 2 else part[:, :, :, ::stride] for part in parts])
 
 
-def window_mean_var(x: Tensor, kernel: int, stride: int) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of the n values of every window of a padded map, (B, 1, h, w) each.
+def window_mean_var(x: Tensor, kernel: int, stride: int, padding: int = 0) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of the n values of every window of a map, (B, 1, h, w) each.
 
     The variance is gathered over channels, columns and rows: the variance of a union of equal groups is the mean of
     their variances plus the variance of their means. Each step subtracts its mean before it squares, so flat bright
@@ -76,6 +77,8 @@ def window_mean_var(x: Tensor, kernel: int, stride: int) -> tuple[Tensor, Tensor
     """
     mean = x.mean(1, keepdim=True)
     var = (x - mean).square().mean(1, keepdim=True)
+    if padding:
+        mean, var = F.pad(mean, [padding] * 4), F.pad(var, [padding] * 4)
     for dim in (3, 2):
         means = window_values(mean, dim, kernel, stride)
         mean = means.mean(0)
@@ -114,6 +117,32 @@ def split_norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, split: t
         return scale_shift(out, (var + norm.eps).rsqrt(), shift.view(1, -1, 1, 1))
 
 
+def split_norm_linear_half(
+    x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, split: tuple[int, int, int], kind: torch.dtype
+) -> Tensor:
+    """Compute `split_norm_linear` with operands of the matmul in half precision; oneDNN sums in float32.
+
+    Statistics and normalisation are in float32. Images have few channels, so their windows are few values: these are
+    normalised, rounded and multiplied, because the normalisation of flat windows enlarges rounding before it. So are
+    all in float16, in whose range W'·p may overflow. For maps of tokens the convolution is rounded, and the effect of
+    rounding W' on its row sums subtracted.
+    """
+    kernel, stride, padding = split
+    with full_precision(x):
+        weight, shift = fold(norm.weight.float(), norm.bias.float(), linear.weight.float(), linear.bias)
+        if x.shape[1] < MAP_CHANNELS or kind == torch.float16:
+            x = F.pad(x.float(), [padding] * 4).permute(0, 2, 3, 1).contiguous()
+            windows = x.unfold(1, kernel, stride).unfold(2, kernel, stride).permute(0, 1, 2, 4, 5, 3).flatten(3)
+            windows = F.layer_norm(windows, windows.shape[3:], eps=norm.eps).to(kind)  # (B, h, w, k·k·C)
+            weight = weight.unflatten(1, (-1, kernel, kernel)).permute(0, 2, 3, 1).flatten(1)
+            return F.linear(windows, weight.to(kind), shift.to(kind)).permute(0, 3, 1, 2)
+        x, weight = x.to(kind), weight.to(kind)
+        mean, var = window_mean_var(x.float(), kernel, stride, padding)
+        out = F.conv2d(x, as_kernel(weight, kernel), stride=stride, padding=padding).float()
+        out = out - (mean * weight.float().sum(1).view(1, -1, 1, 1)).detach()
+        return scale_shift(out, (var + norm.eps).rsqrt(), shift.view(1, -1, 1, 1)).to(kind)
+
+
 def fast_dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Dropout that draws 16 bits for each value on a CPU, four values from one random number.
 
@@ -126,7 +155,32 @@ def fast_dropout(x: Tensor, p: float, training: bool) -> Tensor:
     return x * kept.to(x.dtype).mul_(1 / (1 - p))
 
 
-class FoldedTokenTransformer(Fast, TokenTransformer):
+class FoldedTokenLayer(Fast):
+    """Base of the folded token layers: the soft split with its norm and Linear, in float32 or in half precision."""
+
+    kernel: int
+    stride: int
+    padding: int
+
+    def half_type(self, x: Tensor) -> torch.dtype | None:
+        """Return the type to multiply windows in if it is a half precision that this processor has."""
+        kind = half_precision(x)
+        fits = x.device.type == 'cpu' and kind is not None and x.dtype in (kind, torch.float32)
+        return kind if fits and cpu_has_matmuls(kind) else None
+
+    def split_norm_linear(self, x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
+        """(B, C, H, W) -> (B, O, h, w), in half precision, float32 or float64."""
+        split, kind = (self.kernel, self.stride, self.padding), self.half_type(x)
+        if kind is None:
+            return split_norm_linear(x, norm, linear, split)
+        return split_norm_linear_half(x, norm, linear, split, kind)
+
+    def dtype_after(self, x: Tensor) -> torch.dtype:
+        """Return the type of the layer's output."""
+        return self.half_type(x) or x.dtype
+
+
+class FoldedTokenTransformer(FoldedTokenLayer, TokenTransformer):
     """`TokenTransformer` without windows in memory, and with fused attention."""
 
     parts = {
@@ -139,9 +193,9 @@ class FoldedTokenTransformer(Fast, TokenTransformer):
 
     def fast_forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D, h, w)."""
-        qkv = split_norm_linear(x, self.norm1, self.attn.qkv, (self.kernel, self.stride, self.padding)).to(x.dtype)
+        qkv = self.split_norm_linear(x, self.norm1, self.attn.qkv)
         height, width = qkv.shape[-2], qkv.shape[-1]
-        q, k, v = to_tokens(qkv).unsqueeze(1).chunk(3, dim=-1)  # (B, 1, N, D) each
+        q, k, v = to_tokens(qkv.to(self.dtype_after(x))).unsqueeze(1).chunk(3, dim=-1)  # (B, 1, N, D) each
         drop = self.attn.attn_drop.p if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.attn.scale)
         x = v.squeeze(1) + self.attn.proj(y.squeeze(1))
@@ -150,7 +204,7 @@ class FoldedTokenTransformer(Fast, TokenTransformer):
             return to_map(x + self.mlp(y), height, width)
 
 
-class FoldedTokenPerformer(Fast, TokenPerformer):
+class FoldedTokenPerformer(FoldedTokenLayer, TokenPerformer):
     """`TokenPerformer` without windows in memory."""
 
     parts = {
@@ -164,24 +218,27 @@ class FoldedTokenPerformer(Fast, TokenPerformer):
     }
 
     def features(self, x: Tensor) -> Tensor:
-        """Return φ(x), (B, N, D) -> (B, N, m); the factor 1/√m is in the exponent."""
+        """Return φ(x) in float32 or float64, (B, N, D) -> (B, N, m); the factor 1/√m is in the exponent."""
+        x = x if x.dtype == torch.float64 else x.float()
         half_norm = 0.5 * torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
         return F.linear(x, self.w.to(x.dtype)).sub_(half_norm + 0.5 * math.log(len(self.w))).exp_()
 
     def kernel_attention(self, kqv: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 or float64 (B, N, 3·D) -> attention's output and v, (B, N, D) each."""
+        """(B, N, 3·D) -> attention's output and v, (B, N, D) each; φ is in float32 where `kqv` is float16."""
         k, q, v = kqv.chunk(3, dim=-1)
         k, q = self.features(k), self.features(q)
         weights = q @ k.sum(1).unsqueeze(-1) + self.eps  # (B, N, 1)
-        return (q / weights) @ (k.transpose(1, 2) @ v), v  # m is half of D: half the divisions
+        kind = torch.float32 if v.dtype == torch.float16 else v.dtype  # in whose range φ, about e^-30, would be 0
+        values = k.to(kind).transpose(1, 2) @ v.to(kind)
+        return (q / weights).to(kind) @ values, v  # m is half of D: half the divisions
 
     def fast_forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D, h, w)."""
-        kqv = split_norm_linear(x, self.norm1, self.kqv, (self.kernel, self.stride, self.padding))
+        kqv, dtype = self.split_norm_linear(x, self.norm1, self.kqv), self.dtype_after(x)
         height, width = kqv.shape[-2], kqv.shape[-1]
         with full_precision(x):
             y, v = self.kernel_attention(to_tokens(kqv))
-        x = v.to(x.dtype) + fast_dropout(self.proj(y.to(x.dtype)), self.proj_drop.p, self.training)
+        x = v.to(dtype) + fast_dropout(self.proj(y.to(dtype)), self.proj_drop.p, self.training)
         del kqv, v, y
         y = self.norm2(x)
         with recomputed(y, self.norm2.forward, x):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..models.precision import half_precision
 from ..models.t2t_vit import Split
 from . import operators
 from .folded import FoldedTokenPerformer, FoldedTokenTransformer, to_map
@@ -18,7 +19,7 @@ class FusedTokenTransformer(FoldedTokenTransformer):
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, D, h, w)."""
         linears: tuple[Any, Any, Any] = self.attn.proj, self.mlp.fc1, self.mlp.fc2
-        kind = operators.half_precision(x) if operators.usable(x, self.token_dim) else None
+        kind = half_precision(x) if operators.usable(x, self.token_dim) else None
         if kind is None or not all(is_intact(linear, nn.Linear) for linear in linears):
             return super().fast_forward(x)
         split = Split(self.kernel, self.stride, self.padding)
@@ -34,7 +35,7 @@ class FusedTokenPerformer(FoldedTokenPerformer):
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, D, h, w)."""
         linears: tuple[Any, Any, Any] = self.proj, self.mlp[0], self.mlp[2]
-        kind = operators.half_precision(x) if operators.usable(x, self.token_dim) else None
+        kind = half_precision(x) if operators.usable(x, self.token_dim) else None
         if kind is None or not all(is_intact(linear, nn.Linear) for linear in linears):
             return super().fast_forward(x)
         split = Split(self.kernel, self.stride, self.padding)

@@ -43,14 +43,6 @@ def capable(device: int) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def half_precision(x: torch.Tensor) -> torch.dtype | None:
-    """Return float16 or bfloat16 if `x` has that type or autocast gives it; otherwise None."""
-    kind = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        kind = torch.get_autocast_dtype(x.device.type)
-    return kind if kind in (torch.float16, torch.bfloat16) else None
-
-
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Register a function that launches kernels as an operator; it runs on the device of its first argument."""
 

@@ -12,6 +12,7 @@ from timm.models import get_pretrained_cfg
 
 from ..data import Augment, DataError, Source, image_size, open_source
 from ..data.augment import in_batches
+from ..models.precision import choose_precision
 from ..settings import Setting, UsageError, read_settings, recipes
 from ..trained import pick_device
 from .resume import saved_settings
@@ -173,10 +174,9 @@ def choices(facts: Facts, values: dict[str, Any], start: StartModel | None = Non
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     workers = min(8, cores) if facts.device == 'cuda' else min(2, max(cores - 1, 1))
     yield 'data.workers', workers, f'{cores} cores'
-    if facts.device == 'cuda' and torch.cuda.is_bf16_supported():
-        yield 'precision', 'bf16', 'the GPU computes in bfloat16'
-    elif facts.device == 'cpu' and gains_from_bf16():
-        yield 'precision', 'bf16', 'the processor multiplies matrices in bfloat16 (AMX)'
+    precision, reason = choose_precision(torch.device(facts.device))
+    if precision != 'no':
+        yield 'precision', precision, reason
     if facts.imbalance > LOPSIDED and values.get('data.sampler') != 'balanced':
         reason = f'the largest class has {facts.imbalance:.0f} times the images of the smallest'
         yield 'objective.class_weights', 'balanced', reason
@@ -236,9 +236,3 @@ def has_value(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Tell if a setting is a whole number, perhaps as text."""
     return str(value).isdigit()
-
-
-def gains_from_bf16() -> bool:
-    """Tell if this CPU multiplies matrices faster in bfloat16: it has tiles for it (AMX)."""
-    check = getattr(torch.cpu, '_is_amx_tile_supported', None)
-    return bool(check and check())

@@ -235,7 +235,7 @@ class Config:
         batch_size: Images per step of the optimizer, over all processes.
         grad_accum_steps: Micro-batches per step in each process, to save memory.
         ema_decay: Decay of the EMA weights, warmed up; 0 for none.
-        precision: no (float32), bf16 or fp16.
+        precision: no (float32), bf16, fp16, or auto for bf16 if the device is faster in it; the run records which.
         device: auto for the best one available, cpu, cuda, cuda:1 or mps; under torchrun auto or cpu.
         threads: CPU threads; by default torch's choice. A small model on a busy machine is faster with one.
         seed: Seed of everything random.
@@ -261,7 +261,7 @@ class Config:
     batch_size: int = 512
     grad_accum_steps: int = 1
     ema_decay: float = 0.99996
-    precision: Literal['no', 'bf16', 'fp16'] = 'no'
+    precision: Literal['no', 'bf16', 'fp16', 'auto'] = 'no'
     device: str = 'auto'
     threads: int | None = None
     seed: int = 42

@@ -14,12 +14,14 @@ from timm.optim.muon import (
     zeropower_via_newtonschulz,
 )
 
+from ..models.precision import cpu_has_matmuls
+
 LR_RULES = ('match_rms_adamw', 'original', 'rms_to_rms')  # of timm's Muon
 
 
 def newton_schulz_dtype(device: torch.device) -> torch.dtype:
     """Return bfloat16, timm's precision of the iteration, where it is fast; float32 on a CPU that only emulates it."""
-    emulated = device.type == 'cpu' and not torch.cpu._is_avx512_bf16_supported()
+    emulated = device.type == 'cpu' and not cpu_has_matmuls(torch.bfloat16)
     return torch.float32 if emulated else torch.bfloat16
 
 

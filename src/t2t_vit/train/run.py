@@ -16,8 +16,10 @@ from accelerate.utils import broadcast_object_list
 from ..console import duration
 from ..data import SPLIT_FILE, printable, report_data, synchronize
 from ..data.waiting import Stalled, explain_worker_death
+from ..models.precision import choose_precision
 from ..plots import plot_curves
 from ..settings import UsageError
+from ..trained import pick_device
 from .classes import check_classes
 from .config import Config
 from .log import Log, limit, table_head, table_row, write_config
@@ -70,7 +72,7 @@ def train(
         with answer_at_once(signals, BEFORE_THE_FIRST_STEP):
             join_processes(config)
             folder = choose_folder(config, resume)
-            config = replace(config, output=str(folder))
+            config, said = choose_config_precision(replace(config, output=str(folder)))
             accelerator = build_accelerator(config, folder)
             sources = open_sources(config, accelerator)
             asked = config
@@ -80,7 +82,7 @@ def train(
             if existed and not dry_run:
                 stack.enter_context(hold_folder(folder, accelerator))
             state, source, found = find_start(folder, resume)
-            notes += found
+            notes += found + said
             check_same_start(config, state)
             if state and is_finished(state['position'], config) and not dry_run:
                 return report_finished(state, config, folder, accelerator)
@@ -116,6 +118,14 @@ def train(
                 sources.split.save(folder / SPLIT_FILE)
         stack.callback(accelerator.end_training)
         return run_epochs(trainer, log, began)
+
+
+def choose_config_precision(config: Config) -> tuple[Config, list[str]]:
+    """Return a configuration with the precision that `auto` stands for, the same in all processes, and a line on it."""
+    if config.precision != 'auto':
+        return config, []
+    precision, reason = broadcast_object_list([choose_precision(pick_device(config.device))])[0]
+    return replace(config, precision=precision), [f'precision {precision}: {reason}']
 
 
 def fit_budget(trainer: Trainer, measured: Measured, began: float) -> None:
