@@ -422,6 +422,11 @@ def in_batches(augment: Augment) -> bool:
     return augment.recount == 1 and (not policy or (policy.startswith('rand') and not RandAugment(policy).missing))
 
 
+def as_floats(images: torch.Tensor) -> torch.Tensor:
+    """Convert to float32, plane by plane in memory."""
+    return images.to(torch.float32, memory_format=torch.contiguous_format)
+
+
 class BatchAugment:
     """The whole augmentation of a batch of training images, in timm's order.
 
@@ -461,9 +466,9 @@ class BatchAugment:
         on_device = crops.to(images.device)
         drawn = crop_boxes(self.augment, on_device)
         if boxes is None:
-            images, boxes = resample(images.float(), self.augment, drawn, on_device), drawn
+            images, boxes = resample(as_floats(images), self.augment, drawn, on_device), drawn
         else:
-            images = mirror(images.float(), drawn[:, 4])
+            images = mirror(as_floats(images), drawn[:, 4])
             boxes = torch.cat([boxes[:, :4], drawn[:, 4:]], 1)
         if self.augment.pad:
             images, boxes = pad_and_crop(images, self.augment.pad, boxes, shifts.to(images.device))

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 from torchvision.transforms import InterpolationMode
 
-from .augment import Augment, BatchAugment, in_batches
+from .augment import Augment, BatchAugment, as_floats, in_batches
 from .decode import Raw, image_size
 from .errors import DataError
 from .preprocessing import Preprocessing, TrainCrop, TrainTransform, resize_pixels
@@ -113,7 +113,7 @@ class Finish:
         """Return images and boxes as in a `Batch`, from images (B, C, H, W) of values from 0 to 255."""
         if self.augment:
             return self.augment(images, uniforms, None if self.crop else boxes)
-        return (images - self.mean) / self.std, boxes
+        return (as_floats(images) - self.mean) / self.std, boxes
 
 
 class DiskBatches:
@@ -233,7 +233,6 @@ class _Opener(Dataset[Sample]):
         self.training, self.columns = augment is not None, finish.columns if finish else 0
         self.crop = TrainCrop(preprocessing, augment) if augment and finish else None
         self.train = TrainTransform(preprocessing, augment) if augment and not finish else None
-        self.evaluate = preprocessing.transform(normalize=False)
         self.damaged: set[int] = set()  # not opened again
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
@@ -244,15 +243,27 @@ class _Opener(Dataset[Sample]):
                 continue
             try:
                 image = self.source.open(i)
-                shown = self.preprocessing.pixels(image) if self.crop else self.preprocessing.convert(image)
+                shown = self.read(image)
             except Exception:  # a damaged image, or one that cannot be read
                 self.damaged.add(i)
                 names.append(self.source.name(i))
                 continue
-            tensor, box, uniforms = self.transformed(shown, epoch, index)
+            tensor, box, uniforms = shown if self.evaluating else self.transformed(shown, epoch, index)
             tensor = tensor if self.preprocessing.displayable or self.train else tensor * 255
             return (tensor, self.source.labels[i], i, box, uniforms), names
         return None, names
+
+    @property
+    def evaluating(self) -> bool:
+        """Return true if images are not augmented."""
+        return self.crop is None and self.train is None
+
+    def read(self, image: Raw) -> Any:
+        """Return a read image as `transformed` takes it; in evaluation as `transformed` returns it."""
+        if self.evaluating:
+            box = torch.tensor(self.preprocessing.kept(image))
+            return self.preprocessing.evaluate(image), box, torch.empty(0)
+        return self.preprocessing.pixels(image) if self.crop else self.preprocessing.convert(image)
 
     def transformed(self, image: Any, epoch: int, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Prepare an image, to train on with the random numbers of its sample; return it, its box and more numbers.
@@ -267,8 +278,7 @@ class _Opener(Dataset[Sample]):
             if state is not None:
                 random.setstate(state)
             return crop, box, torch.rand(self.columns, generator=torch.Generator().manual_seed(seed))
-        if self.train is None:
-            return self.evaluate(image), torch.tensor(self.preprocessing.kept(image)), torch.empty(0)
+        assert self.train is not None
         states = None if get_worker_info() else (random.getstate(), np.random.get_state(), torch.get_rng_state())
         random.seed(seed)
         np.random.seed(seed)
@@ -292,7 +302,11 @@ class _Collate:
         good = [sample for sample, _ in samples if sample is not None]
         if not good:
             return None, names
+        packed = all(image.permute(1, 2, 0).is_contiguous() for image, *_ in good)  # as decoders and torch return them
+        if packed:
+            good = [(sample[0].permute(1, 2, 0), *sample[1:]) for sample in good]
         images, labels, indices, boxes, uniforms = default_collate(good)  # which stacks into shared memory
+        images = images.permute(0, 3, 1, 2) if packed else images
         if self.finish:
             images, boxes = self.finish(images, uniforms, boxes)
         return [images, labels, indices, boxes, uniforms], names
@@ -333,14 +347,13 @@ class MemoryBatches:
         self.batch_size, self.seed, self.device = batch_size, seed, device
         read_channels(source, preprocessing.channels)
         self.damaged: list[str] = []
-        evaluate = preprocessing.transform(normalize=False)
         images, indices, boxes = [], [], []
 
         def read() -> Iterator[tuple[Raw, torch.Tensor] | None]:
             for i in range(len(source.labels)):
                 try:
                     image = source.open(i)
-                    pixels = preprocessing.pixels(image) if augment else evaluate(preprocessing.convert(image))
+                    pixels = preprocessing.pixels(image) if augment else preprocessing.evaluate(image)
                 except Exception:  # a damaged image, or one that cannot be read
                     self.damaged.append(source.name(i))
                     yield None

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import IO, Any, Literal, overload
 
@@ -25,6 +26,7 @@ from .errors import ImageError
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'PPM', 'AVIF', 'JPEG2000')
 HEIF_BRANDS = (b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'mif1', b'msf1')
 HEIF_SUFFIXES = ('.heic', '.heif')
+JPEG_MAGIC = b'\xff\xd8\xff'
 NPY_MAGIC = b'\x93NUMPY'
 TIFF_MAGIC = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
 MAX_ASPECT = 500  # longer side divided by the shorter one
@@ -103,9 +105,13 @@ def read_image(
         if head.startswith(TIFF_MAGIC) and channels not in (None, 1, 3):
             return _read_bands(file, max_aspect)
         try:
+            if head.startswith(JPEG_MAGIC) and max_side is None:
+                content = file.read()
+                if (pixels := _decode_plain_jpeg(content, max_aspect)) is not None:
+                    return pixels
+                file = io.BytesIO(content)
             with Image.open(file, formats=_formats(head)) as image:
-                pixels = _decode_plain_jpeg(image, file, max_aspect) if max_side is None else None
-                return _load_upright(image, max_side, max_aspect) if pixels is None else pixels
+                return _load_upright(image, max_side, max_aspect)
         except Image.UnidentifiedImageError:
             if not head.startswith(TIFF_MAGIC):
                 raise
@@ -243,23 +249,42 @@ def _check_size(width: int, height: int, max_aspect: float) -> None:
         raise ImageError(f'{width}x{height} pixels; at most {Image.MAX_IMAGE_PIXELS:,} are decoded')
 
 
-def _decode_plain_jpeg(image: Image.Image, file: IO[bytes], max_aspect: float) -> np.ndarray | None:
-    """Decode an opened RGB JPEG that needs no turning by simplejpeg: the pixels that Pillow returns, in less time.
+def _decode_plain_jpeg(content: bytes, max_aspect: float) -> np.ndarray | None:
+    """Decode an RGB JPEG that needs no turning by simplejpeg: the pixels that Pillow returns, in less time.
 
     None for all other images, and for a JPEG in which it finds any fault: Pillow then decides what is damaged.
     """
-    if image.format != 'JPEG' or image.mode != 'RGB' or _turn(image) is not None or not find_spec('simplejpeg'):
+    if (simplejpeg := _simplejpeg()) is None or _has_metadata(content):
         return None
-    import simplejpeg
-
-    _check_size(*image.size, max_aspect)
-    file.seek(0)
     try:
-        pixels = simplejpeg.decode_jpeg(file.read(), 'RGB')  # strict: warnings are errors
+        height, width, space, _ = simplejpeg.decode_jpeg_header(content)
+        if space != 'YCbCr' or width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            return None
+        _check_size(width, height, max_aspect)
+        return simplejpeg.decode_jpeg(content, 'RGB')  # strict: warnings are errors
+    except ImageError:
+        raise
     except ValueError:
-        file.seek(0)
         return None
-    return pixels
+
+
+def _has_metadata(content: bytes) -> bool:
+    """Return true for a JPEG that may have to be turned (EXIF, XMP) or has several images (MPF); also for no JPEG."""
+    at = 2
+    while content[at : at + 1] == b'\xff':
+        marker, size = content[at + 1], int.from_bytes(content[at + 2 : at + 4], 'big')
+        if marker == 0xDA:  # the pixels begin
+            return False
+        if marker == 0xE1 or (marker == 0xE2 and content[at + 4 : at + 8] == b'MPF\0'):
+            return True
+        at += 2 + size
+    return True
+
+
+@lru_cache
+def _simplejpeg() -> Any:
+    """Return the module, None if it is not installed."""
+    return import_module('simplejpeg') if find_spec('simplejpeg') else None
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

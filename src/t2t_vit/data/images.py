@@ -257,11 +257,10 @@ class Opener(Dataset[Opened]):
 
     def __init__(self, images: 'Images | Source', preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> None:
         self.images, self.preprocessing, self.max_pixels = images, preprocessing, max_pixels
-        self.transform = preprocessing.transform()
         read_channels(images, preprocessing.channels)
 
-    def show(self, index: int) -> Decoded:
-        """Read an image and convert it to the model's channels."""
+    def read(self, index: int) -> Raw:
+        """Read an image, unless it or the resized one is too large."""
         with pixel_limit(self.max_pixels):
             image = self.images.open(index)
         before = image_size(image)
@@ -271,7 +270,11 @@ class Opener(Dataset[Opened]):
                 f'{before[0]}x{before[1]} pixels would be resized to {width}x{height}, more than '
                 f'{self.max_pixels} in all'
             )
-        return self.preprocessing.convert(image)
+        return image
+
+    def show(self, index: int) -> Decoded:
+        """Read an image and convert it to the model's channels."""
+        return self.preprocessing.convert(self.read(index))
 
     def picture(self, index: int) -> Image.Image:
         """Return an image to show to people: as the model gets it, or its first band where it has others than RGB."""
@@ -282,12 +285,13 @@ class Opener(Dataset[Opened]):
         tensors, good, errors = [], [], {}
         for index in range(*piece):
             try:
-                tensors.append(self.transform(self.show(index)))
+                tensors.append(self.preprocessing.evaluate(self.read(index)))
                 good.append(index)
             except Exception as error:  # a damaged image, or one that cannot be read
                 errors[index] = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
         empty = torch.empty(0, self.preprocessing.channels, *self.preprocessing.size)
-        return Opened(*piece, torch.stack(tensors) if tensors else empty, good, errors)
+        images = self.preprocessing.normalize(torch.stack(tensors)) if tensors else empty
+        return Opened(*piece, images, good, errors)
 
 
 class _Pieces(Sampler[Piece]):

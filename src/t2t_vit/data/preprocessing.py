@@ -3,10 +3,12 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from timm.data import create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
@@ -17,6 +19,7 @@ from .augment import Augment, shift_box
 from .decode import Decoded, Raw, convert_image, image_size, is_color
 from .errors import DataError
 
+build_transform = lru_cache(create_transform)
 NOTE = 'background: '  # the start of a note in a pretrained_cfg: timm has no field for it, and keeps notes
 
 
@@ -97,12 +100,22 @@ class Preprocessing:
         shown = self.convert(image)
         return shown if isinstance(shown, torch.Tensor) else TF.pil_to_tensor(shown)
 
+    def evaluate(self, image: Raw | torch.Tensor) -> torch.Tensor:
+        """Resize and crop an image as `transform` does, without normalising: (C, H, W), uint8 for grey and RGB."""
+        return self.transform(normalize=False)(image if isinstance(image, torch.Tensor) else self.convert(image))
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalise images (B, C, H, W) from `evaluate`, as `transform` does."""
+        images = images.float().div_(255) if images.dtype == torch.uint8 else images.clone()
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return images.sub_(mean).div_(std)
+
     def transform(self, normalize: bool = True) -> Callable[[Decoded], torch.Tensor]:
         """Return timm's evaluation transform: resize, crop, normalise; without the last, uint8 for L and RGB."""
-        return create_transform(
+        return build_transform(
             (self.channels, *self.size),
-            mean=self.mean,
-            std=self.std,
+            mean=tuple(self.mean),
+            std=tuple(self.std),
             interpolation=self.interpolation,
             crop_pct=self.crop_pct,
             crop_mode=self.crop_mode,
@@ -132,6 +145,11 @@ class Preprocessing:
 
 def resize_pixels(pixels: torch.Tensor, size: Sequence[int], mode: TF.InterpolationMode) -> torch.Tensor:
     """Resize a tensor (C, H, W) with antialiasing; uint8 values differ from Pillow's by at most 2."""
+    if pixels.stride(0) == 1 and pixels.dtype == torch.uint8 and mode.value in ('bilinear', 'bicubic'):
+        # part of a decoded image: as a batch of one in channels_last memory, torch resizes it without repacking
+        height, width, channels = (packed := pixels.permute(1, 2, 0).contiguous()).shape
+        batch = packed.as_strided((1, channels, height, width), (packed.numel(), 1, width * channels, channels))
+        return F.interpolate(batch, list(size), mode=mode.value, antialias=True)[0]
     return resize_tensor(pixels, list(size), mode, antialias=True)
 
 

@@ -114,12 +114,14 @@ def batches(
                 image = opener.show(i)
                 pixels = np.asarray(image)
                 pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-                found.append((opener.transform(image), labels[i] if labels else -1, pixels))
+                found.append((opener.preprocessing.evaluate(image), labels[i] if labels else -1, pixels))
             except Exception:  # whatever a decoder may raise over damaged bytes
                 damaged.append(source.name(i))
         seen += len(found)
         if found:
             images, truths, decoded = zip(*found)
-            yield Batch(torch.stack(images), torch.tensor(truths) if labels else None, [*decoded])
+            yield Batch(
+                preprocessing.normalize(torch.stack(images)), torch.tensor(truths) if labels else None, [*decoded]
+            )
     if not seen:
         raise DataError(f'not one of {count} images can be read: {", ".join(damaged[:5])}')

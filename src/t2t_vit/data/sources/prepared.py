@@ -73,6 +73,7 @@ class Prepared:
         if manifest.get('version', 0) > VERSION:
             raise DataError(f'{root} was prepared by a newer version of this package: update it')
         self.index = pq.read_table(self.path(index), schema=INDEX).combine_chunks()
+        self.places = [self.index.column(name).to_numpy() for name in ('shard', 'offset', 'size')]
         self.classes, self.labels = number_labels(self.index.column('label').to_pylist(), names, root, 'label', classes)
 
     def path(self, record: dict[str, Any]) -> Path:
@@ -90,7 +91,7 @@ class Prepared:
 
     def row(self, index: int) -> tuple[dict[str, Any], int, int]:
         """Return the shard, the offset and the size of an image."""
-        shard, offset, size = (self.index.column(name)[index].as_py() for name in ('shard', 'offset', 'size'))
+        shard, offset, size = (int(column[index]) for column in self.places)
         return self.shards[shard], offset, size
 
     def open(self, index: int) -> Raw:
