@@ -6,8 +6,10 @@ import json
 import tarfile
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -34,16 +36,67 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def address(prepared: Path) -> Iterator[str]:
-    """Return the address of a server of the prepared photos."""
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=str(prepared)))
+class Ranges(Quiet):
+    """Answer requests of a range of bytes, as object storage does."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        content, asked = Path(self.translate_path(self.path)).read_bytes(), self.headers.get('Range')
+        first, last = 0, len(content) - 1
+        if asked:
+            self.asked.append(asked)
+            first, last = (int(number) for number in asked.removeprefix('bytes=').split('-'))
+        self.send_response(206 if asked else 200)
+        self.send_header('Content-Range', f'bytes {first}-{last}/{len(content)}')
+        part = content[first : last + 1]
+        self.send_header('Content-Length', str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+    def end_headers(self) -> None:
+        self.send_header('Accept-Ranges', 'bytes')
+        super().end_headers()
+
+
+@contextmanager
+def serving(folder: Path, handler: type[Quiet] = Quiet) -> Iterator[str]:
+    """Yield the address of an HTTP server of a folder."""
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), partial(handler, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield f'http://127.0.0.1:{server.server_port}'
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@pytest.fixture
+def address(prepared: Path) -> Iterator[str]:
+    """Return the address of a server of the prepared photos."""
+    with serving(prepared) as address:
+        yield address
+
+
+@pytest.fixture
+def bucket(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Return the address of the prepared photos in object storage: a local server that speaks S3."""
+    moto, s3fs = pytest.importorskip('moto.server'), pytest.importorskip('s3fs')
+    server = moto.ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in (
+        ('AWS_ENDPOINT_URL', f'http://{host}:{port}'),
+        ('AWS_ACCESS_KEY_ID', 'test'),
+        ('AWS_SECRET_ACCESS_KEY', 'test'),
+        ('AWS_DEFAULT_REGION', 'us-east-1'),
+    ):
+        monkeypatch.setenv(name, value)
+    storage = s3fs.S3FileSystem(skip_instance_cache=True)
+    storage.mkdir('photos')
+    storage.put(f'{prepared}/', 'photos/prepared/', recursive=True)
+    yield 's3://photos/prepared'
+    server.stop()
 
 
 def test_prepared_images_are_the_originals_reduced(photos, prepared):
@@ -169,6 +222,29 @@ def test_batches_from_a_server_equal_those_of_the_folder(prepared, address, tmp_
     assert len(found) == 4
     for pair in zip(found, expected):
         assert all(torch.equal(one, other) for one, other in zip(*pair))
+
+
+def same_images(root: str, folder: Path, cache: Path) -> bool:
+    """Return true if a prepared set has the images and labels of a folder."""
+    found, expected = open_source(root, 'train', str(cache)), open_source(str(folder), 'train')
+    contents = zip(map(found.content, range(len(found.labels))), map(expected.content, range(len(expected.labels))))
+    return found.labels == expected.labels and all(one == other for one, other in contents)
+
+
+def test_server_with_ranges(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(Ranges, 'asked', [])
+    with serving(prepared, Ranges) as address:
+        assert same_images(address, prepared, tmp_path)
+    assert Ranges.asked
+
+
+def test_object_storage(bucket, prepared, tmp_path):
+    assert same_images(bucket, prepared, tmp_path / 'cache')
+    words = ['train', '--data', bucket, '--data.cache', str(tmp_path / 'cache'), '--output', str(tmp_path / 'run')]
+    words += ['--model', 't2t_vit_4_16', '--model_args.depth', '1', '--imgsz', '16', '--epochs', '1', '--batch', '8']
+    assert main([*words, '--data.memory', 'false', '--workers', '2', '--device', 'cpu']) == 0
+    with pytest.raises(DataError, match='cannot fetch s3://photos/none/prepared.json: FileNotFoundError'):
+        open_source('s3://photos/none', 'train', str(tmp_path / 'cache'))
 
 
 def test_damaged_download_is_an_error(prepared, address, tmp_path, monkeypatch):

@@ -102,6 +102,20 @@ def test_faulty_jpeg_is_judged_by_pillow(monkeypatch):
     assert calls == [False, False]
 
 
+XMP = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+
+
+@pytest.mark.filterwarnings('ignore:Image appears to be a malformed MPO file')
+@pytest.mark.parametrize('marker, segment', [(0xE1, XMP), (0xE2, b'MPF\0')], ids=['XMP', 'MPF'])
+def test_jpeg_with_metadata_is_read_by_pillow(marker, segment, monkeypatch):
+    content, calls = encode(PHOTO, 'jpeg'), decoders(monkeypatch)
+    added = bytes([0xFF, marker]) + (len(segment) + 2).to_bytes(2, 'big') + segment
+    image = read_image(content[:2] + added + content[2:])
+    assert isinstance(image, Image.Image) and not calls
+    expected = read_image(content)
+    assert np.array_equal(image, np.rot90(expected, -1) if marker == 0xE1 else expected)
+
+
 def test_jpeg_without_simplejpeg_has_the_same_pixels(monkeypatch):
     content = encode(PHOTO, 'jpeg')
     expected = decode_image(content)

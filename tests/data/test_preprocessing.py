@@ -52,3 +52,11 @@ def test_pixels_are_those_of_the_converted_image(channels):
     for image in (photo, np.array(photo), fixed, grey, photo.convert('CMYK'), photo.convert('RGBA')):
         found, expected = preprocessing.pixels(image), np.asarray(preprocessing.convert(image))
         assert np.array_equal(found.permute(1, 2, 0).numpy(), expected.reshape(*expected.shape[:2], channels))
+
+
+@pytest.mark.parametrize('crop_mode', ['center', 'squash', 'border'])
+def test_evaluation_in_batches_equals_timms_transform(crop_mode):
+    preprocessing = Preprocessing((24, 24), 3, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), crop_mode=crop_mode)
+    photos = [image for _, _, image in list(crops())[:4]]
+    found = preprocessing.normalize(torch.stack([preprocessing.evaluate(np.array(photo)) for photo in photos]))
+    assert torch.equal(found, torch.stack([preprocessing.transform()(photo) for photo in photos]))
