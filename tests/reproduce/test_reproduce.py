@@ -320,6 +320,31 @@ def test_plan_keeps_values_and_recipe(tmp_path, data):
             read_plan(folder)
 
 
+def test_cnns_have_another_recipe_if_one_is_given(tmp_path, data):
+    given = {**data, 'recipe': 'reproduce-few', 'cnn_recipe': 'reproduce-few-cnn'}
+    prepare(tmp_path, given, [REFERENCE])
+    plan = read_plan(tmp_path)
+    rates = {
+        model: run_config(plan, tmp_path, model, {}, 0, None).optimizer.lr
+        for model in (REFERENCE, 'vit_s_16', 'resnet50', 'scaled_mobilenetv2_140')
+    }
+    assert rates == {REFERENCE: 2e-3, 'vit_s_16': 2e-3, 'resnet50': 1e-2, 'scaled_mobilenetv2_140': 1e-2}
+    assert run_config(plan, tmp_path, 'resnet50', {}, 0, None).batch_size == 4  # the plan's
+    with pytest.raises(UsageError, match='cnn_recipe is reproduce-few-cnn in .* and cannot change to reproduce'):
+        prepare(tmp_path, {**data, 'cnn_recipe': 'reproduce'}, [REFERENCE])
+    with pytest.raises(UsageError, match="cnn_recipe must be a YAML file or one of .*, got 'none'"):
+        prepare(tmp_path / 'new', {**data, 'cnn_recipe': 'none'}, [REFERENCE])
+
+
+def test_plans_without_a_cnn_recipe_are_read(tmp_path, data):
+    prepare(tmp_path, data, [REFERENCE])
+    text = (tmp_path / 'plan.yaml').read_text()
+    (tmp_path / 'plan.yaml').write_text(text.replace('cnn_recipe: null\n', ''))
+    plan = read_plan(tmp_path)
+    assert plan.cnn_recipe is None and not (tmp_path / 'cnn_recipe.yaml').exists()
+    assert run_config(plan, tmp_path, 'resnet50', {}, 0, None).optimizer.lr == 1e-3
+
+
 def test_prepare_reports_all_problems_and_writes_nothing(tmp_path, data):
     folder = tmp_path / 'out'
     with pytest.raises(UsageError) as caught:

@@ -29,6 +29,7 @@ def reproduce(
     train_images: int | None = None,
     val_images: int | None = None,
     recipe: str | None = None,
+    cnn_recipe: str | None = None,
     precision: Literal['no', 'bf16', 'fp16'] | None = None,
     device: str = 'auto',
     threads: int | None = None,
@@ -60,6 +61,7 @@ def reproduce(
         train_images: Train on this many images, the same fraction of every class.
         val_images: Evaluate on this many images.
         recipe: A shipped recipe or a YAML file with the other settings; `reproduce` by default.
+        cnn_recipe: The same for ResNets and MobileNets, if they need other settings, such as a learning rate.
         precision: no (float32), bf16 or fp16.
         device: cpu, or auto for the best available.
         threads: CPU threads of each run.
@@ -85,6 +87,7 @@ def reproduce(
             train_images=train_images,
             val_images=val_images,
             recipe=recipe,
+            cnn_recipe=cnn_recipe,
             precision=precision,
         )
         names = prepare(folder, given, arms, blocks, token_layers, seeds, threads, minutes)

@@ -2,6 +2,7 @@
 
 FOLDER/plan.yaml                    what all runs have in common
 FOLDER/recipe.yaml                  a copy of the recipe, its base recipes merged into it
+FOLDER/cnn_recipe.yaml              the same of the recipe of ResNets and MobileNets, if they have another one
 FOLDER/arms/ARM.yaml                a model: name, arguments, trainable parameters
 FOLDER/custom/FILE.py               a copy of the user's own designs
 FOLDER/runs/ARM/seed-N/             an ordinary run folder: config.yaml, metrics.jsonl, model.safetensors
@@ -20,6 +21,7 @@ from typing import Any
 import yaml
 
 from ..custom import refuse_code
+from ..models.variants import VARIANTS
 from ..settings import Setting, UsageError, flatten, nest, read_settings, recipes, resolve
 from ..train.config import Config
 from .arms import ARMS, SPLITS, Inputs
@@ -40,6 +42,7 @@ class Plan:
     train_images: int | None = None
     val_images: int | None = None
     recipe: str = 'reproduce'
+    cnn_recipe: str | None = None  # for ResNets and MobileNets; the same by default
     precision: str = 'no'
     in_chans: int = 3
     num_classes: int = 10
@@ -62,6 +65,11 @@ class Plan:
         """Return the number of images that each run trains on, counted once per epoch."""
         return self.epochs * (self.count // self.batch_size) * self.batch_size
 
+    @property
+    def recipes(self) -> dict[str, str]:
+        """Return the recipes by the names of their copies in the folder."""
+        return {'recipe': self.recipe} | ({'cnn_recipe': self.cnn_recipe} if self.cnn_recipe is not None else {})
+
     def problems(self) -> list[str]:
         """Return a sentence for each wrong value."""
         rules = [
@@ -71,9 +79,12 @@ class Plan:
                 f'img_size must be a multiple of {2 * self.reduction}, twice the reduction, got {self.img_size}',
             ),
             (self.parameters > 0, f'parameters must be above 0, got {self.parameters}'),
-            (
-                self.recipe in recipes() or Path(self.recipe).is_file(),
-                f'recipe must be a YAML file or one of {", ".join(recipes())}, got {self.recipe!r}',
+            *(
+                (
+                    recipe in recipes() or Path(recipe).is_file(),
+                    f'{key} must be a YAML file or one of {", ".join(recipes())}, got {recipe!r}',
+                )
+                for key, recipe in self.recipes.items()
             ),
         ]
         return [sentence for valid, sentence in rules if not valid]
@@ -89,6 +100,7 @@ OPTIONS = (
     'train_images',
     'val_images',
     'recipe',
+    'cnn_recipe',
     'precision',
 )  # fields of a plan that a user can set
 
@@ -104,7 +116,8 @@ def read_plan(folder: Path) -> Plan:
         raise UsageError(f'{folder} is not the folder of a comparison: it has no plan.yaml')
     try:
         tree = yaml.safe_load(file.read_text(encoding='utf-8'))
-        missing = [key.name for key in fields(Plan) if key.name != 'majority' and key.name not in tree]
+        later = ('majority', 'cnn_recipe')  # which older plans do not have
+        missing = [key.name for key in fields(Plan) if key.name not in (*later, *tree)]
         plan = Plan(**tree)
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f'{file} is damaged: {error}') from None
@@ -178,8 +191,9 @@ def run_config(
         'seed': seed,
         'output': str(output) if output else None,
     }
-    copy = folder / 'recipe.yaml'
-    base = read_settings(copy if copy.is_file() else recipes().get(plan.recipe, Path(plan.recipe)))
+    key = 'cnn_recipe' if plan.cnn_recipe and model not in VARIANTS else 'recipe'
+    copy, recipe = folder / f'{key}.yaml', plan.recipes[key]
+    base = read_settings(copy if copy.is_file() else recipes().get(recipe, Path(recipe)))
     settings = [setting for setting in base if not setting.key.startswith('model')]
     for _, key, values, _ in base:  # of an RGB recipe for images of other channels: the mean, as for timm's models
         if key in ('data.mean', 'data.std') and len(values) != plan.in_chans:

@@ -71,8 +71,9 @@ def prepare(
         complete(plan, folder)
     rows = scaled_arms(plan, folder, list(arms or ARMS)) | custom_arms(plan, folder, designs)
 
-    if not (folder / 'recipe.yaml').exists():
-        write_once(folder / 'recipe.yaml', read_recipe(plan.recipe))
+    for key, recipe in plan.recipes.items():
+        if not (folder / f'{key}.yaml').exists():
+            write_once(folder / f'{key}.yaml', read_recipe(recipe))
     write_once(folder / 'plan.yaml', yaml.safe_dump(asdict(plan), sort_keys=False))
     if problems := changes(read_plan(folder), folder, given):  # another process may have been first
         raise UsageError('\n'.join(problems))
@@ -90,24 +91,23 @@ def changes(plan: Plan, folder: Path, given: dict[str, Any]) -> list[str]:
         for key in OPTIONS
         if key in given and getattr(plan, key) != given[key]
     ]
-    copy = folder / 'recipe.yaml'
-    if (
-        'recipe' in given
-        and not found
-        and copy.is_file()
-        and Path(plan.recipe).is_file()
-        and copy.read_text(encoding='utf-8') != read_recipe(plan.recipe)
-    ):
-        found.append(
-            f'recipe: {plan.recipe} has changed since {folder} was started; leave --recipe out to continue with the '
-            'copy there, or choose another output'
-        )
-    return found
+    if found:
+        return found
+    return [
+        f'{key}: {recipe} has changed since {folder} was started; leave --{key} out to continue with the copy there, '
+        'or choose another output'
+        for key, recipe in plan.recipes.items()
+        if key in given
+        and (copy := folder / f'{key}.yaml').is_file()
+        and Path(recipe).is_file()
+        and copy.read_text(encoding='utf-8') != read_recipe(recipe)
+    ]
 
 
 def complete(plan: Plan, folder: Path) -> None:
     """Set the fields of a new plan that depend on the data."""
-    config = run_config(plan, folder, REFERENCE, {}, 0, None)  # refuses a recipe that cannot be run
+    for model in (REFERENCE, 'resnet50'):
+        config = run_config(plan, folder, model, {}, 0, None)  # refuses a recipe that cannot be run
     data = config.data
     train, val, _ = open_train_val(plan.data, data.cache, data.download, data.channels, data.split_options)
     train, val = Part(train, plan.train_images or len(train.labels)), Part(val, plan.val_images or len(val.labels))

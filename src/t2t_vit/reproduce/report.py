@@ -108,7 +108,8 @@ def conditions(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
         f'{Path(plan.data).name if "/" in plan.data and not plan.data.startswith("torch/") else plan.data}, '
         f'{plan.img_size}² pixels, {plan.count:,} training and {plan.val_count:,} validation images, '
         f'{plan.images_seen:,} images seen a run ({plan.epochs} epochs, batch {plan.batch_size}), recipe '
-        f'{Path(plan.recipe).name}, precision {plan.precision}; {all_of("device")}, {all_of("threads")} threads, '
+        f'{" and ".join(Path(recipe).name for recipe in plan.recipes.values())}, precision {plan.precision}; '
+        f'{all_of("device")}, {all_of("threads")} threads, '
         f'torch {all_of("torch")}, t2t-vit {all_of("version")}' + (f' ({revisions})' if revisions else '')
     )
 
