@@ -30,7 +30,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_loader
 from torch.utils.data import Dataset
 from torchvision.io import decode_jpeg
 
-from t2t_vit.data import Augment, DiskBatches, MemoryBatches, Preprocessing, Source, open_source
+from t2t_vit.data import Augment, DiskBatches, MemoryBatches, Opener, Preprocessing, Source, open_source
 from t2t_vit.timing import device_name
 
 CIFAR = dict(aa=None, reprob=0.0, scale=(1.0, 1.0), pad=4)  # pad, crop and mirror, nothing else
@@ -76,26 +76,33 @@ def processor_rate(counts: Iterator[int], seconds: float) -> float:
     return images / spent
 
 
-def by_timm(source: Source, preprocessing: Preprocessing, batch_size: int, augment: Augment) -> Loader:
-    """Return timm's loader with the same recipe."""
+def by_timm(source: Source, preprocessing: Preprocessing, batch_size: int, augment: Augment | None) -> Loader:
+    """Return timm's loader with the same recipe, or that of validation."""
+    recipe = (
+        dict(
+            is_training=True,
+            re_prob=augment.reprob,
+            re_mode=augment.remode,
+            scale=augment.scale,
+            ratio=augment.ratio,
+            hflip=augment.hflip,
+            color_jitter=augment.color_jitter,
+            auto_augment=augment.aa,
+            interpolation=augment.interpolation,
+        )
+        if augment
+        else dict(interpolation=preprocessing.interpolation, crop_pct=preprocessing.crop_pct)
+    )
     loader = create_loader(
         Images(source),
         (3, *preprocessing.size),
         batch_size,
-        is_training=True,
         use_prefetcher=False,
-        re_prob=augment.reprob,
-        re_mode=augment.remode,
-        scale=augment.scale,
-        ratio=augment.ratio,
-        hflip=augment.hflip,
-        color_jitter=augment.color_jitter,
-        auto_augment=augment.aa,
-        interpolation=augment.interpolation,
         mean=preprocessing.mean,
         std=preprocessing.std,
         num_workers=0,
         persistent_workers=False,
+        **recipe,
     )
 
     def endless() -> Iterator[int]:
@@ -162,6 +169,15 @@ def loaders(args: argparse.Namespace, folder: Path) -> dict[str, tuple[int, int,
     found[base] = 224, 32, base, by_timm(photos, large, 32, Augment())
     found['photos, from disk, all on the CPU'] = 224, 32, base, by_batches(DiskBatches(photos, large, 32, Augment(), 0))
     found['photos, from disk, a GPU augments'] = 224, 32, base, for_gpu(DiskBatches(photos, large, 32, Augment(), 0))
+    found['validation, timm'] = 224, 32, 'validation, timm', by_timm(photos, large, 32, None)
+    found['validation, from disk'] = 224, 32, 'validation, timm', by_batches(DiskBatches(photos, large, 32, None, 0))
+    pieces = Opener(photos, large)
+    found['validation, as predict reads'] = (
+        224,
+        32,
+        'validation, timm',
+        lambda s: processor_rate((len(pieces[i, i + 32].good) for i in itertools.cycle(range(0, 160, 32))), s),
+    )
     if args.prepared:
         ready = open_source(args.prepared, 'train')
         batches = [DiskBatches(ready, large, 32, Augment(), 0) for _ in range(2)]
