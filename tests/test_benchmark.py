@@ -1,4 +1,5 @@
 import csv
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -107,6 +108,8 @@ def test_save_plots_speed_against_top1_or_over_sizes(tmp_path):
         save([row('t2t_vit_14', size, 2000 / size) for size in sizes], tmp_path / 'sizes')
     assert {f.name for f in (tmp_path / 'one').iterdir()} == {'bench.csv', 'README.md', 'speed.png'}
     assert {f.name for f in (tmp_path / 'sizes').iterdir()} == {'bench.csv', 'README.md', 'sizes.png'}
+    save([replace(row('t2t_vit_14', size, 2000 / size), memory_mb=None) for size in (224, 448)], tmp_path / 'unknown')
+    assert (tmp_path / 'unknown' / 'sizes.png').exists()
     with Image.open(tmp_path / 'one' / 'speed.png') as image:
         assert image.size[0] > 800
 

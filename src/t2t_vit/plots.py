@@ -200,16 +200,23 @@ def plot_predictions(rows: list[tuple[Image.Image, str, float, str]], file: Path
 
 
 def plot_sizes(curves: dict[str, list[tuple[int, float, float | None]]], conditions: str, file: Path) -> None:
-    """Plot time and memory over image size: model -> (side in pixels, ms per image, MB or None) of each size."""
-    figure = Figure(figsize=(9, 3.6), layout='constrained')
-    left, right = figure.subplots(1, 2)
+    """Plot time, and memory if it was measured, over image size.
+
+    Args:
+        curves: For each model, (side in pixels, ms per image, MB or None) of each size.
+        conditions: The title.
+        file: The picture.
+    """
+    measured = any(mb for points in curves.values() for _, _, mb in points)
+    figure = Figure(figsize=(9 if measured else 5, 3.6), layout='constrained')
+    panels = figure.subplots(1, 1 + measured, squeeze=False)[0]
     for i, (name, points) in enumerate(curves.items()):
         color, marker = style(i)
         sizes = [size for size, _, _ in points]
-        left.plot(sizes, [ms for _, ms, _ in points], color=color, marker=marker, label=name)
-        measured = [(size, mb) for size, _, mb in points if mb]
-        right.plot([size for size, _ in measured], [mb for _, mb in measured], color=color, marker=marker)
-    for axes, label in ((left, 'ms per image'), (right, 'peak memory of a step (MB)')):
+        panels[0].plot(sizes, [ms for _, ms, _ in points], color=color, marker=marker, label=name)
+        known = [(size, mb) for size, _, mb in points if mb]
+        panels[-1].plot([size for size, _ in known], [mb for _, mb in known], color=color, marker=marker)
+    for axes, label in zip(panels, ('ms per image', 'peak memory of a step (MB)')):
         axes.set(xlabel='image side (pixels)', ylabel=label)
         use_log_scale(axes, 'x')
         use_log_scale(axes, 'y')
