@@ -4,7 +4,6 @@ Writes the screenshots of docs/explore.md to docs/pictures. Skipped without a br
 """
 
 import io
-import os
 import re
 import shutil
 import subprocess
@@ -19,31 +18,21 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from t2t_vit.models.shipped import compared
+
 playwright = pytest.importorskip('playwright.sync_api', reason='needs Playwright: pip install playwright')
 pytest.importorskip('gradio', reason="needs Gradio: pip install 't2t-vit[explore]'")
 
+RESNET, VIT, T2T = compared()
 PICTURES = Path(__file__).resolve().parents[2] / 'docs' / 'pictures'
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 
 @pytest.fixture(scope='module')
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Serve the page with the last run under RUNS (by default the packaged model of digits) and two random models."""
+    """Serve the page with the models of the package."""
     folder = tmp_path_factory.mktemp('page')
-    words = [
-        sys.executable,
-        '-u',
-        '-m',
-        't2t_vit.cli',
-        'explore',
-        '--runs',
-        os.environ.get('RUNS', str(folder)),
-        '--max_megabytes',
-        '2',
-        '--compare',
-        't2t_vit_7',
-        'resnet18',
-    ]
+    words = [sys.executable, '-u', '-m', 't2t_vit.cli', 'explore', '--runs', str(folder), '--max_megabytes', '2']
     with open(folder / 'log', 'w') as log, subprocess.Popen(words, stdout=log, stderr=log) as process:
         for _ in range(900):
             if (found := re.search(r'http://\S+', (folder / 'log').read_text())) or process.poll() is not None:
@@ -139,13 +128,13 @@ def test_upload(page, tmp_path):
 
 def photo_by(page: Any, model: str) -> None:
     """Choose the photo of a pavilion and a model of photos."""
-    page.locator('#examples button').nth(10).click()
+    page.locator('#examples button').nth(0).click()
     pick(page, 'first', model)
-    page.wait_for_function('document.querySelector("#preview").innerText.match(/china.*224×224/)')
+    page.wait_for_function('document.querySelector("#preview").innerText.match(/china.*64×64/)')
 
 
 def test_sliders(page):
-    photo_by(page, 't2t_vit_7')
+    photo_by(page, T2T)
     choose_view(page, 'Attention')
     before = caption(page)
     assert 'mean of' in before
@@ -155,9 +144,13 @@ def test_sliders(page):
     assert 'Layer 3 of' in changed(page, now)
     choose_view(page, 'Windows')
     near = page.locator('#picture figcaption').nth(1)
+    before = near.inner_text()
     box = page.locator('#preview svg').bounding_box()  # a click moves the cross
-    page.mouse.click(box['x'] + 0.252 * box['width'], box['y'] + 0.152 * box['height'])
-    page.wait_for_function('document.querySelectorAll("#picture figcaption")[1].innerText.match(/row 9, column 15:/)')
+    page.mouse.click(box['x'] + 0.27 * box['width'], box['y'] + 0.15 * box['height'])
+    second = 'document.querySelectorAll("#picture figcaption")[1].innerText'
+    page.wait_for_function(f'text => {second} !== text && {second}.match(/row \\d+, column \\d+:/)', arg=before)
+    row, column = map(int, re.findall(r'row (\d+), column (\d+):', near.inner_text())[0])
+    assert 1.3 < column / row < 2.6, near.inner_text()
     assert 'its pixels' in near.inner_text()
     picture(page, 'explore-windows.png', full_page=True)
     page.locator('#moving input').check()
@@ -178,26 +171,27 @@ def test_empty_slider_is_explained(page):
 
 def test_compare_models(page):
     own = page.locator('#first input').input_value()
-    photo_by(page, 't2t_vit_7')
-    pick(page, 'second', 'resnet18')
+    photo_by(page, T2T)
+    pick(page, 'second', VIT)
     page.wait_for_selector('#picture section:nth-of-type(2)')
     choose_view(page, 'Feature maps')
-    page.locator('#stage input[type=range]').fill('4')
-    page.wait_for_function(
-        'document.querySelector("#picture").innerText.match(/layer2.*of 128. Of all, [1-9]\\d* dead/)'
-    )
-    assert page.locator('#picture title').filter(has_text=': dead').count() > 0
+    page.locator('#stage input[type=range]').fill('1')
+    page.wait_for_function('document.querySelector("#picture").innerText.match(/attention1.*of 32/)')
     picture(page, 'explore-features.png')
+    pick(page, 'second', RESNET)
+    page.locator('#picture section').filter(has_text=RESNET).wait_for()
     pick(page, 'first', own)
     pick(page, 'second', f'{own}, untrained')
-    page.locator('#examples button').nth(3).click()
-    page.wait_for_function('document.querySelector("#preview").innerText.includes("digit 3")')
+    page.locator('#examples button').nth(1).click()
+    page.wait_for_function('document.querySelector("#preview").innerText.includes("flower")')
+    page.locator('#examples button').nth(0).click()
+    page.wait_for_function('document.querySelector("#preview").innerText.includes("china")')
     page.locator('#picture section[aria-label$=", untrained"]').wait_for()
     assert page.locator('#picture section').count() == 2
     choose_view(page, 'Tokens')
     page.wait_for_selector('#picture section:nth-of-type(2) svg')
     picture(page, 'explore-compare.png')
-    assert '% on digits' in page.locator('#picture .card').first.inner_text()
+    assert '% on imagenette' in page.locator('#picture .card').first.inner_text()
     choose_view(page, 'Attention')
     assert page.locator('#picture .scale').first.is_visible()
     picture(page, 'explore-attention.png', full_page=True)
@@ -263,8 +257,6 @@ def test_narrow_screen(browser, address):
         assert page.evaluate('document.documentElement.scrollWidth') <= 375, view
     edges = '({at: (name, edge) => document.querySelector(name).getBoundingClientRect()[edge]})'
     assert 0 < page.evaluate(f'{edges}.at("#picture", "top") - {edges}.at("#view", "bottom")') < 60
-    rows = [page.locator('#examples button').nth(i).bounding_box() for i in (0, 6)]
-    assert 0 <= rows[1]['y'] - rows[0]['y'] - rows[0]['height'] < 20
     picture(page, 'explore-phone.png', full_page=True)
     page.close()
 
@@ -299,6 +291,6 @@ def test_keyboard(page):
     for _ in range(30):
         page.keyboard.press('ArrowRight')
     page.wait_for_function('text => document.querySelectorAll("#picture figcaption")[1].innerText !== text', arg=before)
-    page.locator('#examples button').nth(2).focus()
+    page.locator('#examples button').nth(1).focus()
     page.keyboard.press('Enter')
-    page.wait_for_function('document.querySelector("#preview").innerText.includes("digit 2")')
+    page.wait_for_function('document.querySelector("#preview").innerText.includes("flower")')
