@@ -5,8 +5,11 @@ Importing the package imports torch and timm, which takes seconds, so this modul
 
 import difflib
 import os
+import shutil
 import sys
-from itertools import takewhile
+import textwrap
+from collections.abc import Iterable
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -406,8 +409,23 @@ def list_recipes(*names: str) -> int:
         print(files[name].read_text(encoding='utf-8'), end='')
     for name, file in files.items() if not names else ():
         lines = takewhile(lambda line: line.startswith('#'), file.read_text(encoding='utf-8').splitlines())
-        print(name, *(f'   {line[1:]}' for line in lines), sep='\n', end='\n\n')
+        print(name, *wrapped(line[1:] for line in lines), sep='\n', end='\n\n')
     return 0
+
+
+def wrapped(lines: Iterable[str]) -> list[str]:
+    """Return a recipe's header for the terminal: sentences wrapped at its width, commands (indented) unchanged."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    found = []
+    for command, group in groupby(lines, lambda line: line.startswith('  ')):
+        text = [f'   {line}' for line in group]
+        indent = ' ' * 4
+        found += (
+            text
+            if command
+            else textwrap.wrap(' '.join(map(str.strip, text)), width, initial_indent=indent, subsequent_indent=indent)
+        )
+    return found
 
 
 def serve(words: list[str]) -> int:

@@ -89,6 +89,8 @@ def test_unknown_command_gets_a_suggestion_without_heavy_imports():
 def test_recipes_are_listed_with_their_headers_without_heavy_imports():
     done = fast('recipes')
     assert done.returncode == 0 and 't2t-vit train --recipe digits' in done.stdout
+    sentences = [line for line in done.stdout.splitlines() if not line.startswith(' ' * 6)]  # commands stay whole
+    assert max(map(len, sentences)) <= 100
     assert (
         fast('recipes', 'digits').stdout.startswith('# ') and 'model: t2t_vit_4_16' in fast('recipes', 'digits').stdout
     )

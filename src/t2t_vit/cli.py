@@ -58,6 +58,8 @@ ELSEWHERE = {  # names in timm's and ultralytics' training scripts that are not 
     'opt': 'optimizer.name',
     'optimizer': 'optimizer.name',
     'lr0': 'optimizer.lr',
+    'learning_rate': 'optimizer.lr',
+    'freeze': 'optimizer.frozen',
     'lr_base': 'optimizer.lr',
     'lrf': 'optimizer.min_lr',
     'momentum': 'optimizer.name',

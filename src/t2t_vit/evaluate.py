@@ -104,7 +104,7 @@ def evaluate(
             save(found, folder, source, classifier, spreadsheet)
             files = 'scores.json, images.csv, confusion.csv, confusion.png'
             more = ', mistakes.png' if found.mistakes() else ''
-            console().print(f'{files}{more} are in {folder}', soft_wrap=True)
+            console().print(f'written to {folder}:\n  {files}{more}', soft_wrap=True)
         evaluations.append(found)
     if len(evaluations) > 1:
         means = average(evaluations)

@@ -193,6 +193,7 @@ def test_runs_without_images(digits_run, tmp_path):
     [
         (['nowhere.png'], 'not found: nowhere.png'),
         (['samples', '--models', 'resnet188'], "unknown model 'resnet188', did you mean resnet18"),
+        (['samples', '--models', 't2t_vit_14.in1kk'], "unknown model 't2t_vit_14.in1kk'"),
         (['samples', '--models', '.'], 'it has no model.safetensors and no config.json'),
         (
             ['samples', '--query', '[0.5,2]', '--img_size', '0'],

@@ -89,6 +89,7 @@ def test_augmentation_is_light_for_few_passes():
     assert 15 < some['epochs'] < 60 and some['augment.scale'] == [0.5, 1.0] and some['augment.mixup'] == 0
     assert many['epochs'] == 100 and 'augment.scale' not in many
     budget = {key: value for key, value, _ in choices(Facts(9_000, 5, 1.0, 500, True, 'cpu'), {'minutes': 5})}
+    assert budget['ema_decay'] == 0.9947  # a tenth of the steps that fit into five minutes, and not of 1000 epochs
     assert budget['augment.pad'] == 4 and budget['data.memory'] is True
     assert 'data.memory' not in chosen(device='cuda')
 
@@ -166,6 +167,8 @@ def test_finetune_at_another_size_resizes_the_positions(colour_run):
     [
         ([], 'fine-tuning starts from trained weights'),
         (['--weights', '/nowhere'], 'no weights at /nowhere'),
+        (['--weights', 't2t_vit_14.in1kk'], 'no weights at t2t_vit_14.in1kk'),
+        (['--weights', 't2t_vit_c_6_64.imagenet'], 'such as t2t_vit_c_6_64.imagenette'),
         (['--weights', 'FILE'], 'does not say what model it is for: name it with --model'),
     ],
 )

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..classes import read_classes
 from ..data import MAX_PIXELS, DataError, Images, Preprocessing, Raw, convert_image, find_images, pixel_limit
-from ..models.listing import build
+from ..models.listing import build, is_known
 from ..models.shipped import locate
 from ..settings import UsageError, nearest
 from ..trained import CARD, WEIGHTS, class_names, load_trained, note_on_names, spoken_names
@@ -114,7 +114,7 @@ def read_card(folder: Path) -> str:
 
 def _by_name(text: str, pretrained: bool, size: tuple[int, int] | None) -> OpenModel:
     custom = '.py:' in text
-    if not custom and not timm.models.is_model(text):
+    if not custom and not is_known(text):
         raise UsageError(
             f'unknown model {text!r}{nearest(text, timm.list_models())}; expected a run folder, a timm name, '
             'NAME=FILE, hf-hub:USER/NAME or FILE.py:FUNCTION'

@@ -40,6 +40,14 @@ def check_name(model: str) -> None:
         raise ValueError(f'{name} has no tag {tag!r}; tags: {", ".join(tags) or "none"}')
 
 
+def is_known(name: str) -> bool:
+    """Tell if timm knows a model by this name and, if it ends in one, the tag of its weights."""
+    try:
+        return timm.models.is_model(name) and timm.get_pretrained_cfg(name) is not None
+    except RuntimeError:  # no such tag
+        return False
+
+
 def build_from_file(
     name: str,
     path: PathLike,
@@ -81,7 +89,7 @@ def build(name: str, img_size: int | tuple[int, int], **kwargs: Any) -> nn.Modul
     """
     if '.py:' in name:
         return load_code(name)(img_size=img_size)
-    if not name.startswith(('hf-hub:', 'local-dir:')) and not timm.models.is_model(name):
+    if not name.startswith(('hf-hub:', 'local-dir:')) and not is_known(name):
         raise ValueError(
             f'unknown model {name!r}; expected a name timm knows, hf-hub:USER/NAME, local-dir:FOLDER, '
             'or FILE.py:FUNCTION'

@@ -95,8 +95,8 @@ def describe_start(values: dict[str, Any]) -> StartModel:
     weights = values.get('weights')
     if not weights:
         raise UsageError(
-            'fine-tuning starts from trained weights: give them with --weights, a timm tag such as t2t_vit_14.in1k, a '
-            'file, a run folder, or hf-hub:USER/NAME'
+            'fine-tuning starts from trained weights: give them with --weights, a timm tag such as t2t_vit_14.in1k, '
+            't2t_vit_c_6_64.imagenette of this package, a file, a run folder, or hf-hub:USER/NAME'
         )
     start = describe_weights(str(weights))
     if start is None and not values.get('model'):
@@ -169,7 +169,7 @@ def choices(facts: Facts, values: dict[str, Any], start: StartModel | None = Non
         yield 'optimizer.lr', LORA_LR, 'for adapters'
         yield 'optimizer.layer_decay', None, 'for adapters'
     if not start:
-        decay = round(min(max(1 - 10 / (epochs * steps), 0.5), 0.999), 4)
+        decay = round(min(max(1 - 10 / (steps * min(epochs, passes)), 0.5), 0.999), 4)
         yield 'ema_decay', decay, 'averages a tenth of the run, at most 1,000 steps'
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     workers = min(8, cores) if facts.device == 'cuda' else min(2, max(cores - 1, 1))

@@ -9,14 +9,14 @@ import yaml
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from timm.data import create_transform
-from timm.models import is_model
 from timm.optim import get_optimizer_class, list_optimizers
 
 from ..data import Augment, SplitOptions, is_color
+from ..models.listing import is_known
 from ..models.timm_api import argument_names
 from ..models.variants import VARIANTS
 from ..settings import flatten, nearest
-from .start_weights import exists
+from .start_weights import NO_WEIGHTS, exists
 
 REQUIRED = 'required'
 RENAMED = {  # names of version 0.1, still accepted
@@ -293,7 +293,7 @@ class Config:
         share = 'is at least 0 and at most 1'
         rules = [
             (
-                is_model(self.model),
+                is_known(self.model),
                 f'unknown model {self.model!r}{nearest(self.model, VARIANTS)}; '
                 '`t2t-vit models` lists ours, any other of timm will also do',
             ),
@@ -380,11 +380,7 @@ class Config:
                 'this recipe starts from trained weights: give them with --weights FILE, '
                 'or --weights null to start from scratch anyway',
             ),
-            (
-                self.weights in (None, REQUIRED) or exists(str(self.weights)),
-                f'no weights at {self.weights}; expected a file, a run folder, hf-hub:USER/NAME, or a timm tag such as '
-                't2t_vit_14.in1k',
-            ),
+            (self.weights in (None, REQUIRED) or exists(str(self.weights)), NO_WEIGHTS.format(self.weights)),
         ]
         problems = [sentence for holds, sentence in rules if not holds] + d.split_options.problems()
         return problems + self.objective.problems(a) + self.library_problems()

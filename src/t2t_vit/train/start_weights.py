@@ -7,21 +7,26 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg, is_model
+from timm.models import get_pretrained_cfg
 from torch import nn
 
 from ..models.checkpoints import convert_state_dict, select_weights
+from ..models.listing import is_known
 from ..models.safe_load import CheckpointError, read_checkpoint
 from ..models.shipped import locate
 from ..settings import UsageError
 from ..trained import CONFIG, WEIGHTS, from_pretrained, read_config, read_weights
 
 SHOWN = 3  # names in a line
+NO_WEIGHTS = (
+    'no weights at {}; expected a file, a run folder, hf-hub:USER/NAME, a timm tag such as t2t_vit_14.in1k, or one of '
+    'the package such as t2t_vit_c_6_64.imagenette'
+)
 
 
 def is_tag(weights: str) -> bool:
     """Tell if this names a model of timm with weights to download, such as t2t_vit_14.in1k."""
-    return is_model(weights) and bool(get_pretrained_cfg(weights).has_weights)
+    return is_known(weights) and bool(get_pretrained_cfg(weights).has_weights)
 
 
 def exists(weights: str) -> bool:
@@ -51,10 +56,7 @@ def describe_weights(weights: str) -> StartModel | None:
         UsageError: if there are no such weights.
     """
     if not exists(weights):
-        raise UsageError(
-            f'no weights at {weights}; expected a file, a run folder, hf-hub:USER/NAME, or a timm tag such as '
-            't2t_vit_14.in1k'
-        )
+        raise UsageError(NO_WEIGHTS.format(weights))
     if weights.startswith('hf-hub:'):
         cfg = from_pretrained(weights).pretrained_cfg
         return StartModel(cfg['architecture'], {}, cfg)
