@@ -222,8 +222,8 @@ def plot_sizes(curves: dict[str, list[tuple[int, float, float | None]]], conditi
         use_log_scale(axes, 'y')
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.grid(alpha=0.3)
-    figure.legend(loc='outside lower center', ncols=4, frameon=False, fontsize=8)
-    figure.suptitle('\n'.join(textwrap.wrap(conditions, 110)), fontsize=9)
+    figure.legend(loc='outside lower center', ncols=4 if measured else 2, frameon=False, fontsize=8)
+    figure.suptitle('\n'.join(textwrap.wrap(conditions, 110 if measured else 60)), fontsize=9)
     save_figure(figure, file)
 
 
