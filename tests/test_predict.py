@@ -98,7 +98,9 @@ def test_precision_auto_is_resolved_and_named(gain, precision, many, model, tmp_
     output = tmp_path / 'a.parquet'
     assert run('predict', many, '--checkpoint', model, '--output', output, '--precision', 'auto') == 0
     assert json.loads((tmp_path / 'a.parquet.json').read_text())['settings']['precision'] == precision
-    assert f'note: precision {precision}: this processor' in ' '.join(capsys.readouterr().out.split())
+    assert f'note: precision {precision.replace("no", "float32")}: this processor' in ' '.join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_formats_hold_equal_rows(whole, many, model, tmp_path, capsys):

@@ -37,7 +37,7 @@ from .data.waiting import DataWatch, Item, shorten_names
 from .export import ExportedModel, files_of, is_exported, load_exported
 from .inputs import ImageLike, open_all, open_own
 from .integrity import hash_file
-from .models.precision import choose_precision
+from .models.precision import choose_precision, describe_precision
 from .settings import Setting, UsageError, flatten, nearest, read_settings, recipes, resolve
 from .trained import (
     Trained,
@@ -101,7 +101,7 @@ class Classifier:
             self.precision = 'no'  # the file's own
         elif precision == 'auto':
             self.precision, reason = choose_precision(device)
-            self.precision_note = f'precision {self.precision}: {reason}'
+            self.precision_note = describe_precision(self.precision, reason)
         self.net: Any
         if isinstance(trained, ExportedModel):
             self.net, names, self.natural = trained, trained.class_names, False

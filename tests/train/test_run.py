@@ -121,7 +121,9 @@ def test_precision_auto_is_resolved_and_recorded(gain, precision, tmp_path, caps
     record = train(digits_config(output=str(tmp_path), **SHORT, precision='auto'))
     assert 0 < record['train_loss'] < 10
     assert yaml.safe_load((tmp_path / 'config.yaml').read_text()).get('precision', 'no') == precision
-    assert f'precision {precision}: this processor' in ' '.join(capsys.readouterr().out.split())
+    assert f'precision {precision.replace("no", "float32")}: this processor' in ' '.join(
+        capsys.readouterr().out.split()
+    )
 
 
 # errors

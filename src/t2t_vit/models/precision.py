@@ -91,3 +91,8 @@ def choose_precision(device: torch.device) -> tuple[Literal['no', 'bf16'], str]:
         return 'no', 'this processor has no instructions for bfloat16 (AVX512-BF16, AMX)'
     measured = f'this processor multiplies matrices in bfloat16 {gain:.1f} times as fast as in float32'
     return ('bf16', measured) if gain >= GAIN else ('no', f'{measured}, which gains too little')
+
+
+def describe_precision(precision: str, reason: str) -> str:
+    """Say which precision was chosen, and why."""
+    return f'precision {"float32" if precision == "no" else precision}: {reason}'

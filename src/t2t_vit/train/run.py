@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from ..console import duration
 from ..data import SPLIT_FILE, printable, report_data, synchronize
 from ..data.waiting import Stalled, explain_worker_death
-from ..models.precision import choose_precision
+from ..models.precision import choose_precision, describe_precision
 from ..plots import plot_curves
 from ..settings import UsageError
 from ..trained import pick_device
@@ -125,7 +125,7 @@ def choose_config_precision(config: Config) -> tuple[Config, list[str]]:
     if config.precision != 'auto':
         return config, []
     precision, reason = broadcast_object_list([choose_precision(pick_device(config.device))])[0]
-    return replace(config, precision=precision), [f'precision {precision}: {reason}']
+    return replace(config, precision=precision), [describe_precision(precision, reason)]
 
 
 def fit_budget(trainer: Trainer, measured: Measured, began: float) -> None:
