@@ -40,7 +40,7 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 def half_precision(x: torch.Tensor) -> torch.dtype | None:
     """Return float16 or bfloat16 if `x` has that type or autocast gives it; otherwise None."""
     kind = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):  # not on meta
         kind = torch.get_autocast_dtype(x.device.type)
     return kind if kind in (torch.float16, torch.bfloat16) else None
 

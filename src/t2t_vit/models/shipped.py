@@ -31,6 +31,11 @@ def shipped_cfgs(model: str) -> dict[str, dict[str, Any]]:
         config = json.loads((folder / 'config.json').read_text('utf-8'))
         if name.partition('.')[0] == model == config['architecture']:
             names = config.get('label_names')
-            cfg = {key: value for key, value in config['pretrained_cfg'].items() if key != 'tag'}
+            cfg = {key: as_tuple(value) for key, value in config['pretrained_cfg'].items() if key != 'tag'}
             found[name] = {**cfg, 'label_names': names, 'file': str(folder / 'model.safetensors'), 'custom_load': True}
     return found
+
+
+def as_tuple(value: Any) -> Any:
+    """Return a list as a tuple, as timm's configurations have them, other values unchanged."""
+    return tuple(value) if isinstance(value, list) else value
