@@ -1,12 +1,16 @@
 """Sources: their images and labels, the inputs they reject, and the syntax that names them."""
 
+import hashlib
+import http.server
 import io
 import json
 import os
 import pickle
 import shutil
 import tarfile
+import threading
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +188,48 @@ def test_torchvision_set(cifar):
 def test_torchvision_set_not_downloaded(tmp_path):
     with pytest.raises(DataError, match='no torch/cifar10 in .*: --data.download true fetches it, --data.cache says'):
         open_source('torch/cifar10', 'train', str(tmp_path))
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def address(tmp_path):
+    """Serve a folder; return its address."""
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), partial(QuietHandler, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_port}'
+        server.shutdown()
+
+
+def test_imagenette_is_downloaded_checked_and_named(tmp_path, monkeypatch, address):
+    rng = np.random.default_rng(0)
+    for split, wnids in (('train', ('n01440764', 'n03028079')), ('val', ('n03028079',))):
+        for wnid in wnids:
+            folder = tmp_path / 'made' / 'imagenette2-160' / split / wnid
+            folder.mkdir(parents=True)
+            for i in range(2):
+                Image.fromarray(rng.integers(0, 256, (16, 20, 3), np.uint8)).save(folder / f'{i}.JPEG')
+    archive = shutil.make_archive(str(tmp_path / 'imagenette2-160'), 'gztar', tmp_path / 'made')
+    archive = Path(archive).rename(tmp_path / 'imagenette2-160.tgz')
+    md5 = hashlib.md5(archive.read_bytes()).hexdigest()
+    kind = torchvision.datasets.Imagenette
+
+    monkeypatch.setattr(kind, '_ARCHIVES', {**kind._ARCHIVES, '160px': (f'{address}/{archive.name}', '0' * 32)})
+    with pytest.raises(DataError, match='no torch/imagenette in .*: cannot download it'):
+        open_source('torch/imagenette', 'train', str(tmp_path / 'damaged'), download=True)
+
+    monkeypatch.setattr(kind, '_ARCHIVES', {**kind._ARCHIVES, '160px': (f'{address}/{archive.name}', md5)})
+    with pytest.raises(DataError, match='--data.download true fetches it'):
+        open_source('torch/imagenette', 'train', str(tmp_path / 'cache'))
+    train = open_source('torch/imagenette', 'train', str(tmp_path / 'cache'), download=True)
+    assert train.classes == ['tench', 'church'] and list(train.labels) == [0, 0, 1, 1]
+    val = open_source('torch/imagenette', 'val', str(tmp_path / 'cache'), classes=train.classes)
+    assert val.classes == train.classes and list(val.labels) == [1, 1]
+    made = tmp_path / 'made' / 'imagenette2-160' / 'val' / 'n03028079' / '0.JPEG'
+    assert np.array_equal(np.asarray(val.open(0)), np.asarray(Image.open(made)))
 
 
 # the Hub's sets

@@ -17,7 +17,7 @@ from .parquet import Parquet
 from .prepared import Prepared, is_prepared
 from .splits import EVERY_SPLIT, LISTS, SHARDS, SPLITS, find_files, split_folder, split_named
 from .tar import Shards
-from .torchvision import TorchSet
+from .torchvision import open_torch_set
 
 CACHE = '~/.cache/t2t-vit'
 
@@ -57,7 +57,7 @@ def open_source(
     path = Path(root).expanduser()
     prefix, _, name = root.partition('/')
     if prefix == 'torch' and name and not path.exists():
-        return TorchSet(name, one, folder, download, classes)
+        return open_torch_set(name, one, folder, download, channels, classes)
     if prefix == 'hfds' and name and not path.exists():
         return HubSet(name, one, cache, channels, classes)
     if not os.path.exists(path):  # which is false for a name that is too long
