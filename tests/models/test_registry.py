@@ -40,7 +40,7 @@ def python(code):
 
 
 def test_import_registers_every_variant():
-    listed = 'print(*timm.list_models(["t2t_vit*", "vit_s_16*"]))'
+    listed = 'print(*timm.list_models(["t2t_vit*", "vit_s_16*", "vit_6_*"]))'
     before, after = python(f'import timm; {listed}; import t2t_vit; {listed}')[0].splitlines()
     assert before == ''
     assert set(after.split()) == set(VARIANTS)

@@ -120,6 +120,7 @@ def test_budget_too_small_for_an_epoch_is_refused(tmp_path):
 
 def test_run_stops_early_without_a_better_score(tmp_path, capsys):
     lazy = {'optimizer.lr': 1e-9, 'optimizer.warmup_lr': 1e-9, 'patience': 2, 'epochs': 9, 'ema_decay': 0}
+    lazy['weight_init'] = 'published'  # the smallest step changes the answers of a head that starts at zero
     train(digits_config(output=str(tmp_path), **lazy))
     assert 'stopped early: no better score in 2 epochs' in capsys.readouterr().out
     assert 3 <= len(read_records(tmp_path / 'metrics.jsonl')) < 9
