@@ -210,6 +210,13 @@ def test_untrained_model_has_the_same_random_weights_each_time():
     assert not weights[0]['head.bias'].any() and one.model.head.bias.any()
 
 
+def test_untrained_model_has_answers_even_if_its_head_starts_at_zero():
+    one = small('t2t_vit_7_32', depth=1, weight_init='scaled')
+    assert not one.model.head.weight.any()
+    random = [untrained(one).model for _ in range(2)]
+    assert random[0].head.weight.any() and torch.equal(random[0].head.weight, random[1].head.weight)
+
+
 def test_last_run_is_the_default_model(digits_run, tmp_path):
     assert last_run(tmp_path) is None and last_run(digits_run.parent) == digits_run
     run = open_model(str(digits_run))

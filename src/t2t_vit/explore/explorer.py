@@ -179,6 +179,9 @@ def untrained(one: OpenModel) -> OpenModel:
                 module.reset_parameters()
         if hasattr(model, 'init_weights'):
             model.init_weights()
+        head = getattr(model, 'head', None)
+        if isinstance(head, torch.nn.Linear) and not head.weight.any():  # as weight_init 'scaled' leaves it
+            head.reset_parameters()  # a zero head has no evidence to show
     return OpenModel(one.name, 'random weights', model.eval(), one.preprocessing, one.classes)
 
 
