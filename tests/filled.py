@@ -1,4 +1,4 @@
-"""Weights by a rule that any implementation can follow, see golden/README.md, and how far two results are apart."""
+"""Inputs for comparisons (weights by the rule of golden/README.md, hard images), and how far two results are apart."""
 
 import math
 import zlib
@@ -30,3 +30,27 @@ def relative_error(ours, expected):
     ours, expected = ours.detach().double(), expected.detach().double()
     difference = (ours - expected).norm().item()
     return difference and difference / expected.norm().item()
+
+
+HARD_WINDOWS = ['flat', 'halves', 'halves with noise', 'nearly flat', 'huge', 'one bright channel', 'faint', 'zero']
+
+
+def hard_windows(kind):
+    """Return an image (1, 3, 64, 64) whose windows are hard to normalise."""
+    flat = torch.full((1, 3, 64, 64), 2.6)
+    noise = torch.randn_like(flat)
+    images = {
+        'flat': flat,
+        'nearly flat': flat + 1e-3 * noise,
+        'huge': 100 * noise,
+        'faint': 1e-4 * noise,
+        'zero': torch.zeros_like(flat),
+        'halves': flat.clone(),
+        'halves with noise': flat + 3e-3 * noise,
+        'one bright channel': flat + 1e-4 * noise,
+    }[kind]
+    if kind.startswith('halves'):
+        images[..., 32:] -= 4.7
+    if kind == 'one bright channel':
+        images[:, 1] -= 5
+    return images

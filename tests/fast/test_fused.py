@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from filled import fill, relative_error
+from filled import HARD_WINDOWS, fill, hard_windows, relative_error
 from torch import nn
 
 import t2t_vit  # noqa: F401
@@ -80,24 +80,10 @@ def test_values_and_gradients(layer, chans, split, shape, dim, memory_format, dt
 
 
 @pytest.mark.parametrize('dtype', UNITS)
-@pytest.mark.parametrize('kind', ['flat', 'halves', 'nearly flat', 'huge', 'one bright channel', 'faint', 'zero'])
+@pytest.mark.parametrize('kind', HARD_WINDOWS)
 def test_hard_windows(kind, dtype):
     """Where windows are flat 1 / deviation is up to 316, and rounding of what is under it shows."""
-    flat = torch.full((1, 3, 64, 64), 2.6)
-    noise = torch.randn_like(flat)
-    images = {
-        'flat': flat,
-        'nearly flat': flat + 1e-3 * noise,
-        'huge': 100 * noise,
-        'faint': 1e-4 * noise,
-        'zero': torch.zeros_like(flat),
-        'halves': flat.clone(),
-        'one bright channel': flat + 1e-4 * noise,
-    }[kind]
-    if kind == 'halves':
-        images[..., 32:] = -2.1
-    if kind == 'one bright channel':
-        images[:, 1] -= 5
+    images = hard_windows(kind)
     layer = filled(fused.FusedTokenPerformer(3, 64, FIRST)).double()
     with torch.no_grad():
         expected = split_norm_linear(images.double(), layer.norm1, layer.kqv, FIRST).flatten(2).transpose(1, 2)

@@ -8,7 +8,7 @@ import copy
 import pytest
 import timm
 import torch
-from filled import fill, relative_error
+from filled import HARD_WINDOWS, fill, hard_windows, relative_error
 
 from t2t_vit.fast import folded, optimize, plain
 from t2t_vit.fast.folded import split_norm_linear, split_norm_linear_half
@@ -75,31 +75,8 @@ def test_values_and_gradients(layer, chans, split, shape, dim, memory_format, dt
         assert relative_error(ours, exact) < bound, name
 
 
-def hard_windows(kind):
-    flat = torch.full((1, 3, 64, 64), 2.6)
-    noise = torch.randn_like(flat)
-    images = {
-        'flat': flat,
-        'nearly flat': flat + 1e-3 * noise,
-        'huge': 100 * noise,
-        'faint': 1e-4 * noise,
-        'zero': torch.zeros_like(flat),
-        'halves': flat.clone(),
-        'halves with noise': flat + 3e-3 * noise,
-        'one bright channel': flat + 1e-4 * noise,
-    }[kind]
-    if kind.startswith('halves'):
-        images[..., 32:] -= 4.7
-    if kind == 'one bright channel':
-        images[:, 1] -= 5
-    return images
-
-
-HARD = ['flat', 'halves', 'halves with noise', 'nearly flat', 'huge', 'one bright channel', 'faint', 'zero']
-
-
 @pytest.mark.parametrize('dtype', UNITS)
-@pytest.mark.parametrize('kind', HARD)
+@pytest.mark.parametrize('kind', HARD_WINDOWS)
 def test_hard_windows(kind, dtype):
     """Where windows are flat, 1 / std is up to 316 and enlarges the rounding of what is normalised."""
     images, layer = hard_windows(kind), filled(TokenPerformer(3, 64, FIRST)).double()
