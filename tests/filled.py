@@ -12,7 +12,9 @@ def fill(module, seed=7):
     for name, tensor in module.state_dict().items():
         shape = tuple(tensor.shape)
         z = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32).standard_normal(shape)
-        if 'norm' in name and name.endswith('weight'):
+        if not tensor.is_floating_point():  # batch norm's counter
+            continue
+        if 'norm' in name and name.endswith(('weight', 'running_var')):
             z = 1 + 0.1 * z
         elif name.endswith('.w'):
             z = 0.5 * z

@@ -22,6 +22,7 @@ TOKEN_LAYERS = dict(
     performer=dict(token_layer='performer'),
     transformer=dict(token_layer='transformer'),
     convolution=dict(token_layer='convolution'),
+    residual=dict(token_layer='residual'),
     none=dict(token_layer='none', splits=((16, 16, 0),)),
 )
 BLOCKS = dict(
@@ -129,7 +130,7 @@ def test_every_token_layer_with_every_block(token_layer, block):
     ],
     ids=str,
 )
-@pytest.mark.parametrize('token_layer', ['performer', 'transformer', 'convolution'])
+@pytest.mark.parametrize('token_layer', ['performer', 'transformer', 'convolution', 'residual'])
 def test_sizes_channels_and_splits(token_layer, args):
     args = {'in_chans': 3, 'img_size': (48, 48), **args}
     compare(model(token_layer=token_layer, **args), torch.randn(2, args['in_chans'], *args['img_size']))

@@ -26,7 +26,7 @@ from t2t_vit.models.safe_load import CheckpointError, read_checkpoint, save_weig
 from t2t_vit.models.timm_api import TimmT2TViT
 
 GOLDEN = Path(__file__).parents[1] / 'golden'
-TOKEN_LAYERS = ('performer', 'transformer', 'convolution', 'none')
+TOKEN_LAYERS = ('performer', 'transformer', 'convolution', 'residual', 'none')
 
 
 def tiny(token_layer: str = 'performer', **kwargs) -> TimmT2TViT:
@@ -403,14 +403,16 @@ def test_first_layer_is_adapted_as_a_convolution(token_layer, in_chans):
         'performer': 'attention1.kqv',
         'transformer': 'attention1.attn.qkv',
         'convolution': 'attention1.conv',
+        'residual': 'attention1.conv1',
         'none': 'project',
     }[token_layer]
     kernel = source.tokens_to_token.splits[0].kernel
 
     def image_map(state_dict, chans):
         weight = state_dict[f'tokens_to_token.{name}.weight'].reshape(-1, chans, kernel, kernel)
-        norm = state_dict.get('tokens_to_token.attention1.norm1.weight') if 'attention1' in name else None
-        return weight if norm is None else weight * norm.view(chans, kernel, kernel)
+        if token_layer not in ('performer', 'transformer'):
+            return weight
+        return weight * state_dict['tokens_to_token.attention1.norm1.weight'].view(chans, kernel, kernel)
 
     found, expected = image_map(adapted, in_chans), adapt_input_conv(in_chans, image_map(weights, 3))
     if token_layer == 'transformer':  # whose scale is window_dim^-1/2, so q makes up for it

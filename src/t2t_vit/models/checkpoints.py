@@ -36,6 +36,7 @@ FIRST_LAYERS = {
     'performer': 'tokens_to_token.attention1.kqv',
     'transformer': 'tokens_to_token.attention1.attn.qkv',
     'convolution': 'tokens_to_token.attention1.conv',
+    'residual': 'tokens_to_token.attention1.conv1',
     'none': 'tokens_to_token.project',
 }
 FIRST_NORM = ('tokens_to_token.attention1.norm1.weight', 'tokens_to_token.attention1.norm1.bias')

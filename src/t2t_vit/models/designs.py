@@ -30,6 +30,26 @@ class TokenConvolution(TokenLayer):
         return self.act(self.conv(x))
 
 
+class TokenResidual(TokenLayer):
+    """Two convolutions with batch norm and GELU, the second beside a skip connection, as a block of ResNet has them.
+
+    Not the paper's: it learns more from few images than the other token layers do (docs/few-images.md).
+    """
+
+    def __init__(self, in_chans: int, token_dim: int, split: Split) -> None:
+        super().__init__(in_chans, token_dim, split)
+        self.conv1 = nn.Conv2d(in_chans, token_dim, split.kernel, split.stride, split.padding, bias=False)
+        self.norm1 = nn.BatchNorm2d(token_dim)
+        self.conv2 = nn.Conv2d(token_dim, token_dim, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(token_dim)
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D, h, w)."""
+        x = self.act(self.norm1(self.conv1(x)))
+        return self.act(x + self.norm2(self.conv2(x)))
+
+
 class SqueezeExcite(nn.Module):
     """Channel attention (SENet): mean over tokens, D -> D/16 -> D, a gate for every channel."""
 
@@ -164,5 +184,5 @@ class LayerScaleBlock(Block):
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
-TOKEN_LAYERS['convolution'] = TokenConvolution
+TOKEN_LAYERS.update(convolution=TokenConvolution, residual=TokenResidual)
 BLOCKS.update(se=SEBlock, ghost=GhostBlock, dense=DenseBlock, layer_scale=LayerScaleBlock)

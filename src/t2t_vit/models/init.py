@@ -6,7 +6,7 @@ narrow model starts with branches that are almost zero, and learns slowly.
 `scaled` keeps the size of tokens and gradients about the same at every width and depth, by five rules:
 
 - weights of Linears and convolutions have std 1/√fan_in, so that a branch answers a normalised token with values of
-  variance near 1, beside which the position table has variance 1/2; convolutional tokens have √2 times that, since
+  variance near 1, beside which the position table has variance 1/2; convolutions of tokens have √2 times that, since
   GELU halves the second moment;
 - the last Linear of each of the 2·L residual branches of a backbone of L blocks is divided by √(2·L), so that the sum
   of all branches does not grow with the depth; those of a token layer, which has two, by √2;
@@ -64,7 +64,7 @@ def scale_weights(model: Any) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
             continue
-        gain = 2 if name.endswith('.conv') else 1
+        gain = 2 if isinstance(module, nn.Conv2d) else 1
         nn.init.normal_(module.weight, std=(gain / module.weight[0].numel()) ** 0.5)
         if name.endswith(BRANCH_ENDS):
             module.weight /= (branches if name.startswith('blocks') else 2) ** 0.5

@@ -225,7 +225,7 @@ class T2TViT(nn.Module):
     Args:
         img_size: Image size that the position table is built for; for others it is resampled.
         splits: (kernel, stride, padding) of each soft split; a token layer follows each but the last.
-        token_layer: `performer`, `transformer`, `convolution`, `none` (with a single split), or a custom `TokenLayer`.
+        token_layer: `performer`, `transformer`, `convolution`, `residual`, `none` (one split), or a `TokenLayer`.
         depth: Number of blocks, or the numbers in each group of dense blocks.
         block: `plain`, `se`, `ghost`, `dense`, `layer_scale`, or a custom class with the arguments of `Block`.
         drop_rate: Dropout before the head; then of positions, of projections and MLPs, of attention weights.

@@ -75,12 +75,14 @@ VARIANTS: dict[str, Variant] = {
     # Table 4: without the tokens-to-token module, and with convolutions
     't2t_vit_14_no_t2t': Variant('none', 14, 384, 6, 3, splits=HARD_SPLIT),
     't2t_vit_c_14': Variant('convolution', 14, 384, 6, 3),
-    # Ours, for small images: strides that leave enough tokens, and with 6 blocks small enough to train on a CPU
+    # Ours, for small images: strides that leave enough tokens, and with 4 or 6 blocks small enough to train on a CPU
     't2t_vit_4_16': Variant('performer', 4, 128, 4, 2, img_size=16, splits=SPLITS_16),
     't2t_vit_7_32': Variant('performer', 7, 256, 4, 2, img_size=32, splits=SPLITS_32),
     't2t_vit_14_32': Variant('performer', 14, 384, 6, 3, img_size=32, splits=SPLITS_32),
     't2t_vit_c_6_32': Variant('convolution', 6, 96, 4, 2, img_size=32, splits=SPLITS_32, token_dim=32),
     't2t_vit_c_6_64': Variant('convolution', 6, 96, 4, 2, img_size=64, splits=OVERLAPPING_64, token_dim=32),
+    't2t_vit_r_4_32': Variant('residual', 4, 96, 4, 2, img_size=32, splits=SPLITS_32),
+    't2t_vit_r_4_64': Variant('residual', 4, 96, 4, 2, img_size=64, splits=OVERLAPPING_64),
     't2t_vit_6_64': Variant('performer', 6, 96, 4, 2, img_size=64, splits=OVERLAPPING_64, token_dim=32),
     'vit_6_64': Variant('none', 6, 100, 4, 2, img_size=64, splits=HARD_SPLIT_64),
     't2t_vit_7_64': Variant('performer', 7, 256, 4, 2, img_size=64, splits=SPLITS_64),
