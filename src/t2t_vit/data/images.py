@@ -291,7 +291,7 @@ class Opener(Dataset[Opened]):
                 errors[index] = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
         empty = torch.empty(0, self.preprocessing.channels, *self.preprocessing.size)
         images = self.preprocessing.normalize(torch.stack(tensors)) if tensors else empty
-        return Opened(*piece, images, good, errors)
+        return Opened(*piece, images.contiguous(memory_format=torch.channels_last), good, errors)
 
 
 class _Pieces(Sampler[Piece]):
