@@ -57,7 +57,7 @@ def test_train_on_a_plain_folder_divides_it_and_keeps_the_division(flat, tmp_pat
 def test_plan_names_every_choice_and_options_override_it(flat, tmp_path, capsys):
     assert main(['train', str(flat), '--dry-run', '--batch', '4', '--output', str(tmp_path / 'run')]) == 0
     said = ' '.join(capsys.readouterr().out.split())
-    for text in ('model t2t_vit_c_6_64', 'data.img_size 64', 'epochs 100:', 'data.workers', '4 images = 1 processes x'):
+    for text in ('model t2t_vit_r_4_64', 'data.img_size 64', 'epochs 100:', 'data.workers', '4 images = 1 processes x'):
         assert text in said
     assert 'batch_size' not in said and not (tmp_path / 'run').exists()
     assert 'time about' in said and 'memory about' in said
@@ -75,7 +75,7 @@ def chosen(**facts: Any) -> dict[str, Any]:
 
 
 def test_choices_follow_data_and_machine():
-    assert chosen()['model'] == 't2t_vit_c_6_64' and chosen(device='cuda')['data.img_size'] == 224
+    assert chosen()['model'] == 't2t_vit_r_4_64' and chosen(device='cuda')['data.img_size'] == 224
     assert chosen(pixels=40)['model'] == 't2t_vit_c_6_32' and chosen(pixels=5)['model'] == 't2t_vit_4_16'
     assert chosen(images=20)['batch_size'] == 8 and chosen(images=100_000)['batch_size'] == 32
     assert chosen(images=100_000)['epochs'] == 10 and chosen(images=100)['epochs'] == 100
