@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
 # Accuracy against the number of training images: a T2T-ViT, a ResNet and a ViT of half a million parameters, at 64 pixels,
-# each on 500, 1,500, 4,500 and all images of a set with as many training steps (38,000 images). Settings are those that
+# each on 200, 500, 1,500, 4,500 and all images of a set with as many training steps (38,000 images). Settings are those that
 # `t2t-vit train FOLDER` chooses; runs that are there are not repeated. Writes OUT/curve.csv and OUT/curve.png.
 #   scripts/few_images.sh FOLDER OUT [MODEL…]
 set -euo pipefail
 data=${1:?usage: scripts/few_images.sh FOLDER OUT [MODEL…]}
 out=${2:?usage: scripts/few_images.sh FOLDER OUT [MODEL…]}
 shift 2
-[ $# -gt 0 ] || set -- t2t_vit_c_6_64 resnet18 vit_6_64
-sizes='500:76 1500:25 4500:8 9469:4' # images and epochs
+[ $# -gt 0 ] || set -- t2t_vit_r_4_64 resnet18 vit_6_64
+sizes='200:190 500:76 1500:25 4500:8 9469:4' # images and epochs
 for size in $sizes; do
     for model in "$@"; do
         run=$out/$model-${size%:*}
         [ ! -f "$run/done" ] || continue
         extra=()
         [ "$model" != resnet18 ] ||
-            extra=(--model_args.layers '[1,1,1,1]' --model_args.channels '[20,40,80,160]' --optimizer.lr 1e-2)
+            extra=(--model_args.layers '[1,1,1,1]' --model_args.channels '[20,40,80,160]' --optimizer.lr 2e-2
+                --optimizer.weight_decay 0.05)
         t2t-vit train "$data" --model "$model" --imgsz 64 --data.memory true --data.crop_pct 1 --data.workers 0 --threads 1 \
             --data.train_images "${size%:*}" --data.val_images 1000 --epochs "${size#*:}" --output "$run" \
             ${extra[@]+"${extra[@]}"} && touch "$run/done"
