@@ -14,9 +14,7 @@ for size in $sizes; do
         run=$out/$model-${size%:*}
         [ ! -f "$run/done" ] || continue
         extra=()
-        [ "$model" != resnet18 ] ||
-            extra=(--model_args.layers '[1,1,1,1]' --model_args.channels '[20,40,80,160]' --optimizer.lr 2e-2
-                --optimizer.weight_decay 0.05)
+        [ "$model" != resnet18 ] || extra=(--model_args.layers '[1,1,1,1]' --model_args.channels '[20,40,80,160]')
         t2t-vit train "$data" --model "$model" --imgsz 64 --data.memory true --data.crop_pct 1 --data.workers 0 --threads 1 \
             --data.train_images "${size%:*}" --data.val_images 1000 --epochs "${size#*:}" --output "$run" \
             ${extra[@]+"${extra[@]}"} && touch "$run/done"

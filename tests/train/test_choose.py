@@ -83,6 +83,15 @@ def test_choices_follow_data_and_machine():
     assert 'data.val_fraction' not in chosen() and chosen(divided=False)['data.val_fraction'] == 0.2
 
 
+def test_convolutional_networks_have_their_own_learning_rate():
+    def settings(model: str) -> dict[str, Any]:
+        return {key: value for key, value, _ in choices(Facts(9_000, 5, 1.0, 500, True, 'cpu'), {'model': model})}
+
+    assert settings('resnet18')['optimizer.lr'] == settings('mobilenetv2_100')['optimizer.lr'] == 0.02
+    for model in ('vit_tiny_patch16_224', 't2t_vit_r_4_64', 'not_a_model'):
+        assert 'optimizer.lr' not in settings(model)
+
+
 def test_augmentation_is_light_for_few_passes():
     few, some, many = (chosen(images=images) for images in (100_000, 9_000, 500))
     assert few['epochs'] == 10 and few['augment.scale'] == [1.0, 1.0] and few['augment.pad'] == 4

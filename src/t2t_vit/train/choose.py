@@ -8,7 +8,8 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from timm.models import get_pretrained_cfg
+from timm.models import create_model, get_pretrained_cfg, is_model
+from torch import nn
 
 from ..data import Augment, DataError, Source, image_size, open_source
 from ..data.augment import in_batches
@@ -34,6 +35,7 @@ BATCH = {'cpu': 32, 'cuda': 128}
 STEPS_AN_EPOCH = 8  # at least
 VAL_FRACTION = 0.2
 LORA_LR = 5e-3
+CNN_LR, CNN_WEIGHT_DECAY = 2e-2, 0.15  # of Muon, for a ResNet (docs/few-images.md)
 LOOKED_AT = 32  # images whose size is looked at
 LOPSIDED = 10  # images of the largest class for each of the smallest, beyond which classes are weighted
 
@@ -163,6 +165,9 @@ def choices(facts: Facts, values: dict[str, Any], start: StartModel | None = Non
         minutes = values.get('minutes')
         passes = float(str(minutes)) * 60 * SPEED[facts.device] / max(facts.images, 1) if has_value(minutes) else epochs
         yield from augmentation(passes)
+    if not start and is_convolutional(str(values.get('model', ''))):
+        yield 'optimizer.lr', CNN_LR, 'for a convolutional network'
+        yield 'optimizer.weight_decay', CNN_WEIGHT_DECAY, 'for a convolutional network'
     if batch > 64:
         yield 'optimizer.lr_base_size', 64, 'the learning rate follows the batch size'
     if has_value(values.get('lora')):
@@ -192,6 +197,16 @@ def augmentation(passes: float) -> Iterator[tuple[str, Any, str]]:
     light.update(scale=[1.0, 1.0], pad=4) if few else light.update(scale=[0.5, 1.0])
     for key, value in light.items():
         yield f'augment.{key}', value, reason
+
+
+def is_convolutional(name: str) -> bool:
+    """Return true if convolutions hold most weights of a timm model."""
+    if not is_model(name):
+        return False
+    with torch.device('meta'):
+        model = create_model(name)
+    kernels = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d))
+    return 2 * kernels > sum(p.numel() for p in model.parameters())
 
 
 def small_model(facts: Facts, values: dict[str, Any], on: str) -> Iterator[tuple[str, Any, str]]:
