@@ -25,10 +25,10 @@ echo; echo "## Story 2: old checkpoint to fine-tuned model"
 python - <<'PY'
 import timm, torch
 import t2t_vit
-net = timm.create_model('t2t_vit_c_6_64.imagenette', pretrained=True)  # in the layout of the release's files
+net = timm.create_model('t2t_vit_6_64.imagenette', pretrained=True)  # in the layout of the release's files
 torch.save({'state_dict_ema': net.state_dict()}, 'old.pth.tar')
 PY
-run t2t-vit finetune photos --weights old.pth.tar --model t2t_vit_c_6_64 --epochs 5 --output runs/tuned
+run t2t-vit finetune photos --weights old.pth.tar --model t2t_vit_6_64 --epochs 5 --output runs/tuned
 run t2t-vit predict "$one" "$two" --checkpoint runs/tuned --top-k 2
 echo; echo "## Story 3: run to ONNX in a process without torch"
 run t2t-vit export -o photos.onnx --checkpoint runs/tuned --pixels image

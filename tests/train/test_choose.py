@@ -177,7 +177,7 @@ def test_finetune_at_another_size_resizes_the_positions(colour_run):
         ([], 'fine-tuning starts from trained weights'),
         (['--weights', '/nowhere'], 'no weights at /nowhere'),
         (['--weights', 't2t_vit_14.in1kk'], 'no weights at t2t_vit_14.in1kk'),
-        (['--weights', 't2t_vit_c_6_64.imagenet'], 'such as t2t_vit_c_6_64.imagenette'),
+        (['--weights', 't2t_vit_r_4_64.imagenet'], 'such as t2t_vit_r_4_64.imagenette'),
         (['--weights', 'FILE'], 'does not say what model it is for: name it with --model'),
     ],
 )

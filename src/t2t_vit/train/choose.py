@@ -98,7 +98,7 @@ def describe_start(values: dict[str, Any]) -> StartModel:
     if not weights:
         raise UsageError(
             'fine-tuning starts from trained weights: give them with --weights, a timm tag such as t2t_vit_14.in1k, '
-            't2t_vit_c_6_64.imagenette of this package, a file, a run folder, or hf-hub:USER/NAME'
+            't2t_vit_r_4_64.imagenette of this package, a file, a run folder, or hf-hub:USER/NAME'
         )
     start = describe_weights(str(weights))
     if start is None and not values.get('model'):

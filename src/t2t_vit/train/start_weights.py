@@ -20,7 +20,7 @@ from ..trained import CONFIG, WEIGHTS, from_pretrained, read_config, read_weight
 SHOWN = 3  # names in a line
 NO_WEIGHTS = (
     'no weights at {}; expected a file, a run folder, hf-hub:USER/NAME, a timm tag such as t2t_vit_14.in1k, or one of '
-    'the package such as t2t_vit_c_6_64.imagenette'
+    'the package such as t2t_vit_r_4_64.imagenette'
 )
 
 
