@@ -47,6 +47,19 @@ def test_curves_are_drawn_at_intervals_and_at_the_end(tmp_path, monkeypatch, sec
     assert made == drawings
 
 
+def test_denormal_numbers_are_zero_while_a_run_trains(tmp_path, monkeypatch):
+    """They slow a processor down tenfold, and dead channels leave them in the optimizer's averages."""
+
+    def denormal() -> bool:
+        return (torch.full((1,), 1e-39) * 1).item() > 0
+
+    assert denormal()
+    seen: list[bool] = []
+    monkeypatch.setattr(running, 'plot_curves', lambda records, path: seen.append(denormal()))
+    train(digits_config(output=str(tmp_path), epochs=1, **{'optimizer.warmup_epochs': 0}))
+    assert seen == [False] and denormal()
+
+
 def test_records_of_every_epoch(digits_run):
     found = read_records(digits_run / 'metrics.jsonl')
     assert [record['epoch'] for record in found] == [0, 1]

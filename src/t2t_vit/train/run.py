@@ -68,6 +68,7 @@ def train(
     if config.threads:
         torch.set_num_threads(config.threads)
     with ExitStack() as stack:
+        stack.enter_context(flushed_denormals())
         signals = stack.enter_context(stop_signals())
         with answer_at_once(signals, BEFORE_THE_FIRST_STEP):
             join_processes(config)
@@ -118,6 +119,21 @@ def train(
                 sources.split.save(folder / SPLIT_FILE)
         stack.callback(accelerator.end_training)
         return run_epochs(trainer, log, began)
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Let the CPU take denormal numbers (below 1.2e-38 in float32) as 0.
+
+    Many processors compute with them ten to a hundred times slower. A channel that no image activates any more leaves
+    them behind in the optimizer's moving averages. Threads that torch has started before are left as they are.
+    """
+    before = (torch.full((1,), 1e-39) * 1).item() == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
 
 
 def choose_config_precision(config: Config) -> tuple[Config, list[str]]:
