@@ -328,7 +328,7 @@ def test_cnns_have_another_recipe_if_one_is_given(tmp_path, data):
         model: run_config(plan, tmp_path, model, {}, 0, None).optimizer.lr
         for model in (REFERENCE, 'vit_s_16', 'resnet50', 'scaled_mobilenetv2_140')
     }
-    assert rates == {REFERENCE: 2e-3, 'vit_s_16': 2e-3, 'resnet50': 1e-2, 'scaled_mobilenetv2_140': 1e-2}
+    assert rates == {REFERENCE: 2e-3, 'vit_s_16': 2e-3, 'resnet50': 2e-2, 'scaled_mobilenetv2_140': 2e-2}
     assert run_config(plan, tmp_path, 'resnet50', {}, 0, None).batch_size == 4  # the plan's
     with pytest.raises(UsageError, match='cnn_recipe is reproduce-few-cnn in .* and cannot change to reproduce'):
         prepare(tmp_path, {**data, 'cnn_recipe': 'reproduce'}, [REFERENCE])
