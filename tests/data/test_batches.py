@@ -80,6 +80,20 @@ def test_batches_do_not_depend_on_where_an_epoch_starts(photos, make):
     assert same(list(batches.epoch(1, start=2)), list(make(photos).epoch(1))[2:])
 
 
+def test_batches_are_in_channels_last_memory(photos):
+    """In which convolutions are faster on CPUs; also if timm augments single images, and from worker processes."""
+    train, val = (open_source(str(photos), split) for split in ('train', 'val'))
+    loaders = [batches_of(photos), batches_of(photos, workers=1), batches_of(photos, aa='augmix-m5')]
+    loaders += [
+        DiskBatches(val, SMALL, 5, workers=0),
+        MemoryBatches(val, SMALL, 5),
+        MemoryBatches(train, SMALL, 5, STILL),
+    ]
+    for loader in loaders:
+        images = next(iter(loader.epoch())).images
+        assert images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+
+
 @pytest.mark.parametrize('make', [batches_of, lambda photos: memory_of_digits()], ids=['disk', 'memory'])
 def test_epochs_differ(photos, make):
     """In their order and in the augmentation of each image."""

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import crops
 from PIL import Image
 
@@ -158,6 +159,7 @@ def test_damaged_images_are_reported_with_their_error(inputs_root, tmp_path):
     errors = {**opened[0].errors, **opened[1].errors}
     assert [*errors] == [1, 2, 3, 5] and 'truncated' in errors[1] and errors[2].startswith('ImageError: not an image')
     assert errors[5].startswith('FileNotFoundError') and opened[0].images.shape == (1, 3, 16, 16)
+    assert opened[0].images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_pixel_limit_holds_before_and_after_resizing(tmp_path, monkeypatch):

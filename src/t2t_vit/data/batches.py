@@ -311,7 +311,7 @@ class _Collate:
         if packed:
             good = [(sample[0].permute(1, 2, 0), *sample[1:]) for sample in good]
         images, labels, indices, boxes, uniforms = default_collate(good)  # which stacks into shared memory
-        images = images.permute(0, 3, 1, 2) if packed else images
+        images = images.permute(0, 3, 1, 2) if packed else images.contiguous(memory_format=torch.channels_last)
         if self.finish:
             images, boxes = self.finish(images, uniforms, boxes)
         return [images, labels, indices, boxes, uniforms], names
