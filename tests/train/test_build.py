@@ -13,9 +13,10 @@ from conftest import digits_config, read_records
 from t2t_vit.fast.memory import Recompute
 from t2t_vit.settings import UsageError
 from t2t_vit.train.build import build_optimizer, check_groups, parameter_groups
-from t2t_vit.train.measure import Measured, affordable_epochs, measure
+from t2t_vit.train.measure import affordable_epochs, measure
 from t2t_vit.train.plan import plan
 from t2t_vit.train.run import train
+from t2t_vit.train.state import saved_states
 from t2t_vit.train.trainer import load
 
 
@@ -90,9 +91,11 @@ def test_measurement_leaves_the_run_as_it_is(tmp_path):
 
 
 def test_budget_takes_what_fits():
-    measured = Measured(step=0.1, epoch=10.0, memory=0, workers=0, steps=5)
-    assert affordable_epochs(measured, minutes=1, spent=0) == 5
-    assert affordable_epochs(measured, minutes=1, spent=50) == 0
+    assert affordable_epochs(60, training=8, validation=2, interval=1) == 5
+    assert affordable_epochs(10, training=8, validation=2, interval=1) == 0
+    # 30 epochs of 1 s and validations of 10 s after the 14th, the 28th and the last
+    assert affordable_epochs(2 + 1.1 * 60.1, training=1, validation=10, interval=14) == 29
+    assert 29 + 10 * 3 <= 60.1
 
 
 def test_fewer_epochs_have_the_schedule_of_a_run_of_that_many(tmp_path):
@@ -126,6 +129,40 @@ def test_run_stops_early_without_a_better_score(tmp_path, capsys):
     assert 3 <= len(read_records(tmp_path / 'metrics.jsonl')) < 9
     train(digits_config(output=str(tmp_path), **lazy), resume='auto')
     assert 'stopped early, after' in capsys.readouterr().out
+
+
+def test_epochs_between_validations_have_no_scores(tmp_path, capsys):
+    config = digits_config(output=str(tmp_path), epochs=5, val_interval=2)
+    last = train(config)
+    records = read_records(tmp_path / 'metrics.jsonl')
+    assert [record['epoch'] for record in records if 'val_top1' in record] == [1, 3, 4] and last == records[-1]
+    assert all('train_loss' in record for record in records)
+    said = capsys.readouterr().out
+    assert 'validation every 2 epochs' in ' '.join(said.split())
+    rows = [line.split()[0] for line in said.splitlines() if line.startswith('     ') and '%' in line]
+    assert rows == ['2', '4', '5']
+
+
+def test_validations_do_not_change_the_weights(tmp_path):
+    for name, interval in (('each', 1), ('some', 3)):
+        train(digits_config(output=str(tmp_path / name), epochs=4, val_interval=interval))
+    each, some = (torch.load(saved_states(tmp_path / name / 'checkpoints')[0])['model'] for name in ('each', 'some'))
+    assert all(torch.equal(each[name], some[name]) for name in each)
+
+
+def test_patience_is_asked_after_validations(tmp_path, capsys):
+    lazy = {'optimizer.lr': 1e-9, 'optimizer.warmup_lr': 1e-9, 'epochs': 9, 'ema_decay': 0, 'weight_init': 'published'}
+    train(digits_config(output=str(tmp_path), patience=2, val_interval=3, **lazy))
+    assert 'stopped early' in capsys.readouterr().out
+    records = read_records(tmp_path / 'metrics.jsonl')
+    assert len(records) in (6, 9) and 'val_top1' in records[-1]
+
+
+def test_run_ends_with_a_validation_where_the_budget_cuts_it_short(tmp_path, monkeypatch):
+    monkeypatch.setattr('t2t_vit.train.run.affordable_epochs', lambda *_: 1)
+    train(digits_config(output=str(tmp_path), epochs=9, minutes=5.0, val_interval=9))
+    records = read_records(tmp_path / 'metrics.jsonl')
+    assert ['val_top1' in record for record in records][-1] and len(records) < 9
 
 
 def test_frozen_except_the_head(tmp_path):

@@ -70,7 +70,7 @@ def test_mistyped_options_are_reported_before_the_data_is_opened(capsys):
 
 
 def chosen(**facts: Any) -> dict[str, Any]:
-    base = dict(images=1000, classes=5, imbalance=1.0, pixels=500, divided=True, device='cpu')
+    base = dict(images=1000, val_images=100, classes=5, imbalance=1.0, pixels=500, divided=True, device='cpu')
     return {key: value for key, value, _ in choices(Facts(**{**base, **facts}), {})}
 
 
@@ -85,7 +85,9 @@ def test_choices_follow_data_and_machine():
 
 def test_convolutional_networks_have_their_own_learning_rate():
     def settings(model: str) -> dict[str, Any]:
-        return {key: value for key, value, _ in choices(Facts(9_000, 5, 1.0, 500, True, 'cpu'), {'model': model})}
+        return {
+            key: value for key, value, _ in choices(Facts(9_000, 1_000, 5, 1.0, 500, True, 'cpu'), {'model': model})
+        }
 
     assert settings('resnet18')['optimizer.lr'] == settings('mobilenetv2_100')['optimizer.lr'] == 0.02
     for model in ('vit_tiny_patch16_224', 't2t_vit_r_4_64', 'not_a_model'):
@@ -97,7 +99,7 @@ def test_augmentation_is_light_for_few_passes():
     assert few['epochs'] == 10 and few['augment.scale'] == [1.0, 1.0] and few['augment.pad'] == 4
     assert 15 < some['epochs'] < 60 and some['augment.scale'] == [0.5, 1.0] and some['augment.mixup'] == 0
     assert many['epochs'] == 100 and 'augment.scale' not in many
-    budget = {key: value for key, value, _ in choices(Facts(9_000, 5, 1.0, 500, True, 'cpu'), {'minutes': 5})}
+    budget = {key: value for key, value, _ in choices(Facts(9_000, 1_000, 5, 1.0, 500, True, 'cpu'), {'minutes': 5})}
     assert budget['ema_decay'] == 0.9947  # a tenth of the steps that fit into five minutes, and not of 1000 epochs
     assert budget['augment.pad'] == 4 and budget['data.memory'] is True
     assert 'data.memory' not in chosen(device='cuda')
@@ -109,16 +111,26 @@ def test_augmentation_is_light_for_few_passes():
     ids=str,
 )
 def test_images_stay_on_disk_where_memory_does_not_fit_them(given):
-    facts = Facts(9_000, 5, 1.0, 500, True, 'cpu')
+    facts = Facts(9_000, 1_000, 5, 1.0, 500, True, 'cpu')
     assert 'data.memory' in {key for key, _, _ in choices(facts, {'augment.aa': 'null'})}
     assert 'data.memory' not in {key for key, _, _ in choices(facts, given)}
     assert 'data.memory' not in chosen(pixels=3_000)  # photos that take long to decode
 
 
 def test_minutes_given_as_null_are_no_budget():
-    assert {key: value for key, value, _ in choices(Facts(9_000, 5, 1.0, 500, True, 'cpu'), {'minutes': None})} == (
-        chosen(images=9_000)
-    )
+    assert {
+        key: value for key, value, _ in choices(Facts(9_000, 1_000, 5, 1.0, 500, True, 'cpu'), {'minutes': None})
+    } == (chosen(images=9_000))
+
+
+def test_validation_takes_a_limited_part_of_the_time():
+    assert 'val_interval' not in chosen(images=800, val_images=200)
+    assert 'val_interval' not in chosen(images=9_469, val_images=3_925)  # Imagenette
+    assert chosen(images=500, val_images=1_000)['val_interval'] == 5  # 0.7 x 1,000 / (0.3 x 500), rounded up
+    assert chosen(images=500, val_images=100_000)['val_interval'] == 10  # ten validations in 100 epochs
+    facts = Facts(500, 4_000, 5, 1.0, 500, True, 'cpu')
+    given = {key for key, _, _ in choices(facts, {'val_interval': 1})}
+    assert 'val_interval' in given  # an option of the user replaces what is chosen, as for every setting
 
 
 def test_class_weights_balance_the_loss():

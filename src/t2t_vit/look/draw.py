@@ -427,13 +427,16 @@ def runs(records: dict[str, list[dict[str, Any]]]) -> Figure:
     for i, (name, lines) in enumerate(records.items()):
         color, marker = style(i)
         best = best_epoch(lines)
-        lines = [line for line in lines if f'val_top1{best.suffix}' in line]
-        epochs = [line['epoch'] + 1 for line in lines]
         label = one_line(name) + (' (EMA weights)' if best.suffix else '')
-        look = dict(color=color, marker=marker, markersize=4, markevery=max(len(lines) // 8, 1), label=label)
-        train.plot(epochs, [line['train_loss'] for line in lines], **look)
-        val.plot(epochs, [line[f'val_loss{best.suffix}'] for line in lines], **look)
-        top1.plot(epochs, [100 * line[f'val_top1{best.suffix}'] for line in lines], **look)
+        look = dict(color=color, marker=marker, markersize=4, label=label)
+        scored = [line for line in lines if f'val_top1{best.suffix}' in line]
+        for ax, kept, key, factor in (
+            (train, lines, 'train_loss', 1),
+            (val, scored, f'val_loss{best.suffix}', 1),
+            (top1, scored, f'val_top1{best.suffix}', 100),
+        ):
+            epochs = [line['epoch'] + 1 for line in kept]
+            ax.plot(epochs, [factor * line[key] for line in kept], markevery=max(len(kept) // 8, 1), **look)
         images_per_second = float(np.median([line['images_per_second'] for line in lines]))
         for ax, x in ((top1, float(best.epoch)), (speed, images_per_second)):
             ax.plot(x, 100 * best.top1, color=color, marker=marker, markersize=9, linestyle='none')

@@ -29,7 +29,8 @@ from .report import Picture, Section, write_report
 from .trace import trace
 
 MAX_IMAGES = 8
-DRAWN = ('epoch', 'train_loss', 'val_loss', 'val_top1', 'images_per_second')  # required in each line of metrics.jsonl
+DRAWN = ('epoch', 'train_loss', 'images_per_second')  # required in each line of metrics.jsonl
+SCORES = ('val_loss', 'val_top1')  # in the lines of epochs that were validated, of which there must be one
 
 
 @dataclass(frozen=True)
@@ -326,7 +327,7 @@ def read_run(folder: Path) -> list[dict[str, Any]]:
     """Read the records in metrics.jsonl of a run.
 
     Raises:
-        UsageError: if there are none, or a line lacks a value that is drawn.
+        UsageError: if there are none, a line lacks a value that is drawn, or no epoch was validated.
     """
     file = folder / 'metrics.jsonl'
     try:
@@ -336,8 +337,11 @@ def read_run(folder: Path) -> list[dict[str, Any]]:
     if not records:
         raise UsageError(f'{file} is empty: the run has finished no epoch')
     for number, record in enumerate(records, 1):
-        if missing := [key for key in DRAWN if not isinstance(record, dict) or key not in record]:
+        needed = (*SCORES, *DRAWN) if any(key in record for key in SCORES) else DRAWN
+        if missing := [key for key in needed if not isinstance(record, dict) or key not in record]:
             raise UsageError(f'{file}, line {number}, lacks {", ".join(missing)}; expected a line that train wrote')
+    if not any(SCORES[0] in record for record in records):
+        raise UsageError(f'{file} has no scores: the run has validated no epoch yet (val_interval)')
     return records
 
 

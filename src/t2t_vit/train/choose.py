@@ -34,6 +34,9 @@ LARGE = 512  # pixels of the shorter side, above which decoding all of them woul
 BATCH = {'cpu': 32, 'cuda': 128}
 STEPS_AN_EPOCH = 8  # at least
 VAL_FRACTION = 0.2
+VAL_COST = 0.7  # time of a validation image over that of a training image: a third, for the weights and their average
+VAL_SHARE = 0.3  # of the time of training that validations may take
+VALIDATIONS = 10  # of a run, at least
 LORA_LR = 5e-3
 CNN_LR, CNN_WEIGHT_DECAY = 2e-2, 0.15  # of Muon, for a ResNet (docs/few-images.md)
 LOOKED_AT = 32  # images whose size is looked at
@@ -44,6 +47,7 @@ class Facts(NamedTuple):
     """What the choices depend on."""
 
     images: int
+    val_images: int
     classes: int
     imbalance: float
     pixels: int  # median of the shorter sides
@@ -108,7 +112,8 @@ def describe_start(values: dict[str, Any]) -> StartModel:
 
 def look_at(root: str, values: dict[str, Any]) -> Facts:
     """Open the data and look at the sizes of some images."""
-    source, divided = open_for_choice(root, values)
+    source, val_images = open_for_choice(root, values)
+    divided = val_images is not None
     counts = torch.bincount(torch.tensor(source.labels), minlength=len(source.classes))
     sides = []
     for i in range(0, len(source.labels), max(1, len(source.labels) // LOOKED_AT)):
@@ -119,23 +124,23 @@ def look_at(root: str, values: dict[str, Any]) -> Facts:
     device = 'cpu' if pick_device(str(values.get('device', 'auto'))).type == 'cpu' else 'cuda'
     fraction = 1.0 if divided else 1 - float(values.get('data.val_fraction') or VAL_FRACTION)
     images = int(values.get('data.train_images') or fraction * len(source.labels))
+    val_images = int(values.get('data.val_images') or val_images or (1 - fraction) * len(source.labels))
     imbalance = counts.max().item() / max(counts.min().item(), 1)
-    return Facts(images, len(source.classes), imbalance, int(median(sides or [224])), divided, device)
+    return Facts(images, val_images, len(source.classes), imbalance, int(median(sides or [224])), divided, device)
 
 
-def open_for_choice(root: str, values: dict[str, Any]) -> tuple[Source, bool]:
-    """Open the training images, or all of them; and tell if they are divided into training and validation images."""
+def open_for_choice(root: str, values: dict[str, Any]) -> tuple[Source, int | None]:
+    """Open the training images and count the validation images; or, if they are not divided, open all: None."""
     channels = values.get('data.channels')
     options = values.get('data.cache'), str(values.get('data.download', 'false')) == 'true', channels and int(channels)
     if 'data.val_fraction' in values or 'data.fold' in values:
-        return open_source(root, 'all', *options), False
+        return open_source(root, 'all', *options), None
     try:
         source = open_source(root, 'train', *options)
-        open_source(root, 'val', *options)
-        return source, True
+        return source, len(open_source(root, 'val', *options).labels)
     except DataError as error:
         try:
-            return open_source(root, 'all', *options), False
+            return open_source(root, 'all', *options), None
         except DataError:
             raise error from None
 
@@ -161,10 +166,14 @@ def choices(facts: Facts, values: dict[str, Any], start: StartModel | None = Non
     else:
         yield 'epochs', epochs, f'{epochs * steps:,} steps on {on}'
     epochs = int(str(values.get('epochs', epochs)))
+    minutes = values.get('minutes')
+    passes = float(str(minutes)) * 60 * SPEED[facts.device] / max(facts.images, 1) if has_value(minutes) else epochs
     if not start:
-        minutes = values.get('minutes')
-        passes = float(str(minutes)) * 60 * SPEED[facts.device] / max(facts.images, 1) if has_value(minutes) else epochs
         yield from augmentation(passes)
+    interval = math.ceil(VAL_COST * facts.val_images / (VAL_SHARE * max(facts.images, 1)))
+    interval = min(interval, int(passes / VALIDATIONS))
+    if interval > 1:
+        yield 'val_interval', interval, f'{facts.val_images:,} validation images to {facts.images:,} training images'
     if not start and is_convolutional(str(values.get('model', ''))):
         yield 'optimizer.lr', CNN_LR, 'for a convolutional network'
         yield 'optimizer.weight_decay', CNN_WEIGHT_DECAY, 'for a convolutional network'

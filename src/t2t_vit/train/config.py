@@ -231,6 +231,7 @@ class Config:
         optimizer: Optimizer and schedule.
         epochs: Passes over the training images, warm-up and cooldown included.
         minutes: Time budget: the run has as many epochs, up to `epochs`, as fit into it, and ends inside it.
+        val_interval: Epochs between two validations; the last epoch is always validated.
         patience: Stop early after so many epochs without a better validation score.
         batch_size: Images per step of the optimizer, over all processes.
         grad_accum_steps: Micro-batches per step in each process, to save memory.
@@ -240,7 +241,7 @@ class Config:
         threads: CPU threads; by default torch's choice. A small model on a busy machine is faster with one.
         seed: Seed of everything random.
         output: Run folder; by default a new one in runs/.
-        save_minutes: Minutes between two saved states, besides those after every epoch; 0 for every step.
+        save_minutes: Minutes between two saved states, besides those after every validation; 0 for every step.
         keep: Number of states to keep.
         max_skipped_steps: Steps in a row without a finite gradient before the run stops.
         trackers: tensorboard, wandb, mlflow or another of accelerate's, besides metrics.jsonl and curves.png.
@@ -257,6 +258,7 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
     epochs: int = 310
     minutes: float | None = None
+    val_interval: int = 1
     patience: int | None = None
     batch_size: int = 512
     grad_accum_steps: int = 1
@@ -305,6 +307,7 @@ class Config:
                 f'mixup and cutmix need an even batch_size, got {self.batch_size}',
             ),
             (self.minutes is None or self.minutes > 0, f'minutes is above 0, got {self.minutes}'),
+            (self.val_interval >= 1, f'val_interval is at least 1, got {self.val_interval}'),
             (self.patience is None or self.patience >= 1, f'patience is at least 1, got {self.patience}'),
             (self.grad_accum_steps >= 1, f'grad_accum_steps is at least 1, got {self.grad_accum_steps}'),
             (self.save_minutes >= 0, f'save_minutes is at least 0, got {self.save_minutes}'),

@@ -31,11 +31,12 @@ class Measured(NamedTuple):
 
     Attributes:
         step: Seconds of a training step, with its share of waiting for images.
-        epoch: Seconds of an epoch, with validation.
+        epoch: Seconds of an epoch, without validation.
         memory: Bytes of the process that trains, at its peak; on a GPU, of its memory.
         workers: Bytes of the processes that open images.
         steps: How many steps were timed.
         compute: Seconds of a step without waiting for images; 0 if it was not measured.
+        validation: Seconds of a validation.
     """
 
     step: float
@@ -44,6 +45,7 @@ class Measured(NamedTuple):
     workers: int
     steps: int
     compute: float = 0.0
+    validation: float = 0.0
 
 
 @contextmanager
@@ -85,8 +87,9 @@ def measure(trainer: Trainer, steps: int = STEPS, seconds: float = SECONDS) -> M
     validation = passes * trainer.data.counts[1] / (scored * trainer.accelerator.num_processes)
     compute = step - (sum(waits[1:]) / len(waits[1:]) if waits[1:] else waits[0])
     slowest = max(gather_object([step]))
-    epoch = slowest * len(trainer.data.train) + validation
-    return Measured(slowest, epoch, peak_memory(trainer), worker_memory(), len(times), max(gather_object([compute])))
+    compute = max(gather_object([compute]))
+    epoch = slowest * len(trainer.data.train)
+    return Measured(slowest, epoch, peak_memory(trainer), worker_memory(), len(times), compute, validation)
 
 
 def score_seconds(trainer: Trainer, batch: Any) -> float:
@@ -130,12 +133,14 @@ def worker_memory() -> int:
     return total
 
 
-def affordable_epochs(measured: Measured, minutes: float, spent: float) -> int:
-    """Return how many epochs fit into what is left of a budget.
+def affordable_epochs(seconds: float, training: float, validation: float, interval: int) -> int:
+    """Return how many epochs fit into the rest of a budget, with a validation after the last one.
 
     Args:
-        measured: See `measure`.
-        minutes: The budget.
-        spent: Seconds of it that are gone.
+        seconds: What is left.
+        training: Seconds of an epoch without validation.
+        validation: Seconds of a validation.
+        interval: Epochs between two validations.
     """
-    return int((60 * minutes - spent - ENDING) / (RESERVE * measured.epoch))
+    usable = (seconds - ENDING) / RESERVE - validation * (1 - 1 / interval)
+    return int(usable / (training + validation / interval))

@@ -41,7 +41,8 @@ def plan(trainer: Trainer, measured: Measured | None = None, report: DataReport 
         f'images, {len(data.classes)} classes, {"in memory" if isinstance(data.train, MemoryBatches) else "from disk"}',
         *repeats(data),
         *(classes(report) if report else []),
-        f'schedule  {config.epochs} epochs of {steps:,} steps, {trainer.total_steps:,} in all',
+        f'schedule  {config.epochs} epochs of {steps:,} steps, {trainer.total_steps:,} in all'
+        f'{f"; validation every {config.val_interval} epochs" * (config.val_interval > 1)}',
         f'batch     {config.batch_size} images = {world} processes x {config.grad_accum_steps} micro-batches x {micro}',
         f'optimizer {tuning.name}, lr {config.lr:g}{rule}, weight decay {tuning.weight_decay:g} on {decayed:,} of them',
         *ema_lines(trainer, steps),
@@ -51,11 +52,12 @@ def plan(trainer: Trainer, measured: Measured | None = None, report: DataReport 
             f'input     {input_need(trainer, trainer.input_alone, measured)}; see the speed after {FIRST} steps'
         )
     if measured:
-        left = measured.epoch * (config.epochs - trainer.position.epoch)
+        epoch = measured.epoch + measured.validation / config.val_interval
+        left = epoch * (config.epochs - trainer.position.epoch)
         budget = f', within {config.minutes:g} minutes' if config.minutes else ''
         workers = f', and {measured.workers / 2**20:,.0f} MB for workers' if measured.workers else ''
         lines += [
-            f'time      about {duration(left)}, {duration(measured.epoch)} an epoch, measured over {measured.steps} '
+            f'time      about {duration(left)}, {duration(epoch)} an epoch, measured over {measured.steps} '
             f'steps{budget}',
             f'memory    about {measured.memory / 2**20:,.0f} MB for each process{workers}',
         ]

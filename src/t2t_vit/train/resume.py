@@ -33,6 +33,7 @@ CHANGEABLE = (
     *PER_HOST,
     'epochs',
     'minutes',
+    'val_interval',
     'patience',
     'grad_accum_steps',
     'save_minutes',

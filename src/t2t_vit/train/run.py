@@ -2,10 +2,12 @@
 
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from .signals import WaitInterrupted, answer_at_once, stop_signals
 from .trainer import DAMAGED, Trainer, load, open_sources
 
 BEFORE_THE_FIRST_STEP = 'stopped before the first step, nothing is lost: the same command starts again'
+RECENT = 30  # seconds of training, at least, by which its speed is judged: a disturbed epoch may be a short one
 DRAW_SECONDS = 20  # between two drawings of the curves, which take about one: short epochs do not wait for it
 
 
@@ -103,6 +106,7 @@ def train(
             stack.enter_context(trainer.watch.active())
             trainer.measure_input()
             measured = measure(trainer)
+            trainer.validation_seconds = measured.validation
             if config.minutes:
                 fit_budget(trainer, measured, began)
             log = Log(folder, accelerator)
@@ -152,24 +156,33 @@ def fit_budget(trainer: Trainer, measured: Measured, began: float) -> None:
     """
     minutes, done = trainer.config.minutes or 0.0, trainer.position.epoch
     spent = time.monotonic() - began
-    epochs = broadcast_object_list([affordable_epochs(measured, minutes, spent)])[0]
+    left, interval = 60 * minutes - spent, trainer.config.val_interval
+    epochs = broadcast_object_list([affordable_epochs(left, measured.epoch, measured.validation, interval)])[0]
     if epochs < 1:
-        least = (spent + ENDING + RESERVE * measured.epoch) / 60
+        least = (spent + ENDING + RESERVE * (measured.epoch + measured.validation)) / 60
         raise UsageError(
-            f'an epoch takes about {duration(measured.epoch)}, which does not fit into {minutes:g} minutes: give '
-            f'--minutes {math.ceil(10 * least) / 10:g} or more, or fewer images with --data.train_images'
+            f'an epoch takes about {duration(measured.epoch + measured.validation)}, which does not fit into '
+            f'{minutes:g} minutes: give --minutes {math.ceil(10 * least) / 10:g} or more, or fewer images with '
+            '--data.train_images'
         )
     if done + epochs < trainer.config.epochs:
         trainer.set_epochs(done + epochs)
 
 
 def shorten(trainer: Trainer, began: float) -> None:
-    """Drop epochs that no longer fit into `config.minutes`, by the time that the last epoch took."""
-    config, done = trainer.config, trainer.position.epoch
+    """Drop epochs that no longer fit into `config.minutes`, by the time that the last ones took.
+
+    Called between the steps of an epoch and its validation.
+    """
+    config, done, now = trainer.config, trainer.position.epoch + 1, time.monotonic()
+    trainer.epoch_seconds.append(now - trainer.epoch_began)
     if not config.minutes:
         return
-    left = 60 * config.minutes - ENDING - (time.monotonic() - began)
-    epochs = broadcast_object_list([int(left / (RESERVE * (time.monotonic() - trainer.epoch_began)))])[0]
+    totals = list(accumulate(reversed(trainer.epoch_seconds)))
+    count = bisect_left(totals[:-1], RECENT) + 1  # of the last epochs, which took so long together
+    left = 60 * config.minutes - (now - began) - RESERVE * trainer.validation_seconds
+    training, interval = totals[count - 1] / count, config.val_interval
+    epochs = broadcast_object_list([affordable_epochs(left, training, trainer.validation_seconds, interval)])[0]
     if done + max(epochs, 0) < config.epochs:
         trainer.set_epochs(done + max(epochs, 0))
         if trainer.accelerator.is_main_process:
@@ -231,10 +244,13 @@ def run_epochs(trainer: Trainer, log: Log, began: float) -> dict[str, Any]:
             trainer.epoch_began = time.monotonic()
             trainer.stop_if_asked()
             train_epoch(trainer, log)
-            record = trainer.validate()
             shorten(trainer, began)
-            trainer.save()
+            validated = trainer.validates
+            record = trainer.finish_epoch()
             log.record(trainer.position.records)
+            if not validated:
+                continue
+            trainer.save()
             log.say(table_row(record, best=trainer.position.since_best == 0))
             last = is_finished(asdict(trainer.position), trainer.config)
             if trainer.accelerator.is_main_process and (last or time.monotonic() - drawn >= DRAW_SECONDS):

@@ -7,6 +7,7 @@ import subprocess
 import zipfile
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Position:
     """Where a run is: the next step of an epoch, from 0; sums over this epoch so far; and the epochs before.
 
     `waited` are the seconds waited for images, `skipped` the steps without an update in the whole run, `skipped_here`
-    those of this epoch, `in_a_row` those up to now, `since_best` the epochs since the best score.
+    those of this epoch, `in_a_row` those up to now, `since_best` the epochs from the best score to the last validation.
     """
 
     epoch: int = 0
@@ -42,12 +43,16 @@ class Position:
     in_a_row: int = 0
     records: list[dict[str, Any]] = field(default_factory=list)
 
-    def next_epoch(self, record: dict[str, Any], top1: float) -> 'Position':
-        """Return the start of the next epoch, after one with this record and best score."""
+    def next_epoch(self, record: dict[str, Any], top1: float | None) -> 'Position':
+        """Return the start of the next epoch, after one with this record and best score, or None without validation."""
+        since_best = self.since_best
+        if top1 is not None:
+            unseen = sum(1 for _ in takewhile(lambda earlier: 'val_top1' not in earlier, reversed(self.records)))
+            since_best = 0 if top1 > self.best else self.since_best + unseen + 1
         return Position(
             epoch=self.epoch + 1,
-            best=max(self.best, top1),
-            since_best=0 if top1 > self.best else self.since_best + 1,
+            best=self.best if top1 is None else max(self.best, top1),
+            since_best=since_best,
             skipped=self.skipped,
             in_a_row=self.in_a_row,
             records=[*self.records, record],

@@ -284,6 +284,8 @@ class Trainer:
         self.signals, self.watch = signals, watch
         self.whole = True  # false while a step changes the weights
         self.last_save = self.epoch_began = time.monotonic()
+        self.epoch_seconds: list[float] = []  # of the epochs of this process, without validation
+        self.validation_seconds = 0.0  # of the last one; before it, as measured
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
@@ -456,26 +458,38 @@ class Trainer:
             f'stopped; the state is saved in {path or self.folder}; continue with --resume {self.folder}',
         )
 
-    def validate(self) -> dict[str, Any]:
-        """Score weights and EMA weights, keep the better if it is the best so far, and start the next epoch.
+    @property
+    def validates(self) -> bool:
+        """True if this epoch ends with a validation."""
+        done = self.position.epoch + 1
+        return done % self.config.val_interval == 0 or done >= self.config.epochs
+
+    def finish_epoch(self) -> dict[str, Any]:
+        """Validate if it is time, keep the best weights so far, and start the next epoch.
 
         Returns:
-            The record of the epoch.
+            The record of the epoch, without scores if it was not validated.
         """
-        scores: dict[str, Scores] = {}
-        for suffix, model in self.candidates().items():
-            self.stop_if_asked()  # a resumed run scores again what was scored
-            scores[suffix] = score(model, self.watched(self.data.val), len(self.data.classes))
+        scores = self.validate() if self.validates else {}
         record, damaged = self.record(scores), self.damaged()
         record['damaged'] = len(damaged)
         if damaged and self.accelerator.is_main_process:
             lines = (portable_name(name, line=True) for name in damaged)
             write_text(self.folder / DAMAGED, '\n'.join(lines) + '\n')
-        best = max(scores, key=lambda suffix: scores[suffix].top1)
-        if scores[best].top1 >= self.position.best and self.accelerator.is_main_process:
+        best = max(scores, key=lambda suffix: scores[suffix].top1) if scores else ''
+        if scores and scores[best].top1 >= self.position.best and self.accelerator.is_main_process:
             self.save_best(best, scores[best])
-        self.position = self.position.next_epoch(record, scores[best].top1)
+        self.position = self.position.next_epoch(record, scores[best].top1 if scores else None)
         return record
+
+    def validate(self) -> dict[str, Scores]:
+        """Return the scores of weights and EMA weights, by their suffix in a record."""
+        began, scores = time.monotonic(), dict[str, Scores]()
+        for suffix, model in self.candidates().items():
+            self.stop_if_asked()  # a resumed run scores again what was scored
+            scores[suffix] = score(model, self.watched(self.data.val), len(self.data.classes))
+        self.validation_seconds = time.monotonic() - began
+        return scores
 
     def candidates(self) -> dict[str, nn.Module]:
         """Return the models to score, by the suffix of their scores in a record."""
