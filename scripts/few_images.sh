@@ -33,7 +33,7 @@ for file in out.glob('*/metrics.jsonl'):
     model, _, images = file.parent.name.rpartition('-')
     records = [json.loads(line) for line in file.read_text().splitlines()]
     last = records[-1]
-    best = max(max(record['val_top1'], record.get('val_top1_ema', 0)) for record in records)
+    best = max(max(record.get('val_top1', 0), record.get('val_top1_ema', 0)) for record in records)
     curves.setdefault(model, []).append((int(images), last['val_top1'], best, len(records)))
 figure = Figure(figsize=(6, 3.6), layout='constrained')
 axes = figure.add_subplot(xscale='log', xlabel='training images', ylabel='top-1 in %', title='38,000 images seen, 64 pixels')
