@@ -158,11 +158,16 @@ def test_patience_is_asked_after_validations(tmp_path, capsys):
     assert len(records) in (6, 9) and 'val_top1' in records[-1]
 
 
-def test_run_ends_with_a_validation_where_the_budget_cuts_it_short(tmp_path, monkeypatch):
-    monkeypatch.setattr('t2t_vit.train.run.affordable_epochs', lambda *_: 1)
-    train(digits_config(output=str(tmp_path), epochs=9, minutes=5.0, val_interval=9))
+@pytest.mark.parametrize(
+    'fitting, epochs', [([5, 1, 0], 2), ([1, 3, 2, 1, 0], 4), ([1, 20, 20, 20, 20, 20, 20], 6)], ids=str
+)
+def test_epochs_are_as_many_as_fit_at_the_end_of_each(tmp_path, monkeypatch, fitting, epochs):
+    answers = iter(fitting)
+    monkeypatch.setattr('t2t_vit.train.run.affordable_epochs', lambda *_: next(answers))
+    train(digits_config(output=str(tmp_path), epochs=6, minutes=5.0, val_interval=9))
     records = read_records(tmp_path / 'metrics.jsonl')
-    assert ['val_top1' in record for record in records][-1] and len(records) < 9
+    assert ['val_top1' in record for record in records] == [False] * (epochs - 1) + [True]
+    assert yaml.safe_load((tmp_path / 'config.yaml').read_text())['epochs'] == epochs
 
 
 def test_frozen_except_the_head(tmp_path):

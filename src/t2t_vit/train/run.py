@@ -107,6 +107,7 @@ def train(
             trainer.measure_input()
             measured = measure(trainer)
             trainer.validation_seconds = measured.validation
+            most = trainer.config.epochs
             if config.minutes:
                 fit_budget(trainer, measured, began)
             log = Log(folder, accelerator)
@@ -122,7 +123,7 @@ def train(
             if sources.split and accelerator.is_main_process:
                 sources.split.save(folder / SPLIT_FILE)
         stack.callback(accelerator.end_training)
-        return run_epochs(trainer, log, began)
+        return run_epochs(trainer, log, began, most)
 
 
 @contextmanager
@@ -169,8 +170,8 @@ def fit_budget(trainer: Trainer, measured: Measured, began: float) -> None:
         trainer.set_epochs(done + epochs)
 
 
-def shorten(trainer: Trainer, began: float) -> None:
-    """Drop epochs that no longer fit into `config.minutes`, by the time that the last ones took.
+def refit_budget(trainer: Trainer, began: float, most: int) -> None:
+    """Change the number of epochs to what fits into `config.minutes`, at most `most`, by the time of the last ones.
 
     Called between the steps of an epoch and its validation.
     """
@@ -183,8 +184,9 @@ def shorten(trainer: Trainer, began: float) -> None:
     left = 60 * config.minutes - (now - began) - RESERVE * trainer.validation_seconds
     training, interval = totals[count - 1] / count, config.val_interval
     epochs = broadcast_object_list([affordable_epochs(left, training, trainer.validation_seconds, interval)])[0]
-    if done + max(epochs, 0) < config.epochs:
-        trainer.set_epochs(done + max(epochs, 0))
+    epochs = min(done + max(epochs, 0), most)
+    if epochs != config.epochs:
+        trainer.set_epochs(epochs)
         if trainer.accelerator.is_main_process:
             write_config(trainer.folder, trainer.config)
 
@@ -229,13 +231,14 @@ def choose_folder(config: Config, resume: str | None) -> Path:
     return Path(broadcast_object_list([resumed or config.output or new])[0])
 
 
-def run_epochs(trainer: Trainer, log: Log, began: float) -> dict[str, Any]:
+def run_epochs(trainer: Trainer, log: Log, began: float, most: int) -> dict[str, Any]:
     """Train from where the run is to its end, and return the last record.
 
     Args:
         trainer: The run.
         log: Where it is reported.
         began: When the command began, for `config.minutes`.
+        most: Number of epochs, if they fit into them.
     """
     drawn = -math.inf
     log.say(table_head(trainer.parts.ema is not None))
@@ -244,7 +247,7 @@ def run_epochs(trainer: Trainer, log: Log, began: float) -> dict[str, Any]:
             trainer.epoch_began = time.monotonic()
             trainer.stop_if_asked()
             train_epoch(trainer, log)
-            shorten(trainer, began)
+            refit_budget(trainer, began, most)
             validated = trainer.validates
             record = trainer.finish_epoch()
             log.record(trainer.position.records)
