@@ -181,6 +181,9 @@ def test_incomplete_metrics_are_rejected(tmp_path, capsys):
     (tmp_path / 'metrics.jsonl').write_text('{"epoch": 0, "train_loss": 1.0, "val_loss": 1.0}\n')
     assert cli.main(['visualize', '--runs', str(tmp_path), '--output', str(tmp_path / 'out')]) == 2
     assert 'line 1, lacks val_top1, images_per_second' in capsys.readouterr().err
+    (tmp_path / 'metrics.jsonl').write_text('{"epoch": 0, "train_loss": 1.0, "images_per_second": 9.0}\n')
+    assert cli.main(['visualize', '--runs', str(tmp_path), '--output', str(tmp_path / 'out')]) == 2
+    assert 'has validated no epoch yet' in capsys.readouterr().err
 
 
 def test_runs_without_images(digits_run, tmp_path):

@@ -32,6 +32,7 @@ def plan(trainer: Trainer, measured: Measured | None = None, report: DataReport 
     micro = config.batch_size // world // config.grad_accum_steps
     tuning = config.optimizer
     rule = f' = {tuning.lr:g} x {config.batch_size} / {tuning.lr_base_size}' if tuning.lr_base_size else ''
+    validated = f'; validation every {config.val_interval} epochs' if config.val_interval > 1 else ''
     decayed = sum(p.numel() for group in parts.groups if group['weight_decay'] for p in group['params'])
     lines = [
         f'model     {config.model}, {count:,} trainable parameters{f", {frozen:,} frozen" if frozen else ""}, images '
@@ -41,8 +42,7 @@ def plan(trainer: Trainer, measured: Measured | None = None, report: DataReport 
         f'images, {len(data.classes)} classes, {"in memory" if isinstance(data.train, MemoryBatches) else "from disk"}',
         *repeats(data),
         *(classes(report) if report else []),
-        f'schedule  {config.epochs} epochs of {steps:,} steps, {trainer.total_steps:,} in all'
-        f'{f"; validation every {config.val_interval} epochs" * (config.val_interval > 1)}',
+        f'schedule  {config.epochs} epochs of {steps:,} steps, {trainer.total_steps:,} in all{validated}',
         f'batch     {config.batch_size} images = {world} processes x {config.grad_accum_steps} micro-batches x {micro}',
         f'optimizer {tuning.name}, lr {config.lr:g}{rule}, weight decay {tuning.weight_decay:g} on {decayed:,} of them',
         *ema_lines(trainer, steps),

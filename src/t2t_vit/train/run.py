@@ -176,9 +176,9 @@ def refit_budget(trainer: Trainer, began: float, most: int) -> None:
     Called between the steps of an epoch and its validation.
     """
     config, done, now = trainer.config, trainer.position.epoch + 1, time.monotonic()
-    trainer.epoch_seconds.append(now - trainer.epoch_began)
     if not config.minutes:
         return
+    trainer.epoch_seconds.append(now - trainer.epoch_began)
     totals = list(accumulate(reversed(trainer.epoch_seconds)))
     count = bisect_left(totals[:-1], RECENT) + 1  # of the last epochs, which took so long together
     left = 60 * config.minutes - (now - began) - RESERVE * trainer.validation_seconds

@@ -284,7 +284,7 @@ class Trainer:
         self.signals, self.watch = signals, watch
         self.whole = True  # false while a step changes the weights
         self.last_save = self.epoch_began = time.monotonic()
-        self.epoch_seconds: list[float] = []  # of the epochs of this process, without validation
+        self.epoch_seconds: list[float] = []  # of the epochs of this process, without validation, under a time budget
         self.validation_seconds = 0.0  # of the last one; before it, as measured
 
     def restore(self, state: dict[str, Any]) -> None:
