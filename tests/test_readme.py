@@ -65,12 +65,20 @@ def run(words: list[str], folder: Path) -> None:
         pytest.fail(f'this test cannot run {words}')
 
 
+@pytest.fixture(scope='module')
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a checkpoint of T2T-ViT-14 as the official training saves it; read-only."""
+    weights = timm.create_model('t2t_vit_14').state_dict()
+    file = tmp_path_factory.mktemp('release') / '81.5_T2T_ViT_14.pth.tar'
+    torch.save({'state_dict_ema': weights, 'args': argparse.Namespace()}, file)
+    return file
+
+
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(tmp_path: Path, release: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Enter a folder with a released file, some images of ImageNet, and photos in class folders."""
     monkeypatch.chdir(tmp_path)
-    weights = timm.create_model('t2t_vit_14').state_dict()
-    torch.save({'state_dict_ema': weights, 'args': argparse.Namespace()}, tmp_path / '81.5_T2T_ViT_14.pth.tar')
+    (tmp_path / release.name).symlink_to(release)
     for i in range(1000):
         (tmp_path / 'imagenet' / 'val' / f'n{i:08}').mkdir(parents=True)
     for i, (_, name, image) in enumerate(crops()):  # twelve of each class
