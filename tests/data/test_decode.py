@@ -107,13 +107,22 @@ XMP = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:tiff="http://ns.adobe.com
 
 @pytest.mark.filterwarnings('ignore:Image appears to be a malformed MPO file')
 @pytest.mark.parametrize('marker, segment', [(0xE1, XMP), (0xE2, b'MPF\0')], ids=['XMP', 'MPF'])
-def test_jpeg_with_metadata_is_read_by_pillow(marker, segment, monkeypatch):
+def test_metadata_says_whether_a_jpeg_is_turned(marker, segment, monkeypatch):
     content, calls = encode(PHOTO, 'jpeg'), decoders(monkeypatch)
     added = bytes([0xFF, marker]) + (len(segment) + 2).to_bytes(2, 'big') + segment
-    image = read_image(content[:2] + added + content[2:])
-    assert isinstance(image, Image.Image) and not calls
+    image, turned = read_image(content[:2] + added + content[2:]), marker == 0xE1
+    assert isinstance(image, Image.Image) == turned and calls == ([] if turned else [True])
     expected = read_image(content)
-    assert np.array_equal(image, np.rot90(expected, -1) if marker == 0xE1 else expected)
+    assert np.array_equal(image, np.rot90(expected, -1) if turned else expected)
+
+
+@pytest.mark.parametrize('kind, options', [('jpeg', {}), ('mpo', dict(save_all=True, append_images=[PHOTO.rotate(9)]))])
+def test_upright_photo_of_a_camera_has_the_pixels_of_pillow(kind, options, monkeypatch):
+    """Cameras write EXIF data into every photo, telephones often a second image behind it."""
+    exif, calls = Image.Exif(), decoders(monkeypatch)
+    exif[0x010F], exif[0x0112] = 'maker', 1
+    content = encode(PHOTO, kind, exif=exif, **options)
+    assert np.array_equal(read_image(content), np.asarray(Image.open(io.BytesIO(content)))) and calls == [True]
 
 
 def test_jpeg_without_simplejpeg_has_the_same_pixels(monkeypatch):

@@ -254,8 +254,12 @@ def _decode_plain_jpeg(content: bytes, max_aspect: float) -> np.ndarray | None:
 
     None for all other images, and for a JPEG in which it finds any fault: Pillow then decides what is damaged.
     """
-    if (simplejpeg := _simplejpeg()) is None or _has_metadata(content):
+    if (simplejpeg := _simplejpeg()) is None:
         return None
+    if _has_metadata(content):
+        with Image.open(io.BytesIO(content), formats=['JPEG']) as image:  # reads the header only
+            if _turn(image) is not None:
+                return None
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(content)
         if space != 'YCbCr' or width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
