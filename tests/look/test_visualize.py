@@ -330,6 +330,16 @@ def test_frames_mark_the_right_channels():
     assert '2 rich, 1 dead' in ax.get_title()
 
 
+@pytest.mark.parametrize('models', [1, 3, 5, 7])
+def test_titles_of_models_side_by_side_do_not_meet(models):
+    trace = Trace(torch.zeros(1, 2), {'blocks.10': torch.randn(1, 400, 4, 4)})
+    result = draw.Result(trace, [measured(400, [*range(150)], [*range(200, 399)], 'blocks.10')], torch.rand(1, 4, 4, 3))
+    figure = draw.feature_maps({f't2t_vit_14_no_t2t/seed-{i}': result for i in range(models)}, rows=1)
+    figure.draw_without_rendering()
+    boxes = sorted((ax.title.get_window_extent() for ax in figure.axes), key=lambda box: box.x0)
+    assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:]))
+
+
 def test_sampled_channels_are_even_and_include_a_dead_one():
     assert draw.sample_channels(measured(100, [], []), 5) == [0, 25, 50, 74, 99]
     assert draw.sample_channels(measured(100, [], [7]), 5) == [0, 25, 50, 74, 7]

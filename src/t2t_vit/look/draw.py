@@ -5,6 +5,7 @@ and vermilion, which every eye tells apart; red frames are dashed as well.
 """
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -29,6 +30,7 @@ from .trace import Trace
 WIDTH = 9.0  # inches
 DPI = 120
 MARGIN = 0.07  # inches
+LETTER = 0.058  # inches of a letter of 8 points, on average
 CROSS = '#56B4E9'
 HEAT = colormaps['magma']
 OPACITY = 0.35, 0.8  # of a heat map over a grey photo, at 0 and at its maximum
@@ -61,8 +63,8 @@ class Result(NamedTuple):
 
 
 def save(figure: Figure, file: Path) -> Path:
-    """Write a figure as a PNG file of DPI dots per inch; returns the file."""
-    return save_figure(figure, file, DPI)
+    """Write a figure as a PNG file of DPI dots per inch, as large as its content; returns the file."""
+    return save_figure(figure, file, DPI, 'tight')
 
 
 def sheet(
@@ -171,15 +173,22 @@ def feature_maps(results: dict[str, Result], image: int = 0, side: int = 5, rows
         else:
             same.append(name)
     ratio = max(maps.shape[-2] / maps.shape[-1] for result in results.values() for maps in result.trace.maps.values())
-    figure, axes = sheet(rows, 1 + len(results), ratio, 4, 0.4, 4.5)
+    letters = int((WIDTH - 0.4) / (1 + len(results)) / LETTER)
+    columns = []
+    for name, result in results.items():
+        stages = [result.measures[i] for i in spread_stages(result.measures, rows)]
+        titles = [_title(measure, side, '' if row else name, letters) for row, measure in enumerate(stages)]
+        columns.append([(result.trace.maps[m.name][image], m, title) for m, title in zip(stages, titles)])
+    title_lines = 1 + max(title.count('\n') for column in columns for *_, title in column)
+    figure, axes = sheet(rows, 1 + len(results), ratio, title_lines, 0.4, 4.5)
     for row, (names, photo) in enumerate(inputs[:rows]):
         axes[row, 0].imshow(photo.numpy())
         models = [] if len(inputs) == 1 else [name.partition(' (')[0] for name in names]
         axes[row, 0].set_title('\n'.join([f'input, {photo.shape[0]}×{photo.shape[1]} pixels', *models]), fontsize=8)
-    for col, (name, (trace, measures, _)) in enumerate(results.items(), 1):
-        for row, i in enumerate(spread_stages(measures, rows)):
-            maps = trace.maps[measures[i].name][image]
-            _draw_channels(axes[row, col], maps, measures[i], side, name if row == 0 else '')
+    for col, column in enumerate(columns, 1):
+        for row, (maps, measure, title) in enumerate(column):
+            _draw_channels(axes[row, col], maps, measure, side)
+            axes[row, col].set_title(title, fontsize=8)
     for row, label in enumerate(('shallow', *['middle'] * (rows - 2), 'deep') if rows > 1 else ()):
         axes[row, 1].set_ylabel(label, fontsize=11)
     figure.supxlabel(
@@ -190,7 +199,7 @@ def feature_maps(results: dict[str, Result], image: int = 0, side: int = 5, rows
     return figure
 
 
-def _draw_channels(ax: Axes, maps: torch.Tensor, measure: LayerMeasure, side: int, head: str) -> None:
+def _draw_channels(ax: Axes, maps: torch.Tensor, measure: LayerMeasure, side: int) -> None:
     chosen = sample_channels(measure, side * side)
     canvas, frames = mosaic(
         [(i // side, i % side, scaled_map(maps[c], bool(measure.dead[c]))) for i, c in enumerate(chosen)]
@@ -200,13 +209,21 @@ def _draw_channels(ax: Axes, maps: torch.Tensor, measure: LayerMeasure, side: in
             color, dash = (RED, '--') if dead else (GREEN, '-')
             ax.add_patch(Rectangle((left, top), width, height, fill=False, linewidth=1.6, color=color, linestyle=dash))
     ax.imshow(canvas, cmap='gray', vmin=0, vmax=1, interpolation='nearest')
-    rich, dead_count = int(measure.rich.sum()), int(measure.dead.sum())
+
+
+def _title(measure: LayerMeasure, side: int, head: str, letters: int) -> str:
+    """Name a layer and count its channels, in lines of at most so many letters."""
+    count = len(measure.dead)
+    shown, found = (
+        f'{min(count, side * side)} of {count} channels:',
+        f'{measure.rich.sum()} rich, {measure.dead.sum()} dead',
+    )
     lines = [
-        *([head.replace(' (', '\n(')] if head else []),
+        *head.replace(' (', '\n(').splitlines(),
         f'{short(measure.name)}, {"×".join(map(str, measure.grid))}',
-        f'{len(chosen)} of {len(measure.dead)} channels: {rich} rich, {dead_count} dead',
+        *([f'{shown} {found}'] if len(shown) + len(found) < letters else [shown, found]),
     ]
-    ax.set_title('\n'.join(lines), fontsize=8 if len(lines[-1]) < 36 else 7)
+    return '\n'.join(part for line in lines for part in textwrap.wrap(line, letters))
 
 
 def short(name: str) -> str:
