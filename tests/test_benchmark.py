@@ -185,5 +185,13 @@ def test_bench_rejects_unknown_models(tmp_path, capsys):
     (tmp_path / 'mine.py').touch()
     with pytest.raises(ValueError, match='mine.py defines no function or class .small'):
         build(f'{tmp_path}/mine.py:small', 16)
+    for line, sentence in {
+        'def small(): pass': 'must be a function of img_size that returns a model, got one of ()',
+        'small = 3': 'must be a function of img_size that returns a model, got int',
+        'def small(img_size): return img_size': 'must return a model, a torch.nn.Module, got int',
+    }.items():
+        (tmp_path / 'mine.py').write_text(line)
+        assert main(['bench', f'{tmp_path}/mine.py:small', '--rounds', '1']) == 2
+        assert sentence in ' '.join(capsys.readouterr().err.split())
     assert main(['bench', 't2t_vit_8', '--rounds', '1']) == 2
     assert 't2t_vit_8' in capsys.readouterr().err

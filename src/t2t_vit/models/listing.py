@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import inspect
 from json import dumps
 from typing import Any
 
@@ -88,7 +89,16 @@ def build(name: str, img_size: int | tuple[int, int], **kwargs: Any) -> nn.Modul
         ValueError: if there is no such model.
     """
     if '.py:' in name:
-        return load_code(name)(img_size=img_size)
+        function = load_code(name)
+        try:
+            inspect.signature(function).bind(img_size=img_size)
+        except TypeError:
+            found = f'one of {inspect.signature(function)}' if callable(function) else type(function).__name__
+            raise ValueError(f'{name} must be a function of img_size that returns a model, got {found}') from None
+        model = function(img_size=img_size)
+        if not isinstance(model, nn.Module):
+            raise ValueError(f'{name} must return a model, a torch.nn.Module, got {type(model).__name__}')
+        return model
     if not name.startswith(('hf-hub:', 'local-dir:')) and not is_known(name):
         raise ValueError(
             f'unknown model {name!r}; expected a name timm knows, hf-hub:USER/NAME, local-dir:FOLDER, '
