@@ -76,7 +76,7 @@ def chosen(**facts: Any) -> dict[str, Any]:
 
 def test_choices_follow_data_and_machine():
     assert chosen()['model'] == 't2t_vit_r_4_64' and chosen(device='cuda')['data.img_size'] == 224
-    assert chosen(pixels=40)['model'] == 't2t_vit_c_6_32' and chosen(pixels=5)['model'] == 't2t_vit_4_16'
+    assert chosen(pixels=40)['model'] == 't2t_vit_r_4_32' and chosen(pixels=5)['model'] == 't2t_vit_4_16'
     assert chosen(images=20)['batch_size'] == 8 and chosen(images=100_000)['batch_size'] == 32
     assert chosen(images=100_000)['epochs'] == 10 and chosen(images=100)['epochs'] == 100
     assert 'objective.class_weights' not in chosen() and chosen(imbalance=20.0)['objective.class_weights'] == 'balanced'

@@ -21,7 +21,7 @@ from .start_weights import StartModel, describe_weights
 from .state import saved_states
 
 MODELS: dict[str, dict[int, str]] = {  # by device and pixels
-    'cpu': {16: 't2t_vit_4_16', 32: 't2t_vit_c_6_32', 64: 't2t_vit_r_4_64'},
+    'cpu': {16: 't2t_vit_4_16', 32: 't2t_vit_r_4_32', 64: 't2t_vit_r_4_64'},
     'cuda': {16: 't2t_vit_4_16', 32: 't2t_vit_7_32', 64: 't2t_vit_7_64', 128: 't2t_vit_7', 224: 't2t_vit_7'},
 }
 FINETUNING = ('finetune', 'finetune-head')  # recipes
