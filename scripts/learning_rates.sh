@@ -5,7 +5,7 @@
 set -euo pipefail
 data=${1:?usage: scripts/learning_rates.sh FOLDER OUT}
 out=${2:?usage: scripts/learning_rates.sh FOLDER OUT}
-shapes='64:4 128:4 256:4 64:8 64:16' # width and depth; heads are 32 wide
+shapes='64:4 128:4 256:4 64:16' # width and depth; heads are 32 wide
 for shape in $shapes; do
     width=${shape%:*}
     for lr in 5e-4 1e-3 2e-3 4e-3 8e-3; do

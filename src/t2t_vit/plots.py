@@ -44,7 +44,7 @@ def save_figure(figure: Figure, file: Path, dpi: float = DPI, bbox: str | None =
     file.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph .* missing')  # see `choose_fonts`
-        figure.savefig(file, dpi=dpi, bbox_inches=bbox, pad_inches=0.03)
+        figure.savefig(file, dpi=dpi, bbox_inches=bbox, pad_inches=0.03)  # no wider than the figure
     return file
 
 

@@ -214,10 +214,8 @@ def _draw_channels(ax: Axes, maps: torch.Tensor, measure: LayerMeasure, side: in
 def _title(measure: LayerMeasure, side: int, head: str, letters: int) -> str:
     """Name a layer and count its channels, in lines of at most so many letters."""
     count = len(measure.dead)
-    shown, found = (
-        f'{min(count, side * side)} of {count} channels:',
-        f'{measure.rich.sum()} rich, {measure.dead.sum()} dead',
-    )
+    shown = f'{min(count, side * side)} of {count} channels:'
+    found = f'{measure.rich.sum()} rich, {measure.dead.sum()} dead'
     lines = [
         *head.replace(' (', '\n(').splitlines(),
         f'{short(measure.name)}, {"×".join(map(str, measure.grid))}',
