@@ -203,6 +203,21 @@ def test_window_mean_var(kernel, stride):
     torch.testing.assert_close(found_var.flatten(1), var)
 
 
+@pytest.mark.filterwarnings('ignore:.torch.jit.script:FutureWarning')  # forward-mode gradients of torch use it
+def test_gradients_of_channel_mean_var():
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert folded.channel_mean_var(x)[1].grad_fn.name() == 'ChannelMeanVarBackward'
+    assert torch.autograd.gradcheck(folded.channel_mean_var, x, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(folded.channel_mean_var, x)
+
+    def product(x):
+        mean, var = folded.channel_mean_var(x)
+        return (mean * var).sum()
+
+    each = torch.func.vmap(torch.func.grad(product))(x.detach().unsqueeze(1))
+    torch.testing.assert_close(each.squeeze(1), torch.autograd.grad(product(x), x)[0])
+
+
 # training
 
 
