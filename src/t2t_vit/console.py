@@ -2,10 +2,11 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 
 def console(stderr: bool = False) -> Console:
@@ -16,13 +17,23 @@ def console(stderr: bool = False) -> Console:
 
 
 class Live:
-    """Show the progress of a long job: a bar on a terminal, elsewhere a line every `interval` seconds."""
+    """Show the progress of a long job: a bar on a terminal, elsewhere a line every `interval` seconds.
+
+    `work(start, end, total)` returns the work of a part of it; by default it is even.
+    """
 
     def __init__(
-        self, screen: Console, unit: str, total: int, done: int = 0, interval: float = 10, quiet: bool = False
+        self,
+        screen: Console,
+        unit: str,
+        total: int,
+        done: int = 0,
+        interval: float = 10,
+        quiet: bool = False,
+        work: Callable[[int, int, int], float] | None = None,
     ) -> None:
         self.screen, self.unit, self.total, self.first, self.interval = screen, unit, total, done, interval
-        self.quiet = quiet
+        self.quiet, self.work = quiet, work or (lambda start, end, total: end - start)
         self.progress: Progress | None = None
         self.begun = self.last = time.monotonic()
 
@@ -33,10 +44,10 @@ class Live:
                 TextColumn('{task.description}'),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TimeRemainingColumn(),
+                TextColumn('{task.fields[left]}'),
                 console=self.screen,
             )
-            self.progress.add_task('', total=self.total, completed=self.first)
+            self.progress.add_task('', total=self.total, completed=self.first, left='')
             self.progress.start()
         return self
 
@@ -51,12 +62,14 @@ class Live:
 
     def left(self, done: int) -> str:
         """Return the estimated time left, from the speed so far."""
-        return duration(self.seconds / max(done - self.first, 1) * (self.total - done))
+        worked = self.work(self.first, max(done, self.first + 1), self.total)
+        return duration(self.seconds / worked * self.work(done, self.total, self.total))
 
     def show(self, done: int, text: str) -> None:
         """Update the progress to `done` steps and show a text beside it."""
         if self.progress:
-            self.progress.update(self.progress.task_ids[0], completed=done, description=text)
+            task, left = self.progress.task_ids[0], f'{self.left(done)} left'
+            self.progress.update(task, completed=done, total=self.total, description=text, left=left)
         elif not self.quiet and time.monotonic() - self.last >= self.interval:
             self.last = time.monotonic()
             self.screen.print(

@@ -50,6 +50,9 @@ class Data:
         mean: Mean of each channel, in [0, 1]; by default the model's.
         std: Standard deviation of each channel; by default the model's.
         crop_pct: Fraction of the resized image that the validation crop keeps; by default the model's.
+        start_scale: Start on smaller images, with sides of this fraction of img_size (progressive resizing); 1 for
+            img_size from the start.
+        start_share: Fraction of the steps that are done on smaller images.
         memory: Keep the decoded set on the device; by default only sets of small images.
         workers: Number of processes that open images.
         timeout: Seconds to wait for a batch of images before the run stops, as on a network folder that hangs.
@@ -75,6 +78,8 @@ class Data:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     crop_pct: float | None = None
+    start_scale: float = 1.0
+    start_share: float = 0.6
     memory: bool | None = None
     workers: int = 2
     timeout: float = 600.0
@@ -331,6 +336,13 @@ class Config:
                 f'data.img_size is at least 1, got {d.img_size}',
             ),
             (d.crop_pct is None or 0 < d.crop_pct <= 1, f'data.crop_pct is above 0 and at most 1, got {d.crop_pct}'),
+            (0 < d.start_scale <= 1, f'data.start_scale is above 0 and at most 1, got {d.start_scale}'),
+            (0 < d.start_share < 1, f'data.start_share is above 0 and below 1, got {d.start_share}'),
+            (
+                d.start_scale == 1 or self.objective.kind != 'token_labels',
+                'data.start_scale is not for objective.kind token_labels, whose labels belong to a token grid; '
+                f'got {d.start_scale}',
+            ),
             (d.channels is None or d.channels >= 1, f'data.channels must be at least 1, got {d.channels}'),
             (is_color(d.background), f'data.background must be a colour name or #rrggbb, got {d.background!r}'),
             (d.std is None or min(d.std) > 0, f'data.std is above 0, got {d.std}'),

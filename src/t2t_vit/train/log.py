@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,9 @@ class Log:
         self.accelerator.log({key: value for key, value in values.items() if key != 'epoch'}, step=values['epoch'])
 
     @contextmanager
-    def live(self, total: int, done: int) -> Iterator[None]:
-        """Show progress as long as the context lasts; `step` updates it."""
-        with Live(self.console, 'step', total, done, self.interval, quiet=not self.main) as self.shown:
+    def live(self, total: int, done: int, work: Callable[[int, int, int], float] | None = None) -> Iterator[None]:
+        """Show progress as long as the context lasts; `step` updates it. `work` as for `Live`."""
+        with Live(self.console, 'step', total, done, self.interval, quiet=not self.main, work=work) as self.shown:
             yield
 
     def step(self, done: int, text: str, speed: str = '') -> None:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
@@ -11,7 +11,8 @@ import psutil
 import torch
 from accelerate.utils import gather_object
 
-from ..data import synchronize
+from ..data import Batch, synchronize
+from ..settings import UsageError
 from .trainer import Trainer
 
 try:
@@ -31,7 +32,7 @@ class Measured(NamedTuple):
 
     Attributes:
         step: Seconds of a training step, with its share of waiting for images.
-        epoch: Seconds of an epoch, without validation.
+        epoch: Seconds of an epoch on images of full size, without validation.
         memory: Bytes of the process that trains, at its peak; on a GPU, of its memory.
         workers: Bytes of the processes that open images.
         steps: How many steps were timed.
@@ -62,7 +63,11 @@ def unchanged(trainer: Trainer) -> Iterator[None]:
 
 
 def measure(trainer: Trainer, steps: int = STEPS, seconds: float = SECONDS) -> Measured:
-    """Time some training steps, without an update, and the scoring of a batch; the trainer stays as it is."""
+    """Time some training steps, without an update, and the scoring of a batch; the trainer stays as it is.
+
+    Raises:
+        UsageError: if the model does not take the smaller images of data.start_scale.
+    """
     device, parts, position = trainer.accelerator.device, trainer.parts, trainer.position
     times: list[float] = []
     waits: list[float] = []
@@ -81,15 +86,37 @@ def measure(trainer: Trainer, steps: int = STEPS, seconds: float = SECONDS) -> M
             if sum(gather_object([time.perf_counter() - begun])) > seconds * trainer.accelerator.num_processes:
                 break
             clock = time.perf_counter()
+        compute = sum(times[1:] or times) - sum(waits[1:] or waits)
+        compute = max(gather_object([compute / max(len(times) - 1, 1)]))
+        if batch is not None and trainer.small.scale < 1:
+            trainer.small.cost = small_cost(trainer, batch, compute)
     step = sum(times[1:]) / len(times[1:]) if times[1:] else times[0]
     scored = len(batch.labels) / score_seconds(trainer, batch) if batch is not None else 1.0
     passes = len(trainer.candidates())
     validation = passes * trainer.data.counts[1] / (scored * trainer.accelerator.num_processes)
-    compute = step - (sum(waits[1:]) / len(waits[1:]) if waits[1:] else waits[0])
     slowest = max(gather_object([step]))
-    compute = max(gather_object([compute]))
     epoch = slowest * len(trainer.data.train)
     return Measured(slowest, epoch, peak_memory(trainer), worker_memory(), len(times), compute, validation)
+
+
+def small_cost(trainer: Trainer, batch: Batch, compute: float) -> float:
+    """Return the time of a step on smaller images as a fraction of `compute`, that of one at full size."""
+    device, small = trainer.accelerator.device, trainer.small.reduce(batch.images)
+    times = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        try:
+            trainer.accumulate_gradients(Batch(small.clone(), *(tensor.clone() for tensor in batch[1:])))
+        except Exception as error:  # the model may raise anything
+            config, size = trainer.config, 'x'.join(map(str, small.shape[2:]))
+            raise UsageError(
+                f'data.start_scale {config.data.start_scale:g}: {config.model} does not take images of {size} pixels: '
+                f'{error}'
+            ) from error
+        trainer.parts.optimizer.zero_grad()
+        synchronize(device)
+        times.append(time.perf_counter() - begun)
+    return min(1.0, max(gather_object([min(times[1:])])) / compute)
 
 
 def score_seconds(trainer: Trainer, batch: Any) -> float:
@@ -133,14 +160,20 @@ def worker_memory() -> int:
     return total
 
 
-def affordable_epochs(seconds: float, training: float, validation: float, interval: int) -> int:
+def affordable_epochs(
+    seconds: float, training: float, validation: float, interval: int, work: Callable[[int], float] = float
+) -> int:
     """Return how many epochs fit into the rest of a budget, with a validation after the last one.
 
     Args:
         seconds: What is left.
-        training: Seconds of an epoch without validation.
+        training: Seconds of an epoch without validation, on images of full size.
         validation: Seconds of a validation.
         interval: Epochs between two validations.
+        work: Returns the work of so many epochs, in epochs on images of full size.
     """
     usable = (seconds - ENDING) / RESERVE - validation * (1 - 1 / interval)
-    return int(usable / (training + validation / interval))
+    epochs = 0
+    while training * work(epochs + 1) + validation * (epochs + 1) / interval <= usable:
+        epochs += 1
+    return epochs

@@ -42,7 +42,8 @@ def plan(trainer: Trainer, measured: Measured | None = None, report: DataReport 
         f'images, {len(data.classes)} classes, {"in memory" if isinstance(data.train, MemoryBatches) else "from disk"}',
         *repeats(data),
         *(classes(report) if report else []),
-        f'schedule  {config.epochs} epochs of {steps:,} steps, {trainer.total_steps:,} in all{validated}',
+        f'schedule  {config.epochs} epochs of {steps:,} steps, {trainer.total_steps:,} in all{smaller_images(trainer)}'
+        f'{validated}',
         f'batch     {config.batch_size} images = {world} processes x {config.grad_accum_steps} micro-batches x {micro}',
         f'optimizer {tuning.name}, lr {config.lr:g}{rule}, weight decay {tuning.weight_decay:g} on {decayed:,} of them',
         *ema_lines(trainer, steps),
@@ -52,12 +53,15 @@ def plan(trainer: Trainer, measured: Measured | None = None, report: DataReport 
             f'input     {input_need(trainer, trainer.input_alone, measured)}; see the speed after {FIRST} steps'
         )
     if measured:
-        epoch = measured.epoch + measured.validation / config.val_interval
-        left = epoch * (config.epochs - trainer.position.epoch)
+        done, scored = trainer.position.epoch, measured.validation / config.val_interval
+        work = trainer.small.work(done, config.epochs, config.epochs)
+        left = measured.epoch * work + scored * (config.epochs - done)
+        epoch = measured.epoch + scored
+        first = f'{duration(trainer.small.cost * measured.epoch + scored)} to ' if trainer.small.scale < 1 else ''
         budget = f', within {config.minutes:g} minutes' if config.minutes else ''
         workers = f', and {measured.workers / 2**20:,.0f} MB for workers' if measured.workers else ''
         lines += [
-            f'time      about {duration(left)}, {duration(epoch)} an epoch, measured over {measured.steps} '
+            f'time      about {duration(left)}, {first}{duration(epoch)} an epoch, measured over {measured.steps} '
             f'steps{budget}',
             f'memory    about {measured.memory / 2**20:,.0f} MB for each process{workers}',
         ]
@@ -77,6 +81,14 @@ def start(trainer: Trainer) -> str:
         return f'from epoch {trainer.position.epoch + 1}, step {trainer.position.step + 1}, of this run'
     adapters = f'; adapters of rank {trainer.config.lora} and the head are trained' if trainer.config.lora else ''
     return f'{trainer.parts.report or "from scratch"}{adapters}'
+
+
+def smaller_images(trainer: Trainer) -> str:
+    """Say how many steps are done on smaller images, if any are."""
+    if not (until := math.ceil(trainer.small.until(trainer.total_steps))):
+        return ''
+    pixels = 'x'.join(str(trainer.small.side(side)) for side in trainer.data.preprocessing.size)
+    return f', the first {until:,} of them on images of {pixels}'
 
 
 def repeats(data: TrainingData) -> list[str]:

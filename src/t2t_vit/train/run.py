@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -158,16 +159,23 @@ def fit_budget(trainer: Trainer, measured: Measured, began: float) -> None:
     minutes, done = trainer.config.minutes or 0.0, trainer.position.epoch
     spent = time.monotonic() - began
     left, interval = 60 * minutes - spent, trainer.config.val_interval
-    epochs = broadcast_object_list([affordable_epochs(left, measured.epoch, measured.validation, interval)])[0]
+    work = partial(work_of_more, trainer, done)
+    epochs = broadcast_object_list([affordable_epochs(left, measured.epoch, measured.validation, interval, work)])[0]
     if epochs < 1:
-        least = (spent + ENDING + RESERVE * (measured.epoch + measured.validation)) / 60
+        epoch = work(1) * measured.epoch + measured.validation
+        least = (spent + ENDING + RESERVE * epoch) / 60
         raise UsageError(
-            f'an epoch takes about {duration(measured.epoch + measured.validation)}, which does not fit into '
+            f'an epoch takes about {duration(epoch)}, which does not fit into '
             f'{minutes:g} minutes: give --minutes {math.ceil(10 * least) / 10:g} or more, or fewer images with '
             '--data.train_images'
         )
     if done + epochs < trainer.config.epochs:
         trainer.set_epochs(done + epochs)
+
+
+def work_of_more(trainer: Trainer, done: int, epochs: int) -> float:
+    """Return the work of so many epochs after `done`, in epochs on images of full size, if the run ends with them."""
+    return trainer.small.work(done, done + epochs, done + epochs)
 
 
 def refit_budget(trainer: Trainer, began: float, most: int) -> None:
@@ -178,12 +186,14 @@ def refit_budget(trainer: Trainer, began: float, most: int) -> None:
     config, done, now = trainer.config, trainer.position.epoch + 1, time.monotonic()
     if not config.minutes:
         return
-    trainer.epoch_seconds.append(now - trainer.epoch_began)
+    trainer.epoch_seconds.append((now - trainer.epoch_began) / trainer.small.work(done - 1, done, config.epochs))
     totals = list(accumulate(reversed(trainer.epoch_seconds)))
     count = bisect_left(totals[:-1], RECENT) + 1  # of the last epochs, which took so long together
     left = 60 * config.minutes - (now - began) - RESERVE * trainer.validation_seconds
     training, interval = totals[count - 1] / count, config.val_interval
-    epochs = broadcast_object_list([affordable_epochs(left, training, trainer.validation_seconds, interval)])[0]
+    work = partial(work_of_more, trainer, done)
+    fitting = affordable_epochs(left, training, trainer.validation_seconds, interval, work)
+    epochs = broadcast_object_list([fitting])[0]
     epochs = min(done + max(epochs, 0), most)
     if epochs != config.epochs:
         trainer.set_epochs(epochs)
@@ -242,12 +252,13 @@ def run_epochs(trainer: Trainer, log: Log, began: float, most: int) -> dict[str,
     """
     drawn = -math.inf
     log.say(table_head(trainer.parts.ema is not None))
-    with log.live(trainer.total_steps, trainer.done), saving_when_cut_short(trainer):
+    with log.live(trainer.total_steps, trainer.done, trainer.small.work), saving_when_cut_short(trainer):
         while not is_finished(asdict(trainer.position), trainer.config):
             trainer.epoch_began = time.monotonic()
             trainer.stop_if_asked()
             train_epoch(trainer, log)
             refit_budget(trainer, began, most)
+            log.shown.total = trainer.total_steps
             validated = trainer.validates
             record = trainer.finish_epoch()
             log.record(trainer.position.records)

@@ -46,6 +46,7 @@ from .build import build_model, build_optimizer, build_schedule, freeze, paramet
 from .config import Config
 from .short_runs import scale_to_data
 from .signals import RESTART, Interrupted, StopSignals
+from .small_images import SmallImages
 from .start_weights import LoadReport, load_start_weights
 from .state import Position, git_revision, save_state
 from .tasks import Task, make_task
@@ -279,12 +280,13 @@ class Trainer:
         self.data, self.parts, self.origin = data, parts, origin
         self.parameters = [parameter for parameter in parts.task.parameters() if parameter.requires_grad]
         self.total_steps = len(data.train) * config.epochs
+        self.small = SmallImages(config.data.start_scale, config.data.start_share)
         self.position, self.damaged_before = Position(), list[str]()
         self.input_alone: float | None = None  # images/s, measured
         self.signals, self.watch = signals, watch
         self.whole = True  # false while a step changes the weights
         self.last_save = self.epoch_began = time.monotonic()
-        self.epoch_seconds: list[float] = []  # of the epochs of this process, without validation, under a time budget
+        self.epoch_seconds: list[float] = []  # of the epochs of this process under a time budget, as at full image size
         self.validation_seconds = 0.0  # of the last one; before it, as measured
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -353,6 +355,8 @@ class Trainer:
         # seeded by the step's number, so that no generator's state needs saving
         seed_all(derive(self.config.seed, self.done, 3, self.accelerator.process_index))
         self.parts.schedule.step_update(self.done)
+        if self.done < self.small.until(self.total_steps):
+            batch = batch._replace(images=self.small.reduce(batch.images))
         outcome = self.agree(self.accumulate_gradients(batch))
         self.whole = False
         self.update(outcome.loss)
