@@ -72,7 +72,7 @@ def window_values(x: Tensor, dim: int, kernel: int, stride: int) -> Tensor:
 class ChannelMeanVar(torch.autograd.Function):
     """Mean and biased variance over channels, (B, C, H, W) -> (B, 1, H, W) each, with a backward pass of one operation.
 
-    Autograd's own takes thirteen reads and writes of the map. d mean / dx = 1/C, d var / dx = 2/C·(x - mean).
+    Autograd's own takes several passes over the map. d mean / dx = 1/C, d var / dx = 2/C·(x - mean).
     """
 
     generate_vmap_rule = True
