@@ -94,6 +94,21 @@ def test_convolutional_networks_have_their_own_learning_rate():
         assert 'optimizer.lr' not in settings(model)
 
 
+def test_runs_start_on_smaller_images_where_that_was_measured():
+    def choices_of(values: dict[str, Any], device: str = 'cpu') -> dict[str, Any]:
+        return {key: value for key, value, _ in choices(Facts(9_000, 1_000, 5, 1.0, 500, True, device), values)}
+
+    def start_scale(device: str = 'cpu', **values: Any) -> Any:
+        return choices_of(values, device).get('data.start_scale')
+
+    assert start_scale() == start_scale(model='resnet18') == start_scale(model='t2t_vit_14') == 0.75
+    assert start_scale(model='vit_tiny_patch16_224') is None  # takes one size only
+    assert choices_of({'data.start_scale': '1'})['epochs'] < choices_of({})['epochs']  # the time is the same
+    assert start_scale(device='cuda') is None and start_scale(**{'data.img_size': '32'}) is None
+    assert start_scale(**{'objective.kind': 'token_labels'}) is None
+    assert 'data.start_scale' not in chosen(pixels=40)
+
+
 def test_augmentation_is_light_for_few_passes():
     few, some, many = (chosen(images=images) for images in (100_000, 9_000, 500))
     assert few['epochs'] == 10 and few['augment.scale'] == [1.0, 1.0] and few['augment.pad'] == 4

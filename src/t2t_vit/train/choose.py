@@ -14,6 +14,7 @@ from torch import nn
 from ..data import Augment, DataError, Source, image_size, open_source
 from ..data.augment import in_batches
 from ..models.precision import choose_precision
+from ..models.variants import VARIANTS
 from ..settings import Setting, UsageError, read_settings, recipes
 from ..trained import pick_device
 from .resume import saved_settings
@@ -26,6 +27,8 @@ MODELS: dict[str, dict[int, str]] = {  # by device and pixels
 }
 FINETUNING = ('finetune', 'finetune-head')  # recipes
 STEPS = {'cpu': 5_000, 'cuda': 20_000}  # of a run, roughly
+START_SCALE, START_PIXELS = 0.75, 64  # smaller images first, from which size on (docs/few-images.md)
+START_MORE = 1.3  # steps in the same time
 EPOCHS: dict[str, tuple[int, int]] = {'cpu': (10, 100), 'cuda': (20, 300)}  # fewest and most
 SPEED = {'cpu': 200, 'cuda': 3_000}  # images/s, roughly, to guess how many epochs a time budget has
 FEW_PASSES, MANY_PASSES = 15, 60  # of every image: shifted and mirrored only; cropped, too; all of the recipe
@@ -150,7 +153,13 @@ def choices(facts: Facts, values: dict[str, Any], start: StartModel | None = Non
     on = 'a CPU' if facts.device == 'cpu' else 'a GPU'
     if not facts.divided and 'data.fold' not in values:
         yield 'data.val_fraction', VAL_FRACTION, 'the images are not divided; split.json keeps the division'
-    yield from model_of_weights(start) if start else small_model(facts, values, on)
+    of_model = [*(model_of_weights(start) if start else small_model(facts, values, on))]
+    yield from of_model
+    small = not (start or 'data.start_scale' in values) and starts_small(
+        facts, {**{key: value for key, value, _ in of_model}, **values}
+    )
+    if small:
+        yield 'data.start_scale', START_SCALE, 'smaller images first: they take less time'
     largest = 2 ** int(math.log2(max(facts.images // STEPS_AN_EPOCH, 8)))
     batch = min(BATCH[facts.device] // (2 if start else 1), largest)
     few = batch == largest and batch > 8
@@ -158,7 +167,7 @@ def choices(facts: Facts, values: dict[str, Any], start: StartModel | None = Non
     batch = int(str(values.get('batch_size', batch)))
     steps = max(facts.images // max(batch, 1), 1)
     fewest, most = EPOCHS[facts.device]
-    epochs = min(max(round(STEPS[facts.device] / steps), fewest), most)
+    epochs = min(max(round(STEPS[facts.device] * (START_MORE if small else 1) / steps), fewest), most)
     epochs = math.ceil(epochs / 4) if start else epochs  # trained weights need fewer
     if has_value(values.get('minutes')):
         epochs = 1000
@@ -206,6 +215,16 @@ def augmentation(passes: float) -> Iterator[tuple[str, Any, str]]:
     light.update(scale=[1.0, 1.0], pad=4) if few else light.update(scale=[0.5, 1.0])
     for key, value in light.items():
         yield f'augment.{key}', value, reason
+
+
+def starts_small(facts: Facts, values: dict[str, Any]) -> bool:
+    """Return true if a run from scratch gains from smaller images first: measured on a CPU, from 64 pixels on."""
+    model, size = str(values['model']), values.get('data.img_size')
+    ours = model.partition('.')[0] in VARIANTS
+    if facts.device != 'cpu' or values.get('objective.kind') == 'token_labels' or not (ours or is_convolutional(model)):
+        return False
+    pixels = int(str(size)) if is_number(size) else get_pretrained_cfg(model).input_size[-1]
+    return pixels >= START_PIXELS
 
 
 def is_convolutional(name: str) -> bool:
