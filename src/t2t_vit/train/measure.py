@@ -86,37 +86,39 @@ def measure(trainer: Trainer, steps: int = STEPS, seconds: float = SECONDS) -> M
             if sum(gather_object([time.perf_counter() - begun])) > seconds * trainer.accelerator.num_processes:
                 break
             clock = time.perf_counter()
-        compute = sum(times[1:] or times) - sum(waits[1:] or waits)
-        compute = max(gather_object([compute / max(len(times) - 1, 1)]))
-        if batch is not None and trainer.small.scale < 1:
-            trainer.small.cost = small_cost(trainer, batch, compute)
-    step = sum(times[1:]) / len(times[1:]) if times[1:] else times[0]
+    step, wait = (sum(each[1:] or each) / max(len(each) - 1, 1) for each in (times, waits))
     scored = len(batch.labels) / score_seconds(trainer, batch) if batch is not None else 1.0
     passes = len(trainer.candidates())
     validation = passes * trainer.data.counts[1] / (scored * trainer.accelerator.num_processes)
     slowest = max(gather_object([step]))
+    compute = max(gather_object([step - wait]))
+    if batch is not None and trainer.small.scale < 1:
+        trainer.small.cost = min(1.0, (small_seconds(trainer, batch) + wait) / slowest)
     epoch = slowest * len(trainer.data.train)
     return Measured(slowest, epoch, peak_memory(trainer), worker_memory(), len(times), compute, validation)
 
 
-def small_cost(trainer: Trainer, batch: Batch, compute: float) -> float:
-    """Return the time of a step on smaller images as a fraction of `compute`, that of one at full size."""
-    device, small = trainer.accelerator.device, trainer.small.reduce(batch.images)
-    times = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        try:
-            trainer.accumulate_gradients(Batch(small.clone(), *(tensor.clone() for tensor in batch[1:])))
-        except Exception as error:  # the model may raise anything
-            config, size = trainer.config, 'x'.join(map(str, small.shape[2:]))
-            raise UsageError(
-                f'data.start_scale {config.data.start_scale:g}: {config.model} does not take images of {size} pixels: '
-                f'{error}'
-            ) from error
-        trainer.parts.optimizer.zero_grad()
-        synchronize(device)
-        times.append(time.perf_counter() - begun)
-    return min(1.0, max(gather_object([min(times[1:])])) / compute)
+def small_seconds(trainer: Trainer, batch: Batch) -> float:
+    """Return the seconds of a step on smaller images, in the slowest process, without waiting for images.
+
+    Raises:
+        UsageError: if the model does not take them.
+    """
+    small, times = trainer.small.reduce(batch.images), []
+    with unchanged(trainer):
+        for _ in range(3):
+            begun = time.perf_counter()
+            try:
+                trainer.accumulate_gradients(Batch(small.clone(), *(tensor.clone() for tensor in batch[1:])))
+            except (AssertionError, RuntimeError, ValueError) as error:
+                size = 'x'.join(map(str, small.shape[2:]))
+                raise UsageError(
+                    f'data.start_scale {trainer.small.scale:g}: {trainer.config.model} does not take images of {size} '
+                    f'pixels: {error}'
+                ) from error
+            synchronize(trainer.accelerator.device)
+            times.append(time.perf_counter() - begun)
+    return max(gather_object([min(times[1:])]))
 
 
 def score_seconds(trainer: Trainer, batch: Any) -> float:
