@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Accuracy against the number of training images: a T2T-ViT, a ResNet and a ViT of half a million parameters, at 64 pixels,
-# each on 200, 500, 1,500, 4,500 and all images of a set with as many training steps (38,000 images). Settings are those that
+# each on 100, 200, 500, 1,500, 4,500 and all images of a set with as many training steps (38,000 images). Settings are those that
 # `t2t-vit train FOLDER` chooses, but for smaller images first. Runs that are there are not repeated. Writes OUT/curve.csv and
 # OUT/curve.png.
 #   scripts/few_images.sh FOLDER OUT [MODEL…]
@@ -9,7 +9,7 @@ data=${1:?usage: scripts/few_images.sh FOLDER OUT [MODEL…]}
 out=${2:?usage: scripts/few_images.sh FOLDER OUT [MODEL…]}
 shift 2
 [ $# -gt 0 ] || set -- t2t_vit_r_4_64 resnet18 vit_6_64
-sizes='200:190 500:76 1500:25 4500:8 9469:4' # images and epochs
+sizes='100:380 200:190 500:76 1500:25 4500:8 9469:4' # images and epochs
 for size in $sizes; do
     for model in "$@"; do
         run=$out/$model-${size%:*}
