@@ -27,7 +27,7 @@ MODELS: dict[str, dict[int, str]] = {  # by device and pixels
 }
 FINETUNING = ('finetune', 'finetune-head')  # recipes
 STEPS = {'cpu': 5_000, 'cuda': 20_000}  # of a run, roughly
-START_SCALE, START_PIXELS = 0.75, 64  # smaller images first, from which size on (docs/few-images.md)
+START_SCALE, START_PIXELS, START_PASSES = 0.75, 64, 25  # smaller images first; where they pay (docs/few-images.md)
 START_MORE = 1.3  # steps in the same time
 EPOCHS: dict[str, tuple[int, int]] = {'cpu': (10, 100), 'cuda': (20, 300)}  # fewest and most
 SPEED = {'cpu': 200, 'cuda': 3_000}  # images/s, roughly, to guess how many epochs a time budget has
@@ -155,11 +155,6 @@ def choices(facts: Facts, values: dict[str, Any], start: StartModel | None = Non
         yield 'data.val_fraction', VAL_FRACTION, 'the images are not divided; split.json keeps the division'
     of_model = [*(model_of_weights(start) if start else small_model(facts, values, on))]
     yield from of_model
-    small = not (start or 'data.start_scale' in values) and starts_small(
-        facts, {**{key: value for key, value, _ in of_model}, **values}
-    )
-    if small:
-        yield 'data.start_scale', START_SCALE, 'smaller images first: they take less time'
     largest = 2 ** int(math.log2(max(facts.images // STEPS_AN_EPOCH, 8)))
     batch = min(BATCH[facts.device] // (2 if start else 1), largest)
     few = batch == largest and batch > 8
@@ -167,16 +162,21 @@ def choices(facts: Facts, values: dict[str, Any], start: StartModel | None = Non
     batch = int(str(values.get('batch_size', batch)))
     steps = max(facts.images // max(batch, 1), 1)
     fewest, most = EPOCHS[facts.device]
-    epochs = min(max(round(STEPS[facts.device] * (START_MORE if small else 1) / steps), fewest), most)
+    epochs = min(max(round(STEPS[facts.device] / steps), fewest), most)
     epochs = math.ceil(epochs / 4) if start else epochs  # trained weights need fewer
-    if has_value(values.get('minutes')):
+    minutes = values.get('minutes')
+    in_time = float(str(minutes)) * 60 * SPEED[facts.device] / max(facts.images, 1) if has_value(minutes) else None
+    passes = float(str(values.get('epochs', epochs))) if in_time is None else in_time
+    if not start and starts_small(facts, {**{key: value for key, value, _ in of_model}, **values}, passes):
+        yield 'data.start_scale', START_SCALE, 'smaller images first, for more epochs in the time'
+        epochs, passes = min(round(START_MORE * epochs), most), START_MORE * passes
+    if in_time is not None:
         epochs = 1000
         yield 'epochs', epochs, 'as many as fit into the minutes, at most'
     else:
         yield 'epochs', epochs, f'{epochs * steps:,} steps on {on}'
     epochs = int(str(values.get('epochs', epochs)))
-    minutes = values.get('minutes')
-    passes = float(str(minutes)) * 60 * SPEED[facts.device] / max(facts.images, 1) if has_value(minutes) else epochs
+    passes = epochs if in_time is None else passes
     if not start:
         yield from augmentation(passes)
     interval = math.ceil(VAL_COST * facts.val_images / (VAL_SHARE * max(facts.images, 1)))
@@ -217,11 +217,12 @@ def augmentation(passes: float) -> Iterator[tuple[str, Any, str]]:
         yield f'augment.{key}', value, reason
 
 
-def starts_small(facts: Facts, values: dict[str, Any]) -> bool:
-    """Return true if smaller images first were found to pay: for a model of ours on a CPU, from 64 pixels on."""
+def starts_small(facts: Facts, values: dict[str, Any], passes: float) -> bool:
+    """Return true where smaller images first pay: in short runs of our models on a CPU, at 64 pixels or more."""
     model, size = str(values['model']), values.get('data.img_size')
-    dense = values.get('objective.kind') == 'token_labels'
-    if facts.device != 'cpu' or dense or model.partition('.')[0] not in VARIANTS:
+    if 'data.start_scale' in values or values.get('objective.kind') == 'token_labels' or passes > START_PASSES:
+        return False
+    if facts.device != 'cpu' or model.partition('.')[0] not in VARIANTS:
         return False
     pixels = int(str(size)) if is_number(size) else get_pretrained_cfg(model).input_size[-1]
     return pixels >= START_PIXELS
