@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Accuracy against the number of training images: a T2T-ViT, a ResNet and a ViT of half a million parameters, at 64 pixels,
-# each on 100, 200, 500, 1,500, 4,500 and all images of a set with as many training steps (38,000 images). Settings are those that
-# `t2t-vit train FOLDER` chooses, but for smaller images first. Runs that are there are not repeated. Writes OUT/curve.csv and
-# OUT/curve.png.
+# each on 100, 200, 500, 1,500, 4,500 and all images of a set with as many training steps (38,000 images). Settings are
+# those that `t2t-vit train FOLDER` chooses, but for smaller images first. Runs that are there are not repeated. Writes
+# OUT/curve.csv and OUT/curve.png.
 #   scripts/few_images.sh FOLDER OUT [MODEL…]
 set -euo pipefail
 data=${1:?usage: scripts/few_images.sh FOLDER OUT [MODEL…]}
@@ -17,8 +17,8 @@ for size in $sizes; do
         extra=()
         [ "$model" != resnet18 ] || extra=(--model_args.layers '[1,1,1,1]' --model_args.channels '[20,40,80,160]')
         t2t-vit train "$data" --model "$model" --imgsz 64 --data.memory true --data.crop_pct 1 --data.workers 0 --threads 1 \
-            --data.start_scale 1 --data.train_images "${size%:*}" --data.val_images 1000 --epochs "${size#*:}" --output "$run" \
-            ${extra[@]+"${extra[@]}"} && touch "$run/done"
+            --data.start_scale 1 --data.train_images "${size%:*}" --data.val_images 1000 --epochs "${size#*:}" \
+            --output "$run" ${extra[@]+"${extra[@]}"} && touch "$run/done"
     done
 done
 python - "$out" <<'PYTHON'
