@@ -124,6 +124,15 @@ def test_memory_and_disk_prepare_validation_images_alike(photos):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
+def test_memory_and_disk_replace_damaged_training_images_alike(damaged):
+    source, names = damaged
+    memory, disk = (make(source, SMALL, 5, STILL, 0, seed=5) for make in (MemoryBatches, DiskBatches))
+    assert len(memory) == len(disk) == len(source.labels) // 5
+    for one, other in zip(memory.epoch(1), disk.epoch(1)):
+        assert torch.equal(one.indices, other.indices) and torch.equal(one.labels, other.labels)
+    assert sorted(memory.damaged) == names
+
+
 def test_memory_and_disk_agree_on_whole_training_images():
     source = Digits('train')
     memory = MemoryBatches(source, GREY, 64, STILL, seed=5)

@@ -328,7 +328,7 @@ class MemoryBatches:
     """Batches of a set that is decoded once, at the model's size, and held on the device (uint8 for grey and RGB).
 
     Training images are resized without a crop, validation images are prepared as from disk; `BatchAugment` crops and
-    augments.
+    augments. A damaged image is left out or, in training, replaced, as from disk.
     """
 
     def __init__(
@@ -383,7 +383,9 @@ class MemoryBatches:
         self.indices = torch.tensor(indices, device=device)
         self.boxes = torch.tensor(boxes, device=device)
         self.finish = Finish(preprocessing, augment, device, crop=True)
-        self.steps = Steps(len(images), batch_size, augment is not None, seed, rank, world)
+        samples = torch.arange(len(source.labels)) if augment else torch.tensor(indices)
+        self.places = torch.searchsorted(torch.tensor(indices), samples) % len(images)  # of each sample's image
+        self.steps = Steps(len(samples), batch_size, augment is not None, seed, rank, world)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -394,10 +396,10 @@ class MemoryBatches:
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch from batch `start` on."""
         generators = [torch.Generator().manual_seed(derive(self.seed, epoch, key)) for key in (2, 4)]
-        count, augment = len(self.labels), self.finish.augment
+        count, augment = len(self.places), self.finish.augment
         uniforms = augment.draw(count, generators) if augment else torch.empty(count, 0)
         for samples in self.steps.epoch(epoch, start):
-            chosen = samples.to(self.device, non_blocking=True)
+            chosen = self.places[samples].to(self.device, non_blocking=True)
             images, boxes = self.finish(self.images[chosen], uniforms[samples], self.boxes[chosen])
             yield Batch(images, self.labels[chosen], self.indices[chosen], boxes)
 
