@@ -27,6 +27,12 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(t.numel() for t in model.state_dict().values()), sum(p.numel() for p in model.parameters())
 
 
+def heads(model: Any) -> list[nn.Module]:
+    """Return the classifiers of a model of ours or of timm; those with a distillation token have two."""
+    found = model.get_classifier()
+    return list(found) if isinstance(found, tuple) else [found]
+
+
 def check_name(model: str) -> None:
     """Raise ValueError unless it is the name of a model, or a name and a tag."""
     name, _, tag = model.partition('.')

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..settings import UsageError
+from .listing import heads
 
 BASE, DOWN, UP = '.base_layer.', '.lora_A.default.weight', '.lora_B.default.weight'  # peft's names, after the layer's
 
@@ -26,14 +27,15 @@ def add_adapters(net: Any, rank: int) -> None:
         raise UsageError("lora needs peft, not installed here: pip install 't2t-vit[lora]'")
     from peft import LoraConfig, inject_adapter_in_model
 
-    head = {id(module) for module in net.get_classifier().modules()}
+    head = {id(module) for part in heads(net) for module in part.modules()}
     # a subclass, as in nn.MultiheadAttention, may be read without being called
     layers = [name for name, module in net.named_modules() if type(module) is nn.Linear and id(module) not in head]
     if not layers:
         raise UsageError(f'lora: {type(net).__name__} has no Linear layers to adapt')
     # alpha / r = 1: the weight that is added is B·A itself
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), net)
-    net.get_classifier().requires_grad_(True)
+    for part in heads(net):
+        part.requires_grad_(True)
 
 
 def has_adapters(state_dict: Mapping[str, torch.Tensor]) -> bool:
