@@ -320,6 +320,12 @@ def test_plan_keeps_values_and_recipe(tmp_path, data):
             read_plan(folder)
 
 
+def test_recipe_may_leave_mean_and_std_open(tmp_path):
+    (recipe := tmp_path / 'mine.yaml').write_text('base: reproduce\ndata: {mean: null, std: null}\n')
+    config = run_config(Plan('digits', recipe=str(recipe), in_chans=1), tmp_path, REFERENCE, {}, 0, None)
+    assert config.data.mean is None and config.data.std is None
+
+
 def test_cnns_have_another_recipe_if_one_is_given(tmp_path, data):
     given = {**data, 'recipe': 'reproduce-few', 'cnn_recipe': 'reproduce-few-cnn'}
     prepare(tmp_path, given, [REFERENCE])

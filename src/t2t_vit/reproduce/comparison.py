@@ -195,8 +195,9 @@ def run_config(
     copy, recipe = folder / f'{key}.yaml', plan.recipes[key]
     base = read_settings(copy if copy.is_file() else recipes().get(recipe, Path(recipe)))
     settings = [setting for setting in base if not setting.key.startswith('model')]
-    for _, key, values, _ in base:  # of an RGB recipe for images of other channels: the mean, as for timm's models
-        if key in ('data.mean', 'data.std') and len(values) != plan.in_chans:
+    last = {setting.key: setting.value for setting in base}
+    for key in ('data.mean', 'data.std'):  # of RGB, for other channels: their mean, as for timm's models
+        if (values := last.get(key)) and len(values) != plan.in_chans:
             given[key] = [sum(values) / len(values)] * plan.in_chans
     settings += [Setting(key, key, value) for key, value in given.items()]
     settings += [Setting(f'model_args.{key}', f'model_args.{key}', value) for key, value in flatten(args)]
