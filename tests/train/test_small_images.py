@@ -7,12 +7,14 @@ from conftest import digits_config, same_run
 from rich.console import Console
 
 from t2t_vit.console import Live
+from t2t_vit.data import Preprocessing
 from t2t_vit.settings import UsageError
 from t2t_vit.train.measure import affordable_epochs, measure
 from t2t_vit.train.plan import plan
 from t2t_vit.train.run import train, work_of_more
 from t2t_vit.train.signals import Interrupted
 from t2t_vit.train.small_images import SmallImages
+from t2t_vit.train.teacher import Teacher
 from t2t_vit.train.trainer import Trainer, load
 
 HALF = {'data.start_scale': 0.5, 'data.start_share': 0.6}
@@ -94,6 +96,19 @@ def test_progress_estimates_the_time_left_by_work(monkeypatch):
     live = Live(Console(quiet=True), 'step', 10, work=SmallImages(0.5, 0.6, cost=0.5).work)
     with live:
         assert live.left(6) == '0:08'  # three units of work took six seconds, four are left
+
+
+def test_teacher_sees_images_of_its_own_size():
+    seen = []
+
+    class Recording(torch.nn.Identity):
+        def forward(self, images):
+            seen.append(images.shape)
+            return images.mean((2, 3))
+
+    student = Preprocessing((16, 16), 3, (0.5,) * 3, (0.25,) * 3)
+    Teacher(Recording(), student)(torch.zeros(2, 3, 12, 12))
+    assert seen == [(2, 3, 16, 16)]
 
 
 def test_model_that_takes_one_size_only_is_refused(tmp_path):

@@ -24,11 +24,11 @@ class Teacher:
         model: Maps images (B, C, H, W) to logits (B, classes). Mean and std are those of its `pretrained_cfg`, or else
             the student's. A model for colour gets a grey image in all channels.
         student: The preprocessing of the student's images.
-        size: (H, W) that images are resized to; by default they are not resized.
+        size: (H, W) that images are resized to; by default the student's.
     """
 
     def __init__(self, model: nn.Module, student: Preprocessing, size: tuple[int, int] | None = None) -> None:
-        self.model, self.size = model.eval().requires_grad_(False), size
+        self.model, self.size = model.eval().requires_grad_(False), size or student.size
         own: dict[str, Any] = {**student.as_cfg(), **getattr(model, 'pretrained_cfg', {})}
         mean, std, own_mean, own_std = (
             torch.tensor(values).view(1, -1, 1, 1) for values in (student.mean, student.std, own['mean'], own['std'])
@@ -41,7 +41,7 @@ class Teacher:
             self.scale, self.shift = self.scale.to(images.device), self.shift.to(images.device)
             self.model.to(images.device)
         images = images * self.scale + self.shift
-        if self.size is None or images.shape[-2:] == self.size:
+        if images.shape[-2:] == self.size:
             return images
         return F.interpolate(images, self.size, mode='bicubic', antialias=True, align_corners=False)
 
