@@ -1,5 +1,6 @@
 """Test that settings are scaled down to the number of images and epochs."""
 
+import pytest
 import yaml
 from conftest import digits_config
 
@@ -19,6 +20,13 @@ def test_short_run_scales_its_settings_down(tmp_path, capsys):
         assert line in said
     config = yaml.safe_load((tmp_path / 'run' / 'config.yaml').read_text())
     assert (config['batch_size'], config['optimizer']['warmup_epochs']) == (1437, 0)
+
+
+def test_warm_up_does_not_start_above_the_learning_rate():
+    tuning = {'optimizer.lr': 1e-5, 'optimizer.warmup_lr': 1e-4, 'optimizer.min_lr': 0.0}
+    config, notes = scale_to_data(digits_config(**tuning), 1437)
+    assert config.optimizer.warmup_lr == pytest.approx(1e-7)
+    assert notes == ['note      optimizer.warmup_lr reduced from 0.0001 to 1e-07: lr is lower']
 
 
 def test_too_few_images_for_all_processes():

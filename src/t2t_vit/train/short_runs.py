@@ -6,7 +6,7 @@ from .config import Config
 
 
 def scale_to_data(config: Config, images: int, processes: int = 1) -> tuple[Config, list[str]]:
-    """Reduce the batch size, warm-up, cooldown and final learning rate to what so few images and epochs allow.
+    """Reduce batch size, warm-up, cooldown, first and last learning rate to what so few images and epochs allow.
 
     Args:
         config: A configuration; it stays as it is.
@@ -37,4 +37,9 @@ def scale_to_data(config: Config, images: int, processes: int = 1) -> tuple[Conf
     if tuning.min_lr > config.lr:
         notes.append(f'note      optimizer.min_lr reduced from {tuning.min_lr:g} to {config.lr / 100:g}: lr is lower')
         tuning = replace(tuning, min_lr=config.lr / 100)
+    if tuning.warmup_epochs and tuning.warmup_lr > config.lr:
+        notes.append(
+            f'note      optimizer.warmup_lr reduced from {tuning.warmup_lr:g} to {config.lr / 100:g}: lr is lower'
+        )
+        tuning = replace(tuning, warmup_lr=config.lr / 100)
     return replace(config, optimizer=tuning), notes
