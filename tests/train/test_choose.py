@@ -103,10 +103,10 @@ def test_runs_start_on_smaller_images_where_that_was_measured():
 
     assert start_scale() == start_scale(model='t2t_vit_14') == 0.75
     assert start_scale(model='vit_tiny_patch16_224') is start_scale(model='resnet18') is None
-    assert choices_of({'data.start_scale': '1'})['epochs'] < choices_of({})['epochs']  # the time is the same
+    assert choices_of({'data.start_scale': 1.0})['epochs'] < choices_of({})['epochs']  # the time is the same
     assert start_scale(minutes=10) == start_scale(epochs=10) == 0.75
     assert start_scale(minutes=60) is start_scale(epochs=60) is None  # they gain nothing in long runs
-    assert start_scale(device='cuda') is None and start_scale(**{'data.img_size': '32'}) is None
+    assert start_scale(device='cuda') is None and start_scale(**{'data.img_size': 32}) is None
     assert start_scale(**{'objective.kind': 'token_labels'}) is None
     assert 'data.start_scale' not in chosen(pixels=40)
 
@@ -124,12 +124,18 @@ def test_augmentation_is_light_for_few_passes():
 
 @pytest.mark.parametrize(
     'given',
-    [{'augment.recount': '2'}, {'augment.aa': 'augmix-m5'}, {'data.channels': '12'}, {'data.img_size': '128'}],
+    [
+        {'augment.recount': 2},
+        {'augment.aa': 'augmix-m5'},
+        {'data.channels': 12},
+        {'data.img_size': 128},
+        {'data.img_size': (448, 512)},
+    ],
     ids=str,
 )
 def test_images_stay_on_disk_where_memory_does_not_fit_them(given):
     facts = Facts(9_000, 1_000, 5, 1.0, 500, True, 'cpu')
-    assert 'data.memory' in {key for key, _, _ in choices(facts, {'augment.aa': 'null'})}
+    assert 'data.memory' in {key for key, _, _ in choices(facts, {'augment.aa': None})}
     assert 'data.memory' not in {key for key, _, _ in choices(facts, given)}
     assert 'data.memory' not in chosen(pixels=3_000)  # photos that take long to decode
 
@@ -138,6 +144,47 @@ def test_minutes_given_as_null_are_no_budget():
     assert {
         key: value for key, value, _ in choices(Facts(9_000, 1_000, 5, 1.0, 500, True, 'cpu'), {'minutes': None})
     } == (chosen(images=9_000))
+
+
+def test_other_optimizers_do_not_get_the_learning_rate_of_muon():
+    for model in ('resnet18', 't2t_vit_r_4_64'):
+        found = chosen_with(**{'model': model, 'optimizer.name': 'adamw'})
+        assert (found['optimizer.lr'], found['optimizer.weight_decay']) == (1e-3, 0.05)
+    assert chosen_with(**{'model': 'resnet18', 'optimizer.name': 'muon'})['optimizer.lr'] == 0.02
+
+
+def test_token_labels_get_no_class_weights():
+    assert 'objective.class_weights' not in chosen_with(imbalance=20.0, **{'objective.kind': 'token_labels'})
+
+
+def test_sizes_of_two_sides_choose_as_the_shorter_one():
+    assert chosen_with(**{'data.img_size': (448, 512)})['model'] == 't2t_vit_7'
+    assert chosen_with(**{'data.img_size': (32, 48)})['model'] == 't2t_vit_r_4_32'
+
+
+def chosen_with(imbalance: float = 1.0, **values: Any) -> dict[str, Any]:
+    facts = Facts(9_000, 1_000, 5, imbalance, 500, True, 'cpu')
+    return {key: value for key, value, _ in choices(facts, values)}
+
+
+def test_images_are_counted_as_they_are_trained_on(flat):
+    def counts(**values: Any) -> tuple[int, int]:
+        return look_at(str(flat), {f'data.{key}': value for key, value in values.items()})[:2]
+
+    assert counts() == (29, 7) and counts(fold=1, folds=4) == (27, 9)
+    assert counts(train_images=10, val_images=3) == (10, 3) and counts(train_images=10**6, val_images=10**6) == (29, 7)
+    (flat.parent / 'lopsided').mkdir()
+    shutil.copytree(flat / 'sky', flat.parent / 'lopsided' / 'sky')
+    (flat.parent / 'lopsided' / 'roof').mkdir()
+    for file in sorted((flat / 'roof').iterdir())[:3]:
+        shutil.copy(file, flat.parent / 'lopsided' / 'roof')
+    balanced = {'data.val_fraction': 0.2, 'data.sampler': 'balanced'}
+    assert look_at(str(flat.parent / 'lopsided'), balanced).images == 19  # 12 of 15, times 24 / 15
+
+
+@pytest.mark.parametrize('key', ['val_images', 'train_images', 'channels', 'fold'])
+def test_options_given_as_null_are_as_if_not_given(flat, tmp_path, key):
+    assert main(['train', str(flat), *SMALL, f'--data.{key}', 'null', '--dry-run', '--output', str(tmp_path)]) == 0
 
 
 def test_validation_takes_a_limited_part_of_the_time():
@@ -181,6 +228,13 @@ def test_finetune_on_other_classes_has_a_new_head(flat, colour_run, tmp_path, ca
     config = yaml.safe_load((tmp_path / 'run' / 'config.yaml').read_text())
     assert config['model_args']['depth'] == 1 and config['data']['val_fraction'] == 0.2
     assert load_state(tmp_path / 'run' / 'checkpoints')[0]['origin']['weights'] == colour_run.name
+
+
+def test_training_from_weights_fine_tunes(flat, colour_run, tmp_path, capsys):
+    words = ['train', str(flat), '--weights', str(colour_run), '--epochs', '1', '--dry-run']
+    assert main([*words, '--output', str(tmp_path / 'run')]) == 0
+    said = ' '.join(capsys.readouterr().out.split())
+    assert 'chosen recipe finetune: training starts from weights' in said and 'tensors loaded' in said
 
 
 def test_finetune_on_the_same_classes_keeps_the_head_also_of_a_state(flat, colour_run):

@@ -11,12 +11,14 @@ import torch
 from timm.models import create_model, get_pretrained_cfg, is_model
 from torch import nn
 
-from ..data import Augment, DataError, Source, image_size, open_source
+from ..data import Augment, DataError, Source, SplitOptions, image_size, open_source
 from ..data.augment import in_batches
 from ..models.precision import choose_precision
 from ..models.variants import VARIANTS
-from ..settings import Setting, UsageError, read_settings, recipes
+from ..settings import Setting, UsageError, convert, option_types, read_settings, recipes
 from ..trained import pick_device
+from .build import MUON
+from .config import Config, Optimizer
 from .resume import saved_settings
 from .start_weights import StartModel, describe_weights
 from .state import saved_states
@@ -67,24 +69,28 @@ def choose_settings(
 
     Args:
         given: What the user said.
-        recipe: The recipe that the choices start from, one of those that fine-tune; by default small-images.
+        recipe: The recipe that the choices start from, one of those that fine-tune; by default finetune if weights are
+            given, and small-images if not.
         resume: If the output folder holds a run, return its settings and choose nothing.
 
     Raises:
         DataError: if the data cannot be opened.
         UsageError: if weights to fine-tune are missing or do not name their model.
     """
-    values = {setting.key: setting.value for setting in given}
+    types = option_types(Config)
+    values = {setting.key: convert(types.get(setting.key, Any), setting.value) for setting in given}
     output = Path(str(values.get('output') or 'runs'))
     if resume and 'output' in values and saved_states(output / 'checkpoints'):
         return saved_settings(output), []
-    root = str(values.get('data.root', 'digits'))
+    reasons: dict[str, list[str]] = {} if recipe else {'no other is given': ['recipe small-images']}
+    if not recipe and values.get('weights'):
+        recipe, reasons = 'finetune', {'training starts from weights': ['recipe finetune']}
+    root = values.get('data.root', 'digits')
     if root == 'digits' and not recipe:
         return read_settings(recipes()['digits']), ['recipe digits: its data is chosen']
     start = describe_start(values) if recipe else None
     facts = look_at(root, values)
     chosen = []
-    reasons: dict[str, list[str]] = {} if recipe else {'no other is given': ['recipe small-images']}
     for key, value, reason in choices(facts, values, start):
         if key not in values:
             of_weights = key.startswith('model_args.')  # read from the folder of the weights, so not trusted
@@ -107,10 +113,10 @@ def describe_start(values: dict[str, Any]) -> StartModel:
             'fine-tuning starts from trained weights: give them with --weights, a timm tag such as t2t_vit_14.in1k, '
             't2t_vit_r_4_64.imagenette of this package, a file, a run folder, or hf-hub:USER/NAME'
         )
-    start = describe_weights(str(weights))
+    start = describe_weights(weights)
     if start is None and not values.get('model'):
         raise UsageError(f'{weights} does not say what model it is for: name it with --model NAME')
-    return start or StartModel(str(values['model']), {}, get_pretrained_cfg(str(values['model'])).to_dict())
+    return start or StartModel(values['model'], {}, get_pretrained_cfg(values['model']).to_dict())
 
 
 def look_at(root: str, values: dict[str, Any]) -> Facts:
@@ -124,19 +130,26 @@ def look_at(root: str, values: dict[str, Any]) -> Facts:
             sides.append(min(image_size(source.open(i))))
         except Exception:  # damaged: counted when it is trained on
             continue
-    device = 'cpu' if pick_device(str(values.get('device', 'auto'))).type == 'cpu' else 'cuda'
-    fraction = 1.0 if divided else 1 - float(values.get('data.val_fraction') or VAL_FRACTION)
-    images = int(values.get('data.train_images') or fraction * len(source.labels))
-    val_images = int(values.get('data.val_images') or val_images or (1 - fraction) * len(source.labels))
+    device = 'cpu' if pick_device(values.get('device', 'auto')).type == 'cpu' else 'cuda'
+    count = images = len(source.labels)
+    if val_images is None:
+        share = values.get('data.val_fraction') or VAL_FRACTION
+        if values.get('data.fold') is not None:
+            share = 1 / values.get('data.folds', SplitOptions.folds)
+        val_images = int(share * count)
+        images -= val_images
+    images = min(images, values.get('data.train_images') or images)
+    val_images = min(val_images, values.get('data.val_images') or val_images)
+    if values.get('data.sampler') == 'balanced':
+        images = round(images * counts.max().item() * len(counts) / count)
     imbalance = counts.max().item() / max(counts.min().item(), 1)
     return Facts(images, val_images, len(source.classes), imbalance, int(median(sides or [224])), divided, device)
 
 
 def open_for_choice(root: str, values: dict[str, Any]) -> tuple[Source, int | None]:
     """Open the training images and count the validation images; or, if they are not divided, open all: None."""
-    channels = values.get('data.channels')
-    options = values.get('data.cache'), str(values.get('data.download', 'false')) == 'true', channels and int(channels)
-    if 'data.val_fraction' in values or 'data.fold' in values:
+    options = values.get('data.cache'), values.get('data.download', False), values.get('data.channels')
+    if any(values.get(f'data.{key}') is not None for key in ('val_fraction', 'fold')):
         return open_source(root, 'all', *options), None
     try:
         source = open_source(root, 'train', *options)
@@ -151,7 +164,7 @@ def open_for_choice(root: str, values: dict[str, Any]) -> tuple[Source, int | No
 def choices(facts: Facts, values: dict[str, Any], start: StartModel | None = None) -> Iterator[tuple[str, Any, str]]:
     """Yield (key, value, reason) for all settings that depend on data, machine, weights and given settings."""
     on = 'a CPU' if facts.device == 'cpu' else 'a GPU'
-    if not facts.divided and 'data.fold' not in values:
+    if not facts.divided and values.get('data.fold') is None:
         yield 'data.val_fraction', VAL_FRACTION, 'the images are not divided; split.json keeps the division'
     of_model = [*(model_of_weights(start) if start else small_model(facts, values, on))]
     yield from of_model
@@ -159,14 +172,14 @@ def choices(facts: Facts, values: dict[str, Any], start: StartModel | None = Non
     batch = min(BATCH[facts.device] // (2 if start else 1), largest)
     few = batch == largest and batch > 8
     yield 'batch_size', batch, f'at least {STEPS_AN_EPOCH} steps an epoch' if few else f'for {on}'
-    batch = int(str(values.get('batch_size', batch)))
+    batch = values.get('batch_size', batch)
     steps = max(facts.images // max(batch, 1), 1)
     fewest, most = EPOCHS[facts.device]
     epochs = min(max(round(STEPS[facts.device] / steps), fewest), most)
     epochs = math.ceil(epochs / 4) if start else epochs  # trained weights need fewer
     minutes = values.get('minutes')
-    in_time = float(str(minutes)) * 60 * SPEED[facts.device] / max(facts.images, 1) if has_value(minutes) else None
-    passes = float(str(values.get('epochs', epochs))) if in_time is None else in_time
+    in_time = None if minutes is None else minutes * 60 * SPEED[facts.device] / max(facts.images, 1)
+    passes = values.get('epochs', epochs) if in_time is None else in_time
     if not start and starts_small(facts, {**{key: value for key, value, _ in of_model}, **values}, passes):
         yield 'data.start_scale', START_SCALE, 'smaller images first, for more epochs in the time'
         epochs, passes = min(round(START_MORE * epochs), most), START_MORE * passes
@@ -175,7 +188,7 @@ def choices(facts: Facts, values: dict[str, Any], start: StartModel | None = Non
         yield 'epochs', epochs, 'as many as fit into the minutes, at most'
     else:
         yield 'epochs', epochs, f'{epochs * steps:,} steps on {on}'
-    epochs = int(str(values.get('epochs', epochs)))
+    epochs = values.get('epochs', epochs)
     passes = epochs if in_time is None else passes
     if not start:
         yield from augmentation(passes)
@@ -183,12 +196,16 @@ def choices(facts: Facts, values: dict[str, Any], start: StartModel | None = Non
     interval = min(interval, int(passes / VALIDATIONS))
     if interval > 1:
         yield 'val_interval', interval, f'{facts.val_images:,} validation images to {facts.images:,} training images'
-    if not start and is_convolutional(str(values.get('model', ''))):
+    optimizer = values.get('optimizer.name')
+    if not start and optimizer not in (None, *MUON):  # the recipe's values are Muon's
+        yield 'optimizer.lr', Optimizer.lr, f'the default, for {optimizer}'
+        yield 'optimizer.weight_decay', Optimizer.weight_decay, f'the default, for {optimizer}'
+    elif not start and is_convolutional(values.get('model', '')):
         yield 'optimizer.lr', CNN_LR, 'for a convolutional network'
         yield 'optimizer.weight_decay', CNN_WEIGHT_DECAY, 'for a convolutional network'
     if batch > 64:
         yield 'optimizer.lr_base_size', 64, 'the learning rate follows the batch size'
-    if has_value(values.get('lora')):
+    if values.get('lora') is not None:
         yield 'optimizer.lr', LORA_LR, 'for adapters'
         yield 'optimizer.layer_decay', None, 'for adapters'
     if not start:
@@ -200,7 +217,8 @@ def choices(facts: Facts, values: dict[str, Any], start: StartModel | None = Non
     precision, reason = choose_precision(torch.device(facts.device))
     if precision != 'no':
         yield 'precision', precision, reason
-    if facts.imbalance > LOPSIDED and values.get('data.sampler') != 'balanced':
+    weighted = values.get('data.sampler') != 'balanced' and values.get('objective.kind') != 'token_labels'
+    if facts.imbalance > LOPSIDED and weighted:
         reason = f'the largest class has {facts.imbalance:.0f} times the images of the smallest'
         yield 'objective.class_weights', 'balanced', reason
 
@@ -219,13 +237,12 @@ def augmentation(passes: float) -> Iterator[tuple[str, Any, str]]:
 
 def starts_small(facts: Facts, values: dict[str, Any], passes: float) -> bool:
     """Return true where smaller images first pay: in short runs of our models on a CPU, at 64 pixels or more."""
-    model, size = str(values['model']), values.get('data.img_size')
+    model, size = values['model'], shorter(values.get('data.img_size'))
     if 'data.start_scale' in values or values.get('objective.kind') == 'token_labels' or passes > START_PASSES:
         return False
     if facts.device != 'cpu' or model.partition('.')[0] not in VARIANTS:
         return False
-    pixels = int(str(size)) if is_number(size) else get_pretrained_cfg(model).input_size[-1]
-    return pixels >= START_PIXELS
+    return (size or get_pretrained_cfg(model).input_size[-1]) >= START_PIXELS
 
 
 def is_convolutional(name: str) -> bool:
@@ -244,17 +261,16 @@ def small_model(facts: Facts, values: dict[str, Any], on: str) -> Iterator[tuple
         return
     models = MODELS[facts.device]
     pixels = max((size for size in models if size <= facts.pixels), default=min(models))
-    asked = values.get('data.img_size')
-    if is_number(asked):
+    asked = shorter(values.get('data.img_size'))
+    if asked:
         models = {**MODELS['cuda'], **models}
-        pixels = max((size for size in models if size <= int(str(asked))), default=min(models))
+        pixels = max((size for size in models if size <= asked), default=min(models))
     yield 'model', models[pixels], f'a small model for {pixels} pixels, for {facts.images:,} images on {on}'
     yield 'data.img_size', pixels, f'half of the images have {facts.pixels} pixels or more, on {on}'
-    policy, recount = values.get('augment.aa', Augment.aa), int(str(values.get('augment.recount', 1)))
-    augment = Augment(aa=policy if has_value(policy) else None, recount=recount)
-    rgb = not has_value(values.get('data.channels'))
+    augment = Augment(aa=values.get('augment.aa', Augment.aa), recount=values.get('augment.recount', 1))
+    rgb = values.get('data.channels') is None
     fits = rgb and 3 * pixels**2 * facts.images < MEMORY and facts.pixels <= LARGE
-    if facts.device == 'cpu' and fits and not is_number(asked) and in_batches(augment):
+    if facts.device == 'cpu' and fits and not asked and in_batches(augment):
         yield 'data.memory', True, 'decoded once, so that the cores can train'
 
 
@@ -272,11 +288,6 @@ def model_of_weights(start: StartModel) -> Iterator[tuple[str, Any, str]]:
             yield f'data.{key}', list(start.cfg[key]), 'of the weights'
 
 
-def has_value(value: Any) -> bool:
-    """Tell if a setting is given, and not as null."""
-    return value not in (None, 'null')
-
-
-def is_number(value: Any) -> bool:
-    """Tell if a setting is a whole number, perhaps as text."""
-    return str(value).isdigit()
+def shorter(size: int | tuple[int, int] | None) -> int | None:
+    """Return the shorter side of an image size; None if none is given."""
+    return size if size is None or isinstance(size, int) else min(size)

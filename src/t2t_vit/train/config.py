@@ -9,7 +9,7 @@ import yaml
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from timm.data import create_transform
-from timm.optim import get_optimizer_class, list_optimizers
+from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers
 
 from ..data import Augment, SplitOptions, is_color
 from ..models.listing import is_known
@@ -176,7 +176,7 @@ class Optimizer:
     """Optimizer and schedule: a linear warm-up, a cosine, and a cooldown at the minimum.
 
     Args:
-        name: Any timm optimizer.
+        name: Any timm optimizer but those that need second derivatives.
         lr: Peak learning rate.
         lr_base_size: Batch size that lr is meant for: the learning rate is lr * batch_size / lr_base_size. By default
             just lr.
@@ -414,6 +414,10 @@ class Config:
             elif name not in installed:
                 problems.append(f'trackers: {name} is not installed')
         if self.optimizer.name in list_optimizers():
+            if get_optimizer_info(self.optimizer.name).second_order:
+                problems.append(
+                    f'optimizer.name {self.optimizer.name} needs second derivatives, which training does not compute'
+                )
             taken = [*signature(get_optimizer_class(self.optimizer.name, bind_defaults=False).__init__).parameters][2:]
             problems += [
                 f'optimizer.opt_kwargs: {self.optimizer.name} takes no {name}{nearest(name, taken)}'

@@ -70,7 +70,8 @@ def plan(trainer: Trainer, measured: Measured | None = None, report: DataReport 
         lines += [f'warning   {text}' for text in report.warnings()]
     if not parts.report and trainer.total_steps < FEW_STEPS:
         lines.append(
-            f'warning   {trainer.total_steps:,} steps are few for training from scratch: more epochs, or --weights'
+            f'warning   {trainer.total_steps:,} steps are few for training from scratch: give more epochs, or '
+            'fine-tune trained weights (t2t-vit finetune)'
         )
     return lines
 
