@@ -1,6 +1,7 @@
 """Score a model during training: loss, top-1, top-5 and confusion, over all processes."""
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -55,7 +56,9 @@ def score(model: nn.Module, batches: Iterable[Batch], num_classes: int) -> Score
         loss.update(F.cross_entropy(logits, labels, reduction='none'))
         metrics.update(logits, labels)
     model.train(training)
-    result, mean = metrics.compute(), loss.compute().item()
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='The ``compute`` method')  # of a process that got no images
+        result, mean = metrics.compute(), loss.compute().item()
     count = int(result['confusion'].sum())
     if not count:
         raise DataError('not one image could be read')

@@ -15,7 +15,7 @@ from t2t_vit.settings import UsageError
 from t2t_vit.train.build import build_optimizer, check_groups, parameter_groups
 from t2t_vit.train.measure import affordable_epochs, measure
 from t2t_vit.train.plan import plan
-from t2t_vit.train.run import train
+from t2t_vit.train.run import refit_budget, train
 from t2t_vit.train.state import saved_states
 from t2t_vit.train.trainer import load
 
@@ -43,6 +43,35 @@ def test_build_rejects_impossible_model_args(tmp_path, args):
 def test_frozen_pattern_without_match_is_refused(tmp_path):
     with pytest.raises(UsageError, match='no parameter is named cls_tokn, did you mean cls_token'):
         make(tmp_path, **{'optimizer.frozen': ['cls_tokn']})
+
+
+def test_freezing_everything_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r'optimizer.frozen \* leaves nothing to train'):
+        make(tmp_path, **{'optimizer.frozen': ['*']})
+
+
+def test_optimizer_that_needs_second_derivatives_is_refused():
+    with pytest.raises(UsageError, match='optimizer.name adahessian needs second derivatives'):
+        digits_config(**{'optimizer.name': 'adahessian'})
+
+
+@pytest.mark.parametrize(
+    'model, args, not_hidden',
+    [
+        ('deit_tiny_distilled_patch16_224', {'embed_dim': 48, 'depth': 1}, ['head.weight', 'head_dist.weight']),
+        (
+            'swin_tiny_patch4_window7_224',
+            {'embed_dim': 12, 'depths': (1, 1, 1, 1), 'num_heads': (1, 1, 1, 1), 'window_size': 2},
+            ['head.fc.weight', 'layers.0.blocks.0.attn.relative_position_bias_table'],
+        ),
+    ],
+)
+def test_muon_leaves_all_heads_and_positions_to_adamw(tmp_path, model, args, not_hidden):
+    run = make(tmp_path, model=model, model_args=args, **{'data.img_size': 64, 'optimizer.name': 'nmuon'})
+    fallback = {id(p) for group in run.parts.groups if group.get('use_fallback') for p in group['params']}
+    names = {name: id(parameter) in fallback for name, parameter in run.parts.net.named_parameters()}
+    assert all(names[name] for name in not_hidden)
+    assert not all(names.values())
 
 
 def test_body_lr_scale_spares_the_head(tmp_path):
@@ -96,6 +125,7 @@ def test_budget_takes_what_fits():
     # 30 epochs of 1 s and validations of 10 s after the 14th, the 28th and the last
     assert affordable_epochs(2 + 1.1 * 60.1, training=1, validation=10, interval=14) == 29
     assert 29 + 10 * 3 <= 60.1
+    assert affordable_epochs(1e9, 1e-3, 0, 1, most=7) == 7
 
 
 def test_fewer_epochs_have_the_schedule_of_a_run_of_that_many(tmp_path):
@@ -104,6 +134,26 @@ def test_fewer_epochs_have_the_schedule_of_a_run_of_that_many(tmp_path):
     for run in (long, short):
         run.parts.schedule.step_update(7)
     assert long.lr == short.lr and long.total_steps == short.total_steps == 15
+
+
+def test_settings_reduced_for_a_short_run_return_with_more_epochs(tmp_path):
+    run = make(tmp_path, epochs=60, **{'optimizer.warmup_epochs': 10})
+    assert run.set_epochs(5) == [
+        'note      warm-up reduced from 10 to 1 epochs and cooldown from 0 to 0: the run has 5'
+    ]
+    assert run.config.optimizer.warmup_epochs == 1
+    assert run.set_epochs(60) == [] and run.config.optimizer.warmup_epochs == 10
+
+
+def test_time_of_an_epoch_is_estimated_from_the_part_that_was_trained(tmp_path):
+    run = make(tmp_path, epochs=9, minutes=5.0)
+    now = time.monotonic()
+    run.position.step, run.epoch_start, run.epoch_began = 5, 4, now - 2.0  # the last step of a resumed epoch
+    refit_budget(run, now, 9)
+    assert run.epoch_seconds == [pytest.approx(10, abs=1)]
+    run.epoch_start = 5  # and an epoch that only lacks its scores
+    refit_budget(run, now, 9)
+    assert len(run.epoch_seconds) == 1
 
 
 def test_budget_is_kept(tmp_path, capsys):
@@ -163,7 +213,7 @@ def test_patience_is_asked_after_validations(tmp_path, capsys):
 )
 def test_epochs_are_as_many_as_fit_at_the_end_of_each(tmp_path, monkeypatch, fitting, epochs):
     answers = iter(fitting)
-    monkeypatch.setattr('t2t_vit.train.run.affordable_epochs', lambda *_: next(answers))
+    monkeypatch.setattr('t2t_vit.train.run.affordable_epochs', lambda *given: min(next(answers), given[-1]))
     train(digits_config(output=str(tmp_path), epochs=6, minutes=5.0, val_interval=9))
     records = read_records(tmp_path / 'metrics.jsonl')
     assert ['val_top1' in record for record in records] == [False] * (epochs - 1) + [True]

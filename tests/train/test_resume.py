@@ -16,6 +16,7 @@ import torch
 import yaml
 from conftest import PHOTOS, SHORT, digits_config, read_records, records, same_run
 from filelock import FileLock
+from PIL import Image
 
 from t2t_vit.cli import main
 from t2t_vit.data import Batch
@@ -115,6 +116,65 @@ def test_resume_notes_more_images_of_the_same_classes(photos, photos_run, tmp_pa
     said = ' '.join(capsys.readouterr().out.split())
     assert '25 training and 12 validation images, before it had 24 and 12' in said
     assert len(records(folder)) == 2
+
+
+# from a state of another run
+
+
+def test_run_from_a_state_of_another_run_keeps_a_model_of_its_own(digits_run, tmp_path):
+    """Also if no epoch reaches the best score of the other run, whose model is not in the new folder."""
+    state = torch.load(saved_states(digits_run / 'checkpoints')[0], weights_only=True)
+    state['position']['best'] = 1.0
+    torch.save(state, file := tmp_path / 'step-00000010.pt')
+    train(digits_config(output=str(tmp_path / 'run'), epochs=4, val_interval=2), resume=str(file))
+    assert (tmp_path / 'run' / 'model.safetensors').exists()
+    position = read_state(saved_states(tmp_path / 'run' / 'checkpoints')[0])['position']
+    assert position['best'] == max(records(tmp_path / 'run')[-1][key] for key in ('val_top1', 'val_top1_ema'))
+
+
+def test_run_from_a_state_of_another_run_keeps_its_division(photos, tmp_path, capsys):
+    """So that no image that was trained on is validated on."""
+    root = tmp_path / 'photos'
+    for name in ('flower', 'roof', 'sky'):
+        shutil.copytree(photos / 'train' / name, root / name)
+    divided = {'data.val_fraction': 0.25}
+    train(photos_config(root, tmp_path / 'one', **divided))
+    before = set(json.loads((tmp_path / 'one' / 'split.json').read_text())['train'])
+    Image.new('RGB', (64, 64)).save(root / 'sky' / '00.png')
+    state = str(saved_states(tmp_path / 'one' / 'checkpoints')[0])
+    train(photos_config(root, tmp_path / 'two', epochs=2, **divided), resume=state)
+    assert not before & set(json.loads((tmp_path / 'two' / 'split.json').read_text())['val'])
+    (tmp_path / 'one' / 'split.json').unlink()
+    with pytest.raises(
+        UsageError, match='images that were trained on would be validated on. Put split.json of the run'
+    ):
+        train(photos_config(root, tmp_path / 'three', epochs=2, **divided), resume=state)
+
+
+# under a time budget
+
+
+def test_run_under_a_budget_resumes_with_the_command_that_started_it(tmp_path, monkeypatch, capsys):
+    """Which asks for a longer warm-up than the epochs that fit have."""
+    monkeypatch.setattr('t2t_vit.train.run.affordable_epochs', lambda *given: min(3, given[-1]))
+    monkeypatch.setattr('t2t_vit.train.run.refit_budget', lambda *_: None)
+    asked = {'epochs': 40, 'minutes': 5.0, 'optimizer.warmup_epochs': 10}
+    config = digits_config(output=str(tmp_path / 'run'), **asked)
+    with monkeypatch.context() as context, pytest.raises(Interrupted):
+        context.setattr(Trainer, 'step', stopping_at(5, Trainer.step))
+        train(config, resume='auto')
+    said = ' '.join(capsys.readouterr().out.split())
+    assert 'note warm-up reduced from 10 to 0 epochs' in said and 'the run has 3' in said
+    train(config, resume='auto')
+    assert len(records(tmp_path / 'run')) == 3
+
+
+def stopping_at(last: int, step: Any) -> Any:
+    def stopping(run: Trainer, batch: Batch) -> Any:
+        outcome = step(run, batch)
+        return outcome._replace(stop=True) if run.done == last else outcome
+
+    return stopping
 
 
 # damage

@@ -1,5 +1,6 @@
 """Test the trainer: schedule of a resumed run, sources in memory and on disk, damaged images."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import timm
 from accelerate import Accelerator
 from conftest import PHOTOS, SHORT, digits_config, records
 
-from t2t_vit.data import Digits, DiskBatches, MemoryBatches, find_images, printable
+from t2t_vit.data import DataError, Digits, DiskBatches, MemoryBatches, find_images, printable
 from t2t_vit.train.run import train
 from t2t_vit.train.state import load_state, read_state
 from t2t_vit.train.trainer import load
@@ -42,6 +43,15 @@ def test_folder_and_parquet_train_from_disk_and_memory(request, tmp_path, source
         'roof',
         'sky',
     ]
+
+
+def test_epoch_is_kept_if_no_validation_image_can_be_read(photos, tmp_path):
+    root = shutil.copytree(photos, tmp_path / 'photos')
+    for file in (root / 'val').rglob('*.*'):
+        file.write_bytes(b'not an image')
+    changes = {**SHORT, **PHOTOS, 'data.root': str(root), 'data.memory': False, 'data.workers': 0}
+    with pytest.raises(DataError, match='validation: not one image could be read; the state is saved in .*step'):
+        train(digits_config(output=str(tmp_path / 'run'), batch_size=8, **changes))
 
 
 def test_damaged_images_are_counted_and_named(photos, tmp_path, capsys):

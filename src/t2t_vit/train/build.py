@@ -12,6 +12,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from ..data import Preprocessing
+from ..models.listing import heads
 from ..settings import UsageError, nearest
 from .config import Config
 from .muon import Muon
@@ -87,6 +88,10 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
     for name, parameter in model.named_parameters():
         if any(fnmatch(name, pattern) for pattern in patterns) and not any(fnmatch(name, pattern) for pattern in kept):
             parameter.requires_grad = False
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(
+            f'optimizer.frozen {" ".join(patterns)} leaves nothing to train: end it with the head, such as !head.*'
+        )
 
 
 def parameter_groups(config: Config, task: Task) -> list[dict[str, Any]]:
@@ -100,8 +105,7 @@ def parameter_groups(config: Config, task: Task) -> list[dict[str, Any]]:
     else:
         groups = param_groups_weight_decay(task, tuning.weight_decay, **lists)
     if tuning.body_lr_scale is not None:
-        head = {id(parameter) for parameter in task.net.get_classifier().parameters()}
-        body = {id(parameter) for parameter in task.net.parameters()} - head
+        body = {id(parameter) for parameter in task.net.parameters()} - head_parameters(task)
         groups = [
             {**group, 'params': chosen, 'lr_scale': scale}
             for group in groups
@@ -123,9 +127,17 @@ def not_for_muon(task: Task) -> list[str]:
     These are vectors, the class token and learned positions, and everything outside the hidden layers: the head, and in
     a task the layers beside the model. Token layers and convolutions are hidden layers.
     """
-    head = {id(parameter) for parameter in task.net.get_classifier().parameters()}
-    hidden = {id(p) for p in task.net.parameters() if p.dim() in (2, 4) and min(p.shape[:2]) > 1} - head
-    return [name for name, parameter in task.named_parameters() if id(parameter) not in hidden]
+    outside, positions = head_parameters(task), task.no_weight_decay()
+    return [
+        name
+        for name, p in task.named_parameters()
+        if p.dim() not in (2, 4) or min(p.shape[:2]) == 1 or id(p) in outside or name in positions
+    ]
+
+
+def head_parameters(task: Task) -> set[int]:
+    """Return the ids of the parameters of a model's classifiers."""
+    return {id(parameter) for head in heads(task.net) for parameter in head.parameters()}
 
 
 def check_groups(task: nn.Module, groups: list[dict[str, Any]]) -> None:

@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ..data import SPLIT_FILE
 from ..settings import UsageError
 
 SHOWN = 5  # names of each kind in a message
 
 
-def check_classes(state: dict[str, Any] | None, classes: Sequence[str], counts: tuple[int, int]) -> list[str]:
+def check_classes(
+    state: dict[str, Any] | None, classes: Sequence[str], counts: tuple[int, int], divided_anew: bool = False
+) -> list[str]:
     """Check that the data of a continued run has the classes that it was trained on.
 
     Args:
@@ -16,12 +19,14 @@ def check_classes(state: dict[str, Any] | None, classes: Sequence[str], counts: 
             of classes is compared.
         classes: The class names of the data.
         counts: Its numbers of training and validation images.
+        divided_anew: Training and validation images were not divided as in the run, whose division is not at hand.
 
     Returns:
         A note if the number of images changed.
 
     Raises:
-        UsageError: if the names, their order or their number differ.
+        UsageError: if the names, their order or their number differ; or the number of images, if they were divided
+            anew.
     """
     if state is None:
         return []
@@ -38,10 +43,16 @@ def check_classes(state: dict[str, Any] | None, classes: Sequence[str], counts: 
         )
     before = state.get('counts')
     if before and tuple(before) != tuple(counts):
-        return [
-            f'note      the data has {counts[0]:,} training and {counts[1]:,} validation images, before it had '
+        change = (
+            f'the data has {counts[0]:,} training and {counts[1]:,} validation images, before it had '
             f'{before[0]:,} and {before[1]:,}'
-        ]
+        )
+        if divided_anew:
+            raise UsageError(
+                f'{change}: divided anew, images that were trained on would be validated on. Put {SPLIT_FILE} of the '
+                'run beside the folder of its states, or continue with the old data'
+            )
+        return [f'note      {change}']
     return []
 
 

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -163,7 +164,12 @@ def worker_memory() -> int:
 
 
 def affordable_epochs(
-    seconds: float, training: float, validation: float, interval: int, work: Callable[[int], float] = float
+    seconds: float,
+    training: float,
+    validation: float,
+    interval: int,
+    work: Callable[[int], float] = float,
+    most: int = 1_000_000,
 ) -> int:
     """Return how many epochs fit into the rest of a budget, with a validation after the last one.
 
@@ -173,9 +179,11 @@ def affordable_epochs(
         validation: Seconds of a validation.
         interval: Epochs between two validations.
         work: Returns the work of so many epochs, in epochs on images of full size.
+        most: No more than these.
     """
     usable = (seconds - ENDING) / RESERVE - validation * (1 - 1 / interval)
-    epochs = 0
-    while training * work(epochs + 1) + validation * (epochs + 1) / interval <= usable:
-        epochs += 1
-    return epochs
+
+    def fits(epochs: int) -> bool:
+        return training * work(epochs) + validation * epochs / interval <= usable
+
+    return bisect_right(range(1, most + 1), False, key=lambda epochs: not fits(epochs))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 from accelerate.utils import gather_object
 
+from ..data import SPLIT_FILE
 from ..settings import Setting, UsageError, flatten, read_settings
 from ..trained import WEIGHTS
 from .config import Config
@@ -88,6 +89,16 @@ def check_same_start(config: Config, state: dict[str, Any] | None) -> None:
             raise UsageError(f'ranks are configured differently: {key} is {one} in rank 0 and {two} in rank {rank}')
 
 
+def find_split(folder: Path, resume: str | None) -> Path:
+    """Return the file that keeps the division of a continued run: its own, or that of the run of a given state file."""
+    own = folder / SPLIT_FILE
+    return (
+        own
+        if own.exists() or not resume or not Path(resume).is_file()
+        else Path(resume).resolve().parent.parent / SPLIT_FILE
+    )
+
+
 class Start(NamedTuple):
     """The state that a run continues from, None for a new run; where it was read; and notes for the user."""
 
@@ -118,6 +129,7 @@ def find_start(folder: Path, resume: str | None) -> Start:
         if not Path(resume).is_file():
             raise UsageError(f'{resume} holds no state to resume from')
         state, source = read_state(Path(resume)), Path(resume)
+        state['position'].update(best=0.0, since_best=0)  # the best model of the other run is in its folder, not here
     return Start(state, source, [f'skipped   {note}' for note in notes] + (state['notes'] if state else []))
 
 

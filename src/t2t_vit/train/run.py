@@ -29,7 +29,7 @@ from .log import Log, limit, table_head, table_row, write_config
 from .measure import ENDING, RESERVE, Measured, affordable_epochs, measure
 from .plan import plan, wrap
 from .processes import build_accelerator, hold_folder, join_processes
-from .resume import check_same_run, check_same_start, find_start
+from .resume import check_same_run, check_same_start, find_split, find_start
 from .short_runs import scale_to_data
 from .signals import WaitInterrupted, answer_at_once, stop_signals
 from .trainer import DAMAGED, Trainer, load, open_sources
@@ -79,9 +79,10 @@ def train(
             folder = choose_folder(config, resume)
             config, said = choose_config_precision(replace(config, output=str(folder)))
             accelerator = build_accelerator(config, folder)
-            sources = open_sources(config, accelerator)
-            asked = config
-            config, notes = scale_to_data(config, len(sources.train.labels), accelerator.num_processes)
+            division = find_split(folder, resume)
+            sources = open_sources(config, accelerator, division)
+            asked, images, world = config, len(sources.train.labels), accelerator.num_processes
+            config, notes = scale_to_data(asked, images, world)
             # one answer, since the first process creates the folder
             existed = broadcast_object_list([folder.exists()])[0]
             if existed and not dry_run:
@@ -94,15 +95,17 @@ def train(
             if config.lora and not (config.weights or state):
                 raise UsageError('lora adapts trained weights: give them with --weights')
             if state:
-                check_same_run([asked, config], state, source)
-            counts = len(sources.train.labels), len(sources.val.labels)
-            notes += check_classes(state, sources.train.classes, counts)
-            if state and state['processes'] != accelerator.num_processes:
+                then = replace(asked, epochs=state['settings'].get('epochs', asked.epochs))  # as the run reduced it
+                check_same_run([asked, scale_to_data(then, images, world)[0], config], state, source)
+            divided_anew = bool(sources.split) and not division.exists()
+            notes += check_classes(state, sources.train.classes, (images, len(sources.val.labels)), divided_anew)
+            if state and state['processes'] != world:
                 notes.append(
-                    f'note      {accelerator.num_processes} processes continue a state of {state["processes"]}: '
+                    f'note      {world} processes continue a state of {state["processes"]}: '
                     'each draws its own mixup, dropout and drop path'
                 )
             trainer = load(config, folder, state, accelerator, sources, signals)
+            trainer.asked = asked
             stack.callback(trainer.close)
             stack.enter_context(trainer.watch.active())
             trainer.measure_input()
@@ -110,7 +113,7 @@ def train(
             trainer.validation_seconds = measured.validation
             most = trainer.config.epochs
             if config.minutes:
-                fit_budget(trainer, measured, began)
+                notes += [note for note in fit_budget(trainer, measured, began) if note not in notes]
             log = Log(folder, accelerator)
             trainer.watch.say = log.say
             chosen = [f'chosen    {line}' for line in choices]
@@ -150,8 +153,11 @@ def choose_config_precision(config: Config) -> tuple[Config, list[str]]:
     return replace(config, precision=precision), [describe_precision(precision, reason)]
 
 
-def fit_budget(trainer: Trainer, measured: Measured, began: float) -> None:
+def fit_budget(trainer: Trainer, measured: Measured, began: float) -> list[str]:
     """Reduce the number of epochs to what fits into `config.minutes`.
+
+    Returns:
+        A note for each setting that is reduced for so few epochs.
 
     Raises:
         UsageError: if not one epoch fits.
@@ -160,7 +166,9 @@ def fit_budget(trainer: Trainer, measured: Measured, began: float) -> None:
     spent = time.monotonic() - began
     left, interval = 60 * minutes - spent, trainer.config.val_interval
     work = partial(work_of_more, trainer, done)
-    epochs = broadcast_object_list([affordable_epochs(left, measured.epoch, measured.validation, interval, work)])[0]
+    most = trainer.config.epochs - done
+    fitting = affordable_epochs(left, measured.epoch, measured.validation, interval, work, most)
+    epochs = broadcast_object_list([fitting])[0]
     if epochs < 1:
         epoch = work(1) * measured.epoch + measured.validation
         least = (spent + ENDING + RESERVE * epoch) / 60
@@ -169,8 +177,7 @@ def fit_budget(trainer: Trainer, measured: Measured, began: float) -> None:
             f'{minutes:g} minutes: give --minutes {math.ceil(10 * least) / 10:g} or more, or fewer images with '
             '--data.train_images'
         )
-    if done + epochs < trainer.config.epochs:
-        trainer.set_epochs(done + epochs)
+    return trainer.set_epochs(done + epochs) if done + epochs < trainer.config.epochs else []
 
 
 def work_of_more(trainer: Trainer, done: int, epochs: int) -> float:
@@ -184,17 +191,18 @@ def refit_budget(trainer: Trainer, began: float, most: int) -> None:
     Called between the steps of an epoch and its validation.
     """
     config, done, now = trainer.config, trainer.position.epoch + 1, time.monotonic()
-    if not config.minutes:
+    if not config.minutes or trainer.done == trainer.epoch_start:  # an epoch that was trained before
         return
-    trainer.epoch_seconds.append((now - trainer.epoch_began) / trainer.small.work(done - 1, done, config.epochs))
+    work_done = trainer.small.work(trainer.epoch_start, trainer.done, trainer.total_steps) / len(trainer.data.train)
+    trainer.epoch_seconds.append((now - trainer.epoch_began) / work_done)
     totals = list(accumulate(reversed(trainer.epoch_seconds)))
     count = bisect_left(totals[:-1], RECENT) + 1  # of the last epochs, which took so long together
     left = 60 * config.minutes - (now - began) - RESERVE * trainer.validation_seconds
     training, interval = totals[count - 1] / count, config.val_interval
     work = partial(work_of_more, trainer, done)
-    fitting = affordable_epochs(left, training, trainer.validation_seconds, interval, work)
+    fitting = affordable_epochs(left, training, trainer.validation_seconds, interval, work, most - done)
     epochs = broadcast_object_list([fitting])[0]
-    epochs = min(done + max(epochs, 0), most)
+    epochs = done + max(epochs, 0)
     if epochs != config.epochs:
         trainer.set_epochs(epochs)
         if trainer.accelerator.is_main_process:
@@ -254,7 +262,7 @@ def run_epochs(trainer: Trainer, log: Log, began: float, most: int) -> dict[str,
     log.say(table_head(trainer.parts.ema is not None))
     with log.live(trainer.total_steps, trainer.done, trainer.small.work), saving_when_cut_short(trainer):
         while not is_finished(asdict(trainer.position), trainer.config):
-            trainer.epoch_began = time.monotonic()
+            trainer.epoch_began, trainer.epoch_start = time.monotonic(), trainer.done
             trainer.stop_if_asked()
             train_epoch(trainer, log)
             refit_budget(trainer, began, most)

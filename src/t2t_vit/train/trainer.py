@@ -129,22 +129,21 @@ def check_split(config: Config, world: int) -> None:
         )
 
 
-def open_sources(config: Config, accelerator: Accelerator) -> Sources:
-    """Open the images and labels of a run.
+def open_sources(config: Config, accelerator: Accelerator, division: Path) -> Sources:
+    """Open the images and labels of a run, divided as a file says, if there is one.
 
     Raises:
         DataError: if they cannot be used.
     """
     data = config.data
     with accelerator.local_main_process_first():  # which downloads what is missing, and indexes tars
-        saved = Path(config.output or '') / SPLIT_FILE
         train, val, split = open_train_val(
             data.root,
             data.cache,
             data.download,
             data.channels,
             data.split_options,
-            Split.load(saved) if data.split_options.wanted and saved.exists() else None,
+            Split.load(division) if data.split_options.wanted and division.exists() else None,
         )
     if data.train_images:
         train = Part(train, data.train_images)
@@ -239,7 +238,7 @@ def load(
     """
     signals = StopSignals() if signals is None else signals
     watch = watch_data(config, accelerator, signals)
-    data = build_batches(config, sources or open_sources(config, accelerator), accelerator, watch)
+    data = build_batches(config, sources or open_sources(config, accelerator, folder / SPLIT_FILE), accelerator, watch)
     # from the state: a resumed run's own configuration no longer names the weights that it started from
     origin = (state or {}).get('origin') or dict(
         weights=config.weights and Path(config.weights).name, license=licence_of(config.weights)
@@ -277,6 +276,7 @@ class Trainer:
         watch: DataWatch,
     ) -> None:
         self.config, self.folder, self.accelerator = config, folder, accelerator
+        self.asked = config  # before anything was reduced for a short run
         self.data, self.parts, self.origin = data, parts, origin
         self.parameters = [parameter for parameter in parts.task.parameters() if parameter.requires_grad]
         self.total_steps = len(data.train) * config.epochs
@@ -286,6 +286,7 @@ class Trainer:
         self.signals, self.watch = signals, watch
         self.whole = True  # false while a step changes the weights
         self.last_save = self.epoch_began = time.monotonic()
+        self.epoch_start = 0  # the first step of this epoch that this process does
         self.epoch_seconds: list[float] = []  # of the epochs of this process under a time budget, as at full image size
         self.validation_seconds = 0.0  # of the last one; before it, as measured
 
@@ -305,12 +306,17 @@ class Trainer:
         """Learning rate of the head, which is the peak one under layer decay."""
         return max(group['lr'] for group in self.parts.optimizer.param_groups)
 
-    def set_epochs(self, epochs: int) -> None:
-        """Change how many epochs the run has; the schedule follows from the next step on."""
+    def set_epochs(self, epochs: int) -> list[str]:
+        """Change how many epochs the run has; the schedule follows from the next step on.
+
+        Returns:
+            A note for each setting that is reduced for so few epochs.
+        """
         images, processes = self.data.counts[0], self.accelerator.num_processes
-        self.config, _ = scale_to_data(replace(self.config, epochs=epochs), images, processes)
+        self.config, notes = scale_to_data(replace(self.asked, epochs=epochs), images, processes)
         self.total_steps = len(self.data.train) * epochs
         self.parts.schedule = build_schedule(self.config, self.parts.optimizer, len(self.data.train))
+        return notes
 
     def watched(self, batches: 'DiskBatches | MemoryBatches', epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from step `start` on; a wait ends on a signal and after data.timeout."""
@@ -491,7 +497,11 @@ class Trainer:
         began, scores = time.monotonic(), dict[str, Scores]()
         for suffix, model in self.candidates().items():
             self.stop_if_asked()  # a resumed run scores again what was scored
-            scores[suffix] = score(model, self.watched(self.data.val), len(self.data.classes))
+            try:
+                scores[suffix] = score(model, self.watched(self.data.val), len(self.data.classes))
+            except DataError as error:
+                path = self.save()
+                raise DataError(f'validation: {error}; the state is saved in {path or self.folder}') from error
         self.validation_seconds = time.monotonic() - began
         return scores
 
