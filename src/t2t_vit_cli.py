@@ -298,7 +298,7 @@ COMMANDS = {
         '[--checkpoint RUN] [options]',
         """
   --checkpoint RUN    a run, hf-hub:USER/NAME, a name that timm knows, or a file
-                      of weights; default: the last run, or a model of digits
+                      of weights; default: the last run, or the package's models
   --model NAME        the model that a file of weights is for
   --compare MODEL…    more models to show beside it
   --pretrained        download the weights of models given by name
@@ -333,7 +333,7 @@ COMMANDS = {
     ),
     'completion': Command(
         'print a completion script for a shell',
-        'bash|zsh|tcsh',
+        'bash|zsh|tcsh|fish|powershell',
         '',
         (
             'bash > ~/.local/share/bash-completion/completions/t2t-vit',
