@@ -14,6 +14,7 @@ from conftest import CLASSES, SMALLER
 from PIL import Image
 
 from t2t_vit import cli
+from t2t_vit.data import Split
 from t2t_vit.hub import save_pretrained
 
 
@@ -54,6 +55,21 @@ def test_eval_writes_every_image_and_the_confusion(folder, photos, tmp_path, cap
     assert scores['classes']['sky']['images'] == 4 and scores['per_class']['sky'] == scores['classes']['sky']['recall']
     printed = capsys.readouterr().out
     assert all(text in printed for text in ('balanced accuracy', 'AUROC %', '95 % interval', 'temperature '))
+
+
+def test_eval_says_if_images_were_trained_on(folder, photos, tmp_path, capsys):
+    """That is, those of a folder that the run divided itself."""
+    run, root = shutil.copytree(folder, tmp_path / 'run'), tmp_path / 'photos'
+    for name in CLASSES:
+        shutil.copytree(photos / 'val' / name, root / name)
+    names = sorted(str(file.relative_to(root)) for file in root.rglob('*.*'))
+    (run / 'config.yaml').write_text(f'data: {{root: {root}}}\n')
+    Split(names[::2], names[1::2]).save(run / 'split.json')
+    assert evaluate('--checkpoint', run, '--data', root) == 0
+    said = 'note: the run was trained on 6 of these 12 images, so the scores are too good'
+    assert said in capsys.readouterr().out
+    assert evaluate('--checkpoint', run) == evaluate('--checkpoint', run, '--data', photos) == 0
+    assert 'trained on' not in capsys.readouterr().out
 
 
 def test_eval_scores_data_that_lack_a_class(folder, photos, tmp_path, capsys):

@@ -35,7 +35,7 @@ from .data import (
 )
 from .data.waiting import DataWatch, Item, shorten_names
 from .export import ExportedModel, files_of, is_exported, load_exported
-from .inputs import ImageLike, open_all, open_own
+from .inputs import ImageLike, open_all, open_own, trained_on
 from .integrity import hash_file
 from .models.precision import choose_precision, describe_precision
 from .settings import Setting, UsageError, flatten, nearest, read_settings, recipes, resolve
@@ -454,7 +454,7 @@ class Classifier:
             batches.damaged,
             int((~good).sum()),
             seconds,
-            [*([note] if note else []), *left_out(source, data)],
+            [*([note] if note else []), *trained_on(self.checkpoint, source, data), *left_out(source, data)],
         )
 
     def watched(self, items: Iterable[Item], describe: Callable[[int], str]) -> Iterator[Item]:

@@ -10,7 +10,18 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from .data import SPLIT_FILE, Images, Part, Source, Split, find_images, open_source, open_train_val, read_image
+from .data import (
+    SPLIT_FILE,
+    Images,
+    Part,
+    Source,
+    Split,
+    find_images,
+    open_source,
+    open_train_val,
+    read_image,
+    relative_names,
+)
 from .integrity import check_signed
 from .models.safe_load import CheckpointError
 from .settings import UsageError
@@ -80,11 +91,8 @@ def open_own(checkpoint: str, split: str, cache: str | None, channels: int) -> t
     folder = run_folder(checkpoint)
     if folder is None:
         raise UsageError(f'{checkpoint} is not in a run folder, which would know its data: name the data with --data')
-    try:
-        saved = yaml.safe_load(check_signed((folder / 'config.yaml').read_text('utf-8')))['data']
-        root, count = str(saved['root']), saved.get(f'{split}_images')
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise CheckpointError(f'{folder / "config.yaml"} cannot be read: {error}') from None
+    saved = data_of(folder)
+    root, count = str(saved['root']), saved.get(f'{split}_images')
     cache, division = cache or saved.get('cache'), folder / SPLIT_FILE
     if division.exists():
         train, val, _ = open_train_val(root, cache, channels=channels, split=Split.load(division))
@@ -92,3 +100,32 @@ def open_own(checkpoint: str, split: str, cache: str | None, channels: int) -> t
     else:
         source = open_source(root, split, cache, channels=channels)
     return (Part(source, count) if count else source), root
+
+
+def data_of(folder: Path) -> dict[str, Any]:
+    """Return the settings of a run's data.
+
+    Raises:
+        CheckpointError: if the run's configuration cannot be read.
+    """
+    try:
+        saved = yaml.safe_load(check_signed((folder / 'config.yaml').read_text('utf-8')))['data']
+        return {**saved, 'root': saved['root']}
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise CheckpointError(f'{folder / "config.yaml"} cannot be read: {error}') from None
+
+
+def trained_on(checkpoint: str, source: Source, root: str) -> list[str]:
+    """Return a note if a source of the data of a run, which divided them itself, has images that it was trained on."""
+    folder = run_folder(checkpoint)
+    if folder is None or not (folder / SPLIT_FILE).exists():
+        return []
+    if Path(root).expanduser().resolve() != Path(data_of(folder)['root']).expanduser().resolve():
+        return []
+    names, trained = relative_names(source, root), {*Split.load(folder / SPLIT_FILE).train}
+    if not (count := sum(name in trained for name in names)):
+        return []
+    return [
+        f'the run was trained on {count:,} of these {len(names):,} images, so the scores are too good; without --data '
+        'the others are scored'
+    ]

@@ -37,7 +37,7 @@ from .sources import (
     open_source,
     printable,
 )
-from .split import SPLIT_FILE, Split, SplitOptions, open_train_val, split_source
+from .split import SPLIT_FILE, Split, SplitOptions, open_train_val, relative_names, split_source
 
 __all__ = [
     'MAX_PIXELS',
@@ -89,6 +89,7 @@ __all__ = [
     'pixel_limit',
     'printable',
     'read_image',
+    'relative_names',
     'report_data',
     'seed_all',
     'split_source',
