@@ -40,8 +40,8 @@ def refusal(key: str, value: Any, source: str) -> str:
     if _trusted or not names_code(value):
         return ''
     return (
-        f'{source} names code to execute, {key}: {value}. If you trust it, name it yourself '
-        f'(--{key} on the command line, or the class in Python) or add --trust (in Python: t2t_vit.trust)'
+        f'{source} names code to execute, {key}: {value}. If you trust it, add --trust (in Python: t2t_vit.trust), or '
+        'name it yourself (with an option of train, or the class in Python)'
     )
 
 
