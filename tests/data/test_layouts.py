@@ -261,6 +261,14 @@ def test_known_classes_set_names_and_order(store, tmp_path):
         open_source(root, 'val', str(tmp_path / 'cache'), classes=['bird', 'dog'])
 
 
+def test_classes_that_differ_in_their_unicode_form_are_explained(tmp_path):
+    write(tmp_path, ['cafe\u0301/1.png', 'dog/2.png'])
+    with pytest.raises(DataError, match='differ only in how Unicode writes accents'):
+        Folder(tmp_path, classes=['caf\u00e9', 'dog'])
+    with pytest.raises(DataError, match='has images of cafe\u0301; expected only the 2 classes cat, dog$'):
+        Folder(tmp_path, classes=['cat', 'dog'])
+
+
 def test_single_class_folder_of_a_known_class_is_not_passed_over(tmp_path):
     write(tmp_path, ['cat/2019/1.png', 'cat/2020/2.png'])
     assert Folder(tmp_path, classes=['cat', 'dog']).classes == ['cat', 'dog']
@@ -280,6 +288,12 @@ def test_table_of_paths_and_labels(tmp_path):
     assert train.column('site') == ['n', 's']
 
 
+def test_blank_rows_of_a_table_are_skipped(tmp_path):
+    """Editors leave empty lines in tables, spreadsheets rows of empty cells."""
+    (write(tmp_path, ['a.png', 'b.png']) / 'val.csv').write_text('path,label\na.png,cat\n\nb.png,dog\n,\n\n')
+    assert open_source(str(tmp_path / 'val.csv'), 'val').classes == ['cat', 'dog']
+
+
 @pytest.mark.parametrize(
     'text, message',
     [
@@ -287,6 +301,7 @@ def test_table_of_paths_and_labels(tmp_path):
         ('path,label\na.png\n', r'has a row of 1 cells'),
         ('path,label\n', 'lists no images'),
         ('path,label\na.png,\0\n', 'is not a list of paths'),
+        ('path,label\na.png,\nb.png,cat\nc.png, \n', 'has empty labels for 2 of 3 images: label must name'),
     ],
 )
 def test_invalid_tables_are_rejected(text, message, tmp_path):
@@ -324,6 +339,7 @@ def test_large_label_is_refused_before_it_is_read(tmp_path):
     'labels, message',
     [
         ([[0], [1]], "column 'label' holds nested values; expected numbers or text"),
+        (['a', ''], 'has empty labels for 1 of 2 images: label must name'),
         (['a', 'x' * (parquet_module.MAX_LABEL + 1)], 'a label of 1,048,577 characters; at most 1,048,576'),
     ],
 )

@@ -1,5 +1,6 @@
 """Derive class names and labels from paths, numbers or text; the same rules for every format."""
 
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -39,8 +40,8 @@ def number_labels(
         empty: Names of classes without images.
 
     Raises:
-        DataError: if labels are not all text or all whole numbers, if a number has no name, or if a label is not one of
-            the classes given.
+        DataError: if labels are empty, or not all text or all whole numbers, if a number has no name, or if a label is
+            not one of the classes given.
     """
     kinds = {type(value) for value in values}
     if kinds not in ({str}, {int}, {bool}):
@@ -48,6 +49,8 @@ def number_labels(
             f'{origin} has no integer or text label for every image: {column} holds '
             f'{", ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"}'
         )
+    if blank := sum(isinstance(value, str) and not value.strip() for value in values):
+        raise DataError(f'{origin} has empty labels for {blank} of {len(values)} images: {column} must name each one')
     found = {*values}
     order = list(range(len(names))) if names and kinds != {str} else sorted(found | {*empty})
     spoken = list(names) if names and kinds != {str} else [str(value) for value in order]
@@ -68,7 +71,10 @@ def strange_classes(strange: Sequence[str], classes: Sequence[str]) -> str:
     """Say which classes of a set are not among those expected."""
     more = f' and {len(strange) - 5} more' if len(strange) > 5 else ''
     known = ', '.join(classes[:5]) + (', …' if len(classes) > 5 else '')
-    return f'has images of {", ".join(strange[:5])}{more}; expected only the {len(classes)} classes {known}'
+    forms = {unicodedata.normalize('NFC', name) for name in classes}
+    same = any(unicodedata.normalize('NFC', name) in forms for name in strange)
+    note = '; some differ only in how Unicode writes accents, as file names from macOS do: rename them' if same else ''
+    return f'has images of {", ".join(strange[:5])}{more}; expected only the {len(classes)} classes {known}{note}'
 
 
 class PathLabels(NamedTuple):

@@ -92,7 +92,7 @@ def listed_paths(file: Path) -> Iterator[str]:
 
 
 def read_table(file: Path) -> Iterator[list[str]]:
-    """Yield the rows of a .csv.
+    """Yield the rows of a .csv that are not blank.
 
     Raises:
         DataError: if it is not text with comma-separated values.
@@ -103,7 +103,8 @@ def read_table(file: Path) -> Iterator[list[str]]:
             for row in csv.reader(stream):
                 if any('\0' in cell for cell in row):
                     raise csv.Error('it holds zero bytes')
-                yield row
+                if any(row):
+                    yield row
         except csv.Error as error:
             raise DataError(f'{file} is not a list of paths: {error}') from None
 
