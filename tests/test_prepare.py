@@ -1,10 +1,15 @@
 """The command `prepare`: shards that hold the same images, reduced; restarted, checked, and read from a server."""
 
+import errno
 import http.server
 import io
 import json
+import os
+import signal
+import sys
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -171,6 +176,41 @@ def test_interrupted_command_continues(photos, prepared, tmp_path, monkeypatch):
         assert (tmp_path / 'out' / file).read_bytes() == (prepared / file).read_bytes()
 
 
+def test_interrupted_workers_end_within_a_shard(photos, tmp_path, monkeypatch, capsys):
+    reduce, main_process = module.reduce_image, os.getpid()
+
+    def slow(*args: object) -> bytes:
+        if not (tmp_path / 'asked').exists():
+            (tmp_path / 'asked').touch()
+            os.kill(main_process, signal.SIGINT)
+        time.sleep(0.5)
+        return reduce(*args)
+
+    monkeypatch.setattr(module, 'reduce_image', slow)
+    began = time.monotonic()
+    assert main(['prepare', str(photos), str(tmp_path / 'out'), '--workers', '1']) == 130
+    assert time.monotonic() - began < 8  # a shard of 24 images takes 12 s
+    assert 'the same command continues' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('workers', ['0', '1'])
+def test_full_disk_is_an_error_of_one_line(workers, photos, tmp_path, monkeypatch, capsys):
+    def full(path: Path) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, 'hash_file', full)
+    assert main(['prepare', str(photos), str(tmp_path / 'out'), '--workers', workers]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert 'cannot write the shards in' in line and line.endswith('No space left on device')
+
+
+def test_killed_worker_is_an_error_of_one_line(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, 'reduce_image', lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    assert main(['prepare', str(photos), str(tmp_path / 'out'), '--workers', '1']) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert 'a process that opens images died: DataLoader worker' in line
+
+
 def test_other_settings_are_rejected(photos, prepared, capsys):
     assert main(['prepare', str(photos), str(prepared), '--short_side', '64', '--shard_images', '5']) == 2
     assert 'was begun with other short_side' in capsys.readouterr().err
@@ -192,6 +232,64 @@ def test_complete_folder_is_checked(photos, tmp_path, capsys):
     shard.write_bytes(content)
     assert main(words) == 2
     assert '1 of 4 files' in (error := capsys.readouterr().err) and 'train/000000.tar' in error
+
+
+def test_other_images_are_rejected(tmp_path, capsys):
+    """Of the same classes and number, whether the folder is complete or not; a copy of the same images is accepted."""
+    for root, names in (('a', '12'), ('b', '13'), ('c', '12'), ('d', '12')):
+        for split in ('train', 'val'):
+            for label in ('cat', 'dog'):
+                (tmp_path / root / split / label).mkdir(parents=True)
+                for name in names:
+                    image = Image.new('RGB', (40, 40 if root == 'c' else 30))
+                    image.save(tmp_path / root / split / label / f'{name}.png')
+
+    def prepare(root: str, output: str = 'out') -> int:
+        return main(['prepare', str(tmp_path / root), str(tmp_path / output), '--workers', '0'])
+
+    assert prepare('a') == 0
+    for root in 'bc':
+        assert prepare(root) == 2 and 'out was begun with other images' in capsys.readouterr().err
+    assert prepare('d') == 0 and 'nothing left to do' in capsys.readouterr().out
+    record = json.loads((tmp_path / 'out' / 'prepared.json').read_text())
+    (tmp_path / 'new').mkdir()
+    (tmp_path / 'new' / 'preparing.json').write_text(json.dumps(record))
+    assert prepare('b', 'new') == 2 and 'new was begun with other images' in capsys.readouterr().err
+    assert not list(tmp_path.rglob('.lock'))
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='names are bytes on Linux only')
+def test_names_that_are_not_utf8_are_prepared(tmp_path):
+    for split in ('train', 'val'):
+        for label in (b'cat\xe9', b'dog'):
+            folder = tmp_path / 'in' / split / os.fsdecode(label)
+            folder.mkdir(parents=True)
+            Image.new('RGB', (40, 30), 'red').save(folder / '1.png')
+            (folder / os.fsdecode(b'kaputt\xe9.jpg')).write_bytes(b'not an image')
+    words = ['prepare', str(tmp_path / 'in'), str(tmp_path / 'out'), '--workers', '0']
+    assert main(words) == 0 and main(words) == 0
+    assert open_source(str(tmp_path / 'out'), 'val').classes == [os.fsdecode(b'cat\xe9'), 'dog']
+    damaged = json.loads((tmp_path / 'out' / 'prepared.json').read_text(encoding='utf-8'))['damaged']
+    assert len(damaged) == 4 and damaged[0].endswith(os.fsdecode(b'kaputt\xe9.jpg'))
+
+
+def test_folder_killed_at_the_end_is_finished(photos, tmp_path):
+    words = ['prepare', str(photos), str(tmp_path / 'out'), '--workers', '0']
+    assert main(words) == 0
+    (tmp_path / 'out' / 'preparing.json').write_text('{}')
+    (tmp_path / 'out' / 'train' / '000000.json').write_text('{}')
+    assert main(words) == 0 and len(open_source(str(tmp_path / 'out'), 'train').labels) == 24
+    assert not (tmp_path / 'out' / 'train' / '000000.json').exists()
+
+
+@pytest.mark.parametrize('name', ['prepared.json', 'preparing.json'])
+@pytest.mark.parametrize('text', ['[]', '{"short'])
+def test_damaged_record_is_named(name, text, photos, tmp_path, capsys):
+    (tmp_path / name).write_text(text)
+    assert main(['prepare', str(photos), str(tmp_path), '--workers', '0']) == 2
+    assert f'{name} is damaged, so prepare the images again' in capsys.readouterr().err
+    with pytest.raises(DataError, match='prepared.json is damaged' if name == 'prepared.json' else 'is not complete'):
+        open_source(str(tmp_path), 'train')
 
 
 def test_damaged_images_are_left_out_and_named(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Prepare images for fast training: the command `t2t-vit prepare`."""
 
+import hashlib
 import io
 import json
 import os
@@ -9,15 +10,18 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 from PIL import Image
+from torch.multiprocessing import Event
 from torch.utils.data import DataLoader, Dataset
 
 from .console import Live, console, duration
 from .data import DataError, Source, check_same_classes, convert_image, is_color, open_source, printable
-from .data.batches import epoch_order, leave_signals
-from .data.sources.prepared import INDEX, MANIFEST, PREPARING, VERSION, is_remote
+from .data.batches import end_workers, epoch_order, leave_signals
+from .data.sources.prepared import INDEX, MANIFEST, PREPARING, VERSION, is_remote, read_record
+from .data.split import relative_names
+from .data.waiting import explain_worker_death
 from .integrity import hash_file, write_text
+from .results import locked
 from .settings import UsageError, require
 
 SHOWN = 5  # damaged images in a message
@@ -67,6 +71,7 @@ class ShardWriter(Dataset[dict[str, Any]]):
 
     def __init__(self, source: Source, folder: Path, shards: list[list[int]], to: Reduction) -> None:
         self.source, self.folder, self.shards, self.to = source, folder, shards, to
+        self.stopped = Event()  # seen by the workers, which would otherwise complete their shards
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Return the record of a shard, which is written under its name when it is complete."""
@@ -75,6 +80,8 @@ class ShardWriter(Dataset[dict[str, Any]]):
         damaged: list[str] = []
         with tarfile.TarFile(draft, 'w', format=tarfile.USTAR_FORMAT) as tar:
             for index in self.shards[number]:
+                if self.stopped.is_set():
+                    raise KeyboardInterrupt
                 try:
                     image = self.source.open(index)
                     content = self.source.content(index) if hasattr(self.source, 'content') else None
@@ -100,8 +107,21 @@ class ShardWriter(Dataset[dict[str, Any]]):
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file so that it is complete or absent."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + '\n')
+    """Write a JSON file so that it is complete or absent; names that are not UTF-8 are escaped."""
+    write_text(path, json.dumps(content, indent=1) + '\n')
+
+
+def fingerprint(source: Source, root: str) -> str:
+    """Return the SHA-256 of the images' names in the root and labels, and of their sizes where these are soon found."""
+    names = relative_names(source, root)
+    try:
+        sizes = source.content_sizes()  # type: ignore[attr-defined]
+    except (AttributeError, DataError, OSError):
+        sizes = [''] * len(names)
+    sha = hashlib.sha256()
+    for name, label, size in zip(names, source.labels, sizes):
+        sha.update(f'{name}\0{label}\0{size}\0'.encode('utf-8', 'surrogateescape'))
+    return sha.hexdigest()
 
 
 def prepare(
@@ -146,15 +166,13 @@ def prepare(
         **to._asdict(),
         shard_images=shard_images,
         classes=list(sources['train'].classes),
-        images={split: len(source.labels) for split, source in sources.items()},
+        images={
+            split: dict(count=len(source.labels), sha256=fingerprint(source, root)) for split, source in sources.items()
+        },
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / '.lock', timeout=0):
-            check_settings(folder, settings)
-            write_all(folder, sources, settings, to, workers)
-    except Timeout:
-        raise UsageError(f'another process prepares images in {folder}') from None
+    with locked(folder / '.lock', f'another process prepares images in {folder}'):
+        check_settings(folder, settings)
+        write_all(folder, sources, settings, to, workers)
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -162,10 +180,11 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
     Raises:
         UsageError: naming what differs.
+        DataError: if the folder's record is damaged.
     """
     path = folder / (MANIFEST if (folder / MANIFEST).exists() else PREPARING)
     if path.exists():
-        before = json.loads(path.read_text(encoding='utf-8'))
+        before = read_record(path)
         if different := [key for key in settings if settings[key] != before.get(key)]:
             raise UsageError(
                 f'{folder} was begun with other {", ".join(different)}: give another output, or delete the folder'
@@ -180,10 +199,11 @@ def write_all(folder: Path, sources: dict[str, Source], settings: dict[str, Any]
     """Write the shards that are missing, and then the index of each split and the manifest."""
     if (folder / MANIFEST).exists():
         check_shards(folder)
+        remove_drafts(folder)
         console().print(f'nothing left to do: {folder} is complete, and its checksums are right', soft_wrap=True)
         return
     records: dict[str, list[dict[str, Any]]] = {}
-    count = sum(settings['images'].values())
+    count = sum(len(source.labels) for source in sources.values())
     with Live(console(stderr=True), 'image', count, 0) as live:
         done = written = 0
         for split, source in sources.items():
@@ -202,24 +222,29 @@ def write_all(folder: Path, sources: dict[str, Source], settings: dict[str, Any]
                 num_workers=min(workers, len(missing)),
                 worker_init_fn=leave_signals,
             )
+            reading = iter(loader)
             try:
-                for record in loader:
+                for record in reading:
                     images = record['images'] + len(record['damaged'])
                     done, written = done + images, written + images
                     live.show(done, f'{written / live.seconds:.0f} images/s')
             except KeyboardInterrupt:
                 raise KeyboardInterrupt('stopped; the same command continues from what is done') from None
-            records[split] = [
-                json.loads((target / f'{i:06}.json').read_text(encoding='utf-8')) for i in range(len(shards))
-            ]
+            except OSError as error:  # with a traceback, if it was raised in a worker
+                raise DataError(f'cannot write the shards in {target}: {str(error).splitlines()[-1]}') from None
+            except RuntimeError as error:
+                raise explain_worker_death(error) or error from None
+            finally:
+                writer.stopped.set()
+                end_workers(reading)
+            records[split] = [read_record(target / f'{i:06}.json') for i in range(len(shards))]
         seconds = live.seconds
     damaged = [name for found in records.values() for record in found for name in record['damaged']]
     if empty := [split for split, found in records.items() if not any(record['images'] for record in found)]:
         raise DataError(f'none of the images to {" and ".join(empty)} can be read: {", ".join(damaged[:SHOWN])}')
     splits = {split: finish_split(folder, split, found) for split, found in records.items()}
     write_json(folder / MANIFEST, dict(version=VERSION, **settings, damaged=damaged, splits=splits))
-    for path in (folder / PREPARING, *folder.glob('*/*.json')):
-        path.unlink()
+    remove_drafts(folder)
     total = sum(shard['bytes'] for split in splits.values() for shard in split['shards'])
     speed = f', {written / seconds:,.0f} images/s' if written else ''
     console().print(
@@ -236,13 +261,19 @@ def write_all(folder: Path, sources: dict[str, Source], settings: dict[str, Any]
         )
 
 
+def remove_drafts(folder: Path) -> None:
+    """Remove what only an unfinished folder needs, and what a killed process left of it in a finished one."""
+    for path in (*folder.glob('*/*.json'), folder / PREPARING):
+        path.unlink(missing_ok=True)
+
+
 def check_shards(folder: Path) -> None:
     """Compare the shards and indices of a complete folder with their checksums.
 
     Raises:
         DataError: naming those that differ.
     """
-    splits = json.loads((folder / MANIFEST).read_text(encoding='utf-8'))['splits'].values()
+    splits = read_record(folder / MANIFEST)['splits'].values()
     files = [record for split in splits for record in (*split['shards'], split['index'])]
     wrong = [
         record['name']

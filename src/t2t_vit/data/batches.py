@@ -181,13 +181,9 @@ class DiskBatches:
         )
 
     def close(self) -> None:
-        """End the workers, which ignore signals: a process that ends before them would wait forever."""
+        """End the workers, see `end_workers`."""
         if (iterator := getattr(self.loader, '_iterator', None)) is not None:
-            workers = list(iterator._workers)
-            iterator._shutdown_workers()
-            for worker in workers:
-                if worker.is_alive():  # stuck in a read that does not return
-                    worker.kill()
+            end_workers(iterator)
             self.loader._iterator = None
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
@@ -322,6 +318,19 @@ def leave_signals(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(getattr(signal, 'SIGUSR1', signal.SIGTERM), signal.SIG_IGN)
+
+
+def end_workers(iterator: Any) -> None:
+    """End the workers of a loader's iterator, which ignore signals: a process that ends before them would wait forever.
+
+    There are none if the loader opens its items itself.
+    """
+    workers = list(getattr(iterator, '_workers', ()))
+    if workers:
+        iterator._shutdown_workers()
+    for worker in workers:
+        if worker.is_alive():  # stuck in a read that does not return
+            worker.kill()
 
 
 class MemoryBatches:

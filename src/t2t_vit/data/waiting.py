@@ -152,6 +152,6 @@ def explain_worker_death(error: RuntimeError) -> DataError | None:
     if 'DataLoader worker' not in text:
         return None
     return DataError(
-        f'a process that opens images died: {text.rstrip(" .")}. If memory ran out, try a smaller batch_size, or fewer '
+        f'a process that opens images died: {text.rstrip(" .")}. If memory ran out, try smaller batches, or fewer '
         'workers'
     )

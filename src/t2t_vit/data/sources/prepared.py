@@ -37,6 +37,21 @@ def is_prepared(root: str) -> bool:
     return is_remote(root) or any(os.path.isfile(folder / name) for name in (MANIFEST, PREPARING))
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a JSON object that `t2t-vit prepare` wrote.
+
+    Raises:
+        DataError: naming the file, if it is missing or damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding='utf-8'))
+        if not isinstance(found, dict):
+            raise ValueError(f'it holds a {type(found).__name__}, expected an object')
+    except (OSError, ValueError) as error:
+        raise DataError(f'{path} is damaged, so prepare the images again, in a new folder: {error}') from None
+    return found
+
+
 class Prepared:
     """One split of the images that `t2t-vit prepare` wrote, opened at random.
 
@@ -64,11 +79,11 @@ class Prepared:
             fetch(f'{self.root}/{MANIFEST}', self.folder / MANIFEST)
         elif (self.folder / PREPARING).is_file():
             raise DataError(f'{root} is not complete: the same t2t-vit prepare continues it')
+        manifest = read_record(self.folder / MANIFEST)
         try:
-            manifest = json.loads((self.folder / MANIFEST).read_text(encoding='utf-8'))
             found = manifest['splits'][split]
             self.shards, index, names = found['shards'], found['index'], manifest['classes']
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (LookupError, TypeError) as error:
             raise DataError(f'{root} has no prepared images of the split {split}: {error}') from error
         if manifest.get('version', 0) > VERSION:
             raise DataError(f'{root} was prepared by a newer version of this package: update it')
