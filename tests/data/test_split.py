@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from t2t_vit.data import SPLIT_FILE, DataError, Folder, Split, SplitOptions, open_train_val, split_source
+from t2t_vit.data.split import choose_groups
 from t2t_vit.inputs import open_own
 
 COUNTS = {'cat': 30, 'dog': 20, 'emu': 10}
@@ -61,6 +62,28 @@ def test_groups_stay_together(pets, options):
     split = divide(pets, group_by=r'/(p\d)-', **options)
     train, val = ({name.partition('/')[2][:2] for name in names} for names in (split.train, split.val))
     assert len(val) == 1 and len(train) == 3 and not train & val
+
+
+@pytest.mark.parametrize('fraction', [0.1, 0.2, 0.3, 0.4, 0.7])
+def test_groups_have_the_fraction_of_every_class(fraction):
+    """Forty groups of very different size and of mixed classes."""
+    chance = np.random.default_rng(0)
+    keys = np.repeat(np.arange(40), chance.integers(1, 60, 40))
+    labels = (chance.random(len(keys)) < 0.2 + 0.02 * (keys % 3)).astype(int)
+    chosen = choose_groups(labels, keys, fraction, 0)
+    taken = np.isin(keys, chosen)
+    assert chosen == choose_groups(labels, keys, fraction, 0) != choose_groups(labels, keys, fraction, 1)
+    assert abs(taken.mean() - fraction) < 0.01
+    assert all(abs(taken[labels == label].mean() - fraction) < 0.02 for label in (0, 1))
+
+
+def test_fraction_that_groups_do_not_allow_is_said(pets):
+    options = SplitOptions(val_fraction=0.4, group_by=r'/(p\d)-')
+    split = divide(pets, val_fraction=0.4, group_by=r'/(p\d)-')
+    taken = len(split.val) / 60
+    assert abs(taken - 0.4) < 0.11 and f'{taken:.0%} of the images are validated on, not 40%' in options.describe(split)
+    assert SplitOptions(val_fraction=0.25, group_by='x').describe(divide(pets, val_fraction=0.25)) == ''
+    assert len(divide(pets, val_fraction=0.01, group_by=r'/(p\d)-').val) > 0
 
 
 def test_groups_by_a_column_of_a_table(pets, tmp_path):

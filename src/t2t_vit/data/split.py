@@ -15,6 +15,9 @@ from .errors import DataError
 from .sources import Source, Subset, check_training_classes, open_source, printable
 
 SPLIT_FILE = 'split.json'  # in a run folder
+ORDERED = 10_000  # groups that are put in order, in all orders together
+PASSES = 3  # over each order
+FAR = 0.03  # difference of a fraction from the one asked for, from which on it is said
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,16 @@ class SplitOptions:
         except re.error as error:
             rules.append((False, f'data.group_by {self.group_by!r} is not a regular expression: {error}'))
         return [sentence for holds, sentence in rules if not holds]
+
+    def describe(self, split: 'Split') -> str:
+        """Say what fraction a split has, if groups made it another one than was asked for; else an empty string."""
+        taken = len(split.val) / max(len(split.train) + len(split.val), 1)
+        if self.group_by is None or self.fold is not None or abs(taken - (self.val_fraction or taken)) <= FAR:
+            return ''
+        return (
+            f'{taken:.0%} of the images are validated on, not {self.val_fraction:.0%}: the groups by '
+            f'{self.group_by!r} allow nothing closer'
+        )
 
 
 @dataclass(frozen=True)
@@ -119,7 +132,7 @@ def split_source(source: Source, root: str, options: SplitOptions) -> Split:
     Raises:
         DataError: if a class or a group has too few images to be divided.
     """
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, StratifiedShuffleSplit
+    from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold, StratifiedKFold, StratifiedShuffleSplit
 
     names = relative_names(source, root)
     if len({*names}) < len(names):
@@ -128,27 +141,61 @@ def split_source(source: Source, root: str, options: SplitOptions) -> Split:
     order = sorted(range(len(names)), key=lambda i: names[i].encode('utf-8', 'surrogateescape'))
     labels = np.array([source.labels[i] for i in order])
     groups = group_names(source, names, options.group_by) if options.group_by else None
-    parts: Any
     fraction = options.val_fraction or 1 / options.folds
-    folds = options.folds if options.fold is not None else max(2, round(1 / fraction))
     check_countable(source, labels, groups, order, options, fraction)
-    if options.fold is None and groups is None:
-        parts = StratifiedShuffleSplit(1, test_size=fraction, random_state=options.seed)
-    else:
-        if groups is not None and len({*groups}) < folds:
+    keys = None if groups is None else np.unique([groups[i] for i in order], return_inverse=True)[1]
+    parts: Any
+    if options.fold is not None:
+        if groups is not None and len({*groups}) < options.folds:
             raise DataError(
                 f'data.group_by {options.group_by!r} finds {len({*groups})} groups, as {printable(groups[0])!r}; '
-                f'{folds} or more are needed to validate on 1/{folds} of the images'
+                f'{options.folds} or more are needed to validate on 1/{options.folds} of the images'
             )
         kind = StratifiedKFold if groups is None else StratifiedGroupKFold
-        parts = kind(folds, shuffle=True, random_state=options.seed)
-    keys = None if groups is None else np.unique([groups[i] for i in order], return_inverse=True)[1]
+        parts = kind(options.folds, shuffle=True, random_state=options.seed)
+    elif keys is None:
+        parts = StratifiedShuffleSplit(1, test_size=fraction, random_state=options.seed)
+    else:
+        parts = LeaveOneGroupOut()  # of the groups that are chosen and those that are not
+        keys = ~np.isin(keys, choose_groups(labels, keys, fraction, options.seed))
     try:
         divided = list(parts.split(np.zeros(len(order)), labels, keys))
     except ValueError as error:  # fewer images or groups than parts
         raise DataError(f'the images cannot be divided: {error}') from None
     train, val = ([names[order[i]] for i in sorted(part)] for part in divided[options.fold or 0])
     return Split(train, val)
+
+
+def choose_groups(labels: np.ndarray, keys: np.ndarray, fraction: float, seed: int) -> list[int]:
+    """Choose groups that together have a fraction of the images, and of those of each class, as closely as they can.
+
+    In a random order, each group is taken, and in later passes left out again, where that brings the fractions closer;
+    of many orders the best is kept. scikit-learn's splitter makes folds of groups, not fractions.
+
+    Args:
+        labels: The class of each image.
+        keys: The group of each image, from 0 on.
+        fraction: Of the images.
+        seed: Of the orders.
+    """
+    counts = np.zeros((keys.max() + 1, labels.max() + 1))
+    np.add.at(counts, (keys, labels), 1)
+    shares = counts / counts.sum(0)
+    shares = np.column_stack([shares / np.sqrt(shares.shape[1]), 2 * counts.sum(1) / len(keys)])  # all images: most
+    best: tuple[float, list[int]] = (np.inf, [])
+    chance = np.random.default_rng(seed)
+    for _ in range(min(max(ORDERED // len(shares), 3), 100)):
+        order = chance.permutation(len(shares)).tolist()
+        chosen = {order[0]}
+        missing = fraction * shares.sum(0) - shares[order[0]]
+        for group in PASSES * order:
+            change = -1 if group in chosen else 1
+            after = missing - change * shares[group]
+            if after @ after < missing @ missing and 0 < len(chosen) + change < len(shares):
+                chosen ^= {group}
+                missing = after
+        best = min(best, (float(missing @ missing), sorted(chosen)))
+    return best[1]
 
 
 def check_countable(

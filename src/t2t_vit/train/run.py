@@ -97,6 +97,8 @@ def train(
             if state:
                 then = replace(asked, epochs=state['settings'].get('epochs', asked.epochs))  # as the run reduced it
                 check_same_run([asked, scale_to_data(then, images, world)[0], config], state, source)
+            if sources.split and (taken := config.data.split_options.describe(sources.split)):
+                notes.append(f'note      {taken}')
             divided_anew = bool(sources.split) and not division.exists()
             notes += check_classes(state, sources.train.classes, (images, len(sources.val.labels)), divided_anew)
             if state and state['processes'] != world:
