@@ -23,7 +23,17 @@ from PIL import Image
 
 from t2t_vit import prepare as module
 from t2t_vit.cli import main
-from t2t_vit.data import Augment, DataError, DiskBatches, Preprocessing, convert_image, image_size, open_source
+from t2t_vit.data import (
+    Augment,
+    DataError,
+    DiskBatches,
+    Preprocessing,
+    SplitOptions,
+    convert_image,
+    image_size,
+    open_source,
+    open_train_val,
+)
 
 PREPROCESSING = Preprocessing((32, 32), 3, (0.5,) * 3, (0.25,) * 3)
 
@@ -271,6 +281,40 @@ def test_names_that_are_not_utf8_are_prepared(tmp_path):
     assert open_source(str(tmp_path / 'out'), 'val').classes == [os.fsdecode(b'cat\xe9'), 'dog']
     damaged = json.loads((tmp_path / 'out' / 'prepared.json').read_text(encoding='utf-8'))['damaged']
     assert len(damaged) == 4 and damaged[0].endswith(os.fsdecode(b'kaputt\xe9.jpg'))
+
+
+def test_validation_images_may_lack_classes(tmp_path, capsys):
+    for folder in ('train/cat', 'train/dog', 'val/dog', 'strange/train/cat', 'strange/train/dog', 'strange/val/emu'):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new('RGB', (40, 30), 'red').save(tmp_path / folder / '1.png')
+    assert main(['prepare', str(tmp_path), str(tmp_path / 'out'), '--workers', '0']) == 0
+    train, val = (open_source(str(tmp_path / 'out'), split) for split in ('train', 'val'))
+    assert train.classes == val.classes == ['cat', 'dog'] and list(val.labels) == [1]
+    assert main(['prepare', str(tmp_path / 'strange'), str(tmp_path / 'new'), '--workers', '0']) == 2
+    assert 'has images of emu; expected only the 2 classes' in capsys.readouterr().err
+
+
+def test_images_that_are_not_divided_are_prepared(photos, tmp_path):
+    words = ['prepare', str(photos / 'train'), str(tmp_path / 'out'), '--workers', '0']
+    assert main(words) == 0 and main(words) == 0
+    root = str(tmp_path / 'out')
+    for split in ('val', 'all'):
+        assert len(open_source(root, split).labels) == 24
+    with pytest.raises(DataError, match='is not divided: set data.val_fraction'):
+        open_source(root, 'train')
+    train, val, _ = open_train_val(root, options=SplitOptions(val_fraction=0.25))
+    assert train.classes == ['flower', 'roof', 'sky'] and (len(train.labels), len(val.labels)) == (18, 6)
+
+
+def test_index_that_does_not_fit_is_an_error(photos, tmp_path):
+    assert main(['prepare', str(photos), str(tmp_path / 'out'), '--workers', '0']) == 0
+    index = tmp_path / 'out' / 'val' / 'index.parquet'
+    index.write_bytes((tmp_path / 'out' / 'train' / 'index.parquet').read_bytes())
+    with pytest.raises(DataError, match='index.parquet is not the index that prepared.json names'):
+        open_source(str(tmp_path / 'out'), 'val')
+    index.unlink()
+    with pytest.raises(DataError, match='cannot be read without its index, so prepare the images again'):
+        open_source(str(tmp_path / 'out'), 'val')
 
 
 def test_folder_killed_at_the_end_is_finished(photos, tmp_path):

@@ -15,9 +15,19 @@ from torch.multiprocessing import Event
 from torch.utils.data import DataLoader, Dataset
 
 from .console import Live, console, duration
-from .data import DataError, Source, check_same_classes, convert_image, is_color, open_source, printable
+from .data import (
+    DataError,
+    Source,
+    check_training_classes,
+    convert_image,
+    is_color,
+    open_source,
+    open_train_val,
+    printable,
+)
 from .data.batches import end_workers, epoch_order, leave_signals
-from .data.sources.prepared import INDEX, MANIFEST, PREPARING, VERSION, is_remote, read_record
+from .data.errors import Undivided
+from .data.sources.prepared import INDEX, MANIFEST, PREPARING, VERSION, WHOLE, is_remote, read_record
 from .data.split import relative_names
 from .data.waiting import explain_worker_death
 from .integrity import hash_file, write_text
@@ -25,7 +35,6 @@ from .results import locked
 from .settings import UsageError, require
 
 SHOWN = 5  # damaged images in a message
-SPLITS = ('train', 'val')
 
 
 class Reduction(NamedTuple):
@@ -140,7 +149,7 @@ def prepare(
     reads. The same command continues where it was interrupted, and checks what is complete.
 
     Args:
-        root: A data.root with training and validation images.
+        root: A data.root; of one that is not divided, all images are prepared, and training divides them.
         output: A new folder.
         short_side: Pixels of the shorter side; smaller images keep their size.
         quality: Quality of the JPEGs, from 1 to 95.
@@ -160,12 +169,11 @@ def prepare(
         )
     )
     folder, to = Path(output).expanduser(), Reduction(short_side, quality, background)
-    sources = {split: open_source(root, split, cache, channels=3) for split in SPLITS}
-    check_same_classes(sources['train'], sources['val'])
+    sources = open_splits(root, cache)
     settings = dict(
         **to._asdict(),
         shard_images=shard_images,
-        classes=list(sources['train'].classes),
+        classes=next(iter(sources.values())).classes,
         images={
             split: dict(count=len(source.labels), sha256=fingerprint(source, root)) for split, source in sources.items()
         },
@@ -173,6 +181,17 @@ def prepare(
     with locked(folder / '.lock', f'another process prepares images in {folder}'):
         check_settings(folder, settings)
         write_all(folder, sources, settings, to, workers)
+
+
+def open_splits(root: str, cache: str | None) -> dict[str, Source]:
+    """Open the training and the validation images, with the checks of training; or all, if they are not divided."""
+    try:
+        train, val, _ = open_train_val(root, cache, channels=3)
+    except Undivided:
+        whole = open_source(root, 'all', cache, channels=3)
+        check_training_classes(whole)
+        return {WHOLE: whole}
+    return dict(train=train, val=val)
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:

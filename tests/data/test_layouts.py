@@ -98,6 +98,26 @@ def test_split_folders_may_be_in_upper_case(tmp_path):
     assert [len(open_source(str(tmp_path), split).labels) for split in ('train', 'val')] == [2, 1]
 
 
+@pytest.mark.parametrize('name', ['train', 'Train', 'test', 'val'])
+def test_class_may_be_named_like_a_split(name, tmp_path):
+    write(tmp_path, ['bus/1.png', 'car/1.png', f'{name}/1.png'])
+    for split in ('val', 'all'):
+        assert sorted(open_source(str(tmp_path), split).classes) == sorted(['bus', 'car', name])
+    with pytest.raises(DataError, match='has no train split, it has .*data.val_fraction 0.2'):
+        open_source(str(tmp_path), 'train')
+
+
+def test_split_folders_without_class_folders_are_not_classes(tmp_path):
+    with pytest.raises(DataError, match='images outside of class folders'):
+        open_source(str(write(tmp_path, ['train/1.png', 'val/2.png'])), 'train')
+
+
+def test_other_tables_beside_class_folders_are_passed_over(tmp_path):
+    (write(tmp_path, ['cat/1.png', 'dog/1.png']) / 'metadata.csv').write_text('path,site\ncat/1.png,n\n')
+    for split in ('val', 'all'):
+        assert open_source(str(tmp_path), split).classes == ['cat', 'dog']
+
+
 # shards
 
 

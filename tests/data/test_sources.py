@@ -21,18 +21,7 @@ import torchvision
 from conftest import CLASSES, crops, write_parquet
 from PIL import Image
 
-from t2t_vit.data import (
-    DataError,
-    Digits,
-    Folder,
-    Parquet,
-    Part,
-    Shards,
-    check_same_classes,
-    image_size,
-    open_source,
-    report_data,
-)
+from t2t_vit.data import DataError, Digits, Folder, Parquet, Part, Shards, image_size, open_source, report_data
 from t2t_vit.data.sources import hub as hub_module
 from t2t_vit.data.sources import parquet as parquet_module
 from t2t_vit.data.sources import tar
@@ -143,16 +132,6 @@ def test_invalid_roots_are_rejected(photos, parquet, tmp_path):
     ):
         with pytest.raises(DataError, match=message):
             open_source(str(root), split)
-
-
-def test_different_classes_are_rejected_by_name(photos, tmp_path):
-    for name in ('flower', 'roof', 'wall'):
-        (tmp_path / name).mkdir()
-    (tmp_path / 'wall' / '1.png').write_bytes(b'')
-    train, val = open_source(str(photos), 'train'), Folder(tmp_path)
-    check_same_classes(train, train)
-    with pytest.raises(DataError, match='only in train: sky; only in val: wall'):
-        check_same_classes(train, val)
 
 
 # torchvision's sets

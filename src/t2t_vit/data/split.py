@@ -143,7 +143,7 @@ def split_source(source: Source, root: str, options: SplitOptions) -> Split:
     groups = group_names(source, names, options.group_by) if options.group_by else None
     fraction = options.val_fraction or 1 / options.folds
     check_countable(source, labels, groups, order, options, fraction)
-    keys = None if groups is None else np.unique([groups[i] for i in order], return_inverse=True)[1]
+    keys: Any = None if groups is None else np.unique([groups[i] for i in order], return_inverse=True)[1]
     parts: Any
     if options.fold is not None:
         if groups is not None and len({*groups}) < options.folds:

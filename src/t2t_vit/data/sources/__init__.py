@@ -4,7 +4,7 @@ from .base import Source, read_channels
 from .digits import Digits
 from .folder import Folder
 from .hub import HubSet
-from .labels import check_same_classes, check_training_classes
+from .labels import check_training_classes
 from .lists import LabelledList, listed_paths
 from .names import counted, left_out, printable, to_text
 from .opening import open_source
@@ -25,7 +25,6 @@ __all__ = [
     'Source',
     'Subset',
     'TorchSet',
-    'check_same_classes',
     'check_training_classes',
     'listed_paths',
     'open_source',

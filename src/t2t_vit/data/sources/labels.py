@@ -124,28 +124,6 @@ def class_depth(parts: list[list[str]], every: list[list[str]], classes: Collect
     return 0
 
 
-def check_same_classes(train: Source, val: Source) -> None:
-    """Check that two sources have the same classes in the same order.
-
-    Raises:
-        DataError: naming the classes that only one of them has.
-    """
-    if train.classes == val.classes:
-        return
-    only = [
-        f'only in {side}: {", ".join(names[:5])}' + (f' and {len(names) - 5} more' if len(names) > 5 else '')
-        for side, names in (
-            ('train', sorted({*train.classes} - {*val.classes})),
-            ('val', sorted({*val.classes} - {*train.classes})),
-        )
-        if names
-    ]
-    raise DataError(
-        f'train has {len(train.classes)} classes and val {len(val.classes)}, and they differ '
-        f'({"; ".join(only) or "the same names in another order"}); every score would be wrong'
-    )
-
-
 def check_training_classes(train: Source) -> None:
     """Check that there are at least two classes, and images of each.
 

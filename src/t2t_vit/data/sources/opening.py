@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...settings import nearest
 from ..decode import check_regular
-from ..errors import DataError
+from ..errors import DataError, Undivided
 from .base import Source
 from .digits import Digits
 from .folder import Folder
@@ -47,13 +47,14 @@ def open_source(
             them, and may not have others. By default the classes found, sorted.
 
     Raises:
+        Undivided: if all images would do, but not those of a split.
         DataError: if there is no such data; says what was found and what was expected.
     """
     folder, one = Path(cache or CACHE).expanduser(), 'train' if split == 'all' else split
     if root == 'digits' and not Path(root).exists():
         return Digits(one, classes)
     if is_prepared(root):
-        return Prepared(root, one, folder, channels, classes)
+        return Prepared(root, split, folder, channels, classes)
     path = Path(root).expanduser()
     prefix, _, name = root.partition('/')
     if prefix == 'torch' and name and not path.exists():
@@ -103,15 +104,13 @@ def open_folder(path: Path, split: str, cache: Path, channels: int | None, class
     other = next((key for key in SPLITS if key != split), '')
     if inner and inner <= EVERY_SPLIT and inner & {*SPLITS[split]}:  # CLASS/train, CLASS/val
         return Folder(path, channels, classes, split)
-    if split == 'val' and not files and not any(split_folder(str(path), name) for name in SPLITS[other]):
+    held = [file for file in files if split_named(file) or not names]  # others beside class folders are of no split
+    if split == 'val' and not held and not any(split_folder(str(path), name) for name in SPLITS[other]):
         return Folder(path, channels, classes)
     shown = [*(f'{name}/' for name in names), *files]
-    hint = (
-        '; to split one folder of class folders, set data.val_fraction, as --data.val_fraction 0.2'
-        if names and not {name.lower() for name in names} & EVERY_SPLIT
-        else ''
-    )
-    raise DataError(
+    undivided = names and not any([*map(split_named, files), *(split_folder(str(path), name) for name in EVERY_SPLIT)])
+    hint = '; to split one folder of class folders, set data.val_fraction, as --data.val_fraction 0.2' * bool(undivided)
+    raise (Undivided if undivided else DataError)(
         f'{path} has no {split} split, it has {", ".join(shown[:5]) or "nothing"}{", …" if len(shown) > 5 else ""}: '
         f'expected {path}/{split}/CLASS/IMAGE, {path}/{split}*.parquet or {path}/{split}*.tar{hint}'
     )
@@ -133,7 +132,7 @@ def open_files(
             if split != 'train' or source.divided:
                 return source
         if split == 'train':
-            raise DataError(
+            raise Undivided(
                 f'{files[0]} is one file, which leaves nothing to validate on; expected a folder with train*{suffix} '
                 f'and val*{suffix}, or data.val_fraction to split it'
             )

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from ...integrity import hash_file
 from ..decode import Raw, read_image
-from ..errors import DataError
+from ..errors import DataError, Undivided
 from .labels import number_labels
 from .names import to_text
 from .tar import decode_name, read_slice
@@ -21,6 +21,7 @@ from .tar import decode_name, read_slice
 MANIFEST = 'prepared.json'  # in the folder of prepared images: its splits, and their shards with checksums
 PREPARING = 'preparing.json'  # in an unfinished one
 VERSION = 1
+WHOLE = 'all'  # the name of the one split of images that are not divided
 INDEX = pa.schema(
     [('name', pa.string()), ('shard', pa.int32()), ('offset', pa.int64()), ('size', pa.int64()), ('label', pa.int32())]
 )
@@ -60,12 +61,13 @@ class Prepared:
 
     Args:
         root: The folder, or an address that fsspec reads.
-        split: train or val.
+        split: train, val, or all: the training images, or all where they are not divided; those are for val too.
         cache: The folder for what is fetched.
         channels: Of the images, see `read_image`.
         classes: Names and order of the classes, as of a training set; by default those prepared.
 
     Raises:
+        Undivided: for train, if the images are not divided.
         DataError: if there is nothing prepared, or its index does not fit its manifest.
     """
 
@@ -81,13 +83,22 @@ class Prepared:
             raise DataError(f'{root} is not complete: the same t2t-vit prepare continues it')
         manifest = read_record(self.folder / MANIFEST)
         try:
-            found = manifest['splits'][split]
-            self.shards, index, names = found['shards'], found['index'], manifest['classes']
+            splits, names = manifest['splits'], manifest['classes']
+            if WHOLE in splits and split == 'train':
+                raise Undivided(f'{root} is not divided: set data.val_fraction, as --data.val_fraction 0.2')
+            found = splits[WHOLE if WHOLE in splits else 'train' if split == WHOLE else split]
+            self.shards, index = found['shards'], found['index']
         except (LookupError, TypeError) as error:
             raise DataError(f'{root} has no prepared images of the split {split}: {error}') from error
         if manifest.get('version', 0) > VERSION:
             raise DataError(f'{root} was prepared by a newer version of this package: update it')
-        self.index = pq.read_table(self.path(index), schema=INDEX).combine_chunks()
+        try:
+            path = self.path(index)
+            if hash_file(path) != index['sha256']:
+                raise DataError(f'{path} is not the index that {MANIFEST} names: prepare the images again')
+            self.index = pq.read_table(path, schema=INDEX).combine_chunks()
+        except OSError as error:  # Arrow's too
+            raise DataError(f'{root} cannot be read without its index, so prepare the images again: {error}') from None
         self.places = [self.index.column(name).to_numpy() for name in ('shard', 'offset', 'size')]
         self.classes, self.labels = number_labels(self.index.column('label').to_pylist(), names, root, 'label', classes)
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from ..decode import has_image_suffix
-from .names import is_hidden
+from .names import is_hidden, subfolders
 
 SPLITS = {'train': ('train', 'training'), 'val': ('val', 'validation', 'valid', 'test')}  # in order of preference
 EVERY_SPLIT = {name for names in SPLITS.values() for name in names}
@@ -51,11 +51,16 @@ def find_files(root: str, suffixes: tuple[str, ...]) -> list[str]:
     return sorted(found)
 
 
-def split_folder(root: str, name: str) -> 'str | None':
-    """Return the path of the folder of a split, whose name may be in upper case; None if there is none."""
-    with os.scandir(root) as entries:
-        found = sorted(entry.name for entry in entries if entry.name.lower() == name and entry.is_dir())
-    return os.path.join(root, name if name in found else found[0]) if found else None
+def split_folder(root: str, split: str) -> 'str | None':
+    """Return the path of the folder of a split, whose name may be in upper case; None if there is none.
+
+    Beside other folders it must hold folders, or it is a class: there are datasets of vehicles with a train.
+    """
+    names = subfolders(root)
+    found = sorted((name for name in names if name.lower() == split), key=lambda name: name != split)
+    path = os.path.join(root, found[0]) if found else ''
+    divided = found and (subfolders(path) or {name.lower() for name in names} <= EVERY_SPLIT)
+    return path if divided else None
 
 
 def split_level(paths: Iterable[str]) -> 'int | None':
