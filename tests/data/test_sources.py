@@ -386,6 +386,8 @@ def test_tar_with_text_labels_and_hidden_files(tmp_path):
         ),
         ([('a.jpg', JPEG), ('a.json', b'[')], 'a.json holds no label'),
         ([('a.jpg', JPEG), ('a.cls', b'')], 'a.cls holds no label'),
+        ([('a.jpg', JPEG), ('a.cls', b'9' * 5000)], 'a.cls holds no label'),
+        ([('a.jpg', JPEG), ('a.cls', b'007'), ('b.jpg', JPEG), ('b.cls', b'7')], 'labels 007 and 7, which are one'),
         ([('a.1.jpg', JPEG), ('a.2.jpg', JPEG), ('a.cls', b'0')], 'several images of the name a;'),
         ([('a.jpg', JPEG), ('a.cls', b'0'), ('b.jpg', JPEG), ('b.cls', b'bee')], 'label holds int, str'),
         ([('a.txt', b'')], 'no images in'),

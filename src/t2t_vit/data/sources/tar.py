@@ -20,14 +20,14 @@ from .splits import select_split
 from .webdataset import LABEL_KINDS, label_samples, read_label, sample_key
 
 MAX_IMAGE = 1 << 29  # bytes of an encoded image
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 INDEX = pa.schema(
     [
         ('name', pa.string()),
         ('shard', pa.int32()),
         ('offset', pa.int64()),
         ('size', pa.int64()),
-        ('label', pa.string()),  # null if the tar has no labels beside its images
+        ('label', pa.string()),  # as it is written; null if the tar has no labels beside its images
         ('numbered', pa.bool_()),
     ]
 )
@@ -71,12 +71,17 @@ class Shards:
         found = self.index.column('label')
         if found.null_count == 0:
             names, numbered = files[0].parent / 'classes.txt', self.index.column('numbered').to_pylist()
+            texts = found.to_pylist()
+            values = [int(text) if number else text for text, number in zip(texts, numbered)]
+            written: dict[int | str, str] = {}
+            for value, text in zip(values, texts):
+                if written.setdefault(value, text) != text:
+                    raise DataError(
+                        f'{origin} has the labels {written[value]} and {text}, which are one number: write it in one '
+                        'way, or as names that are no numbers'
+                    )
             self.classes, self.labels = number_labels(
-                [int(text) if number else text for text, number in zip(found.to_pylist(), numbered)],
-                read_lines(names) if names.exists() and all(numbered) else [],
-                origin,
-                'label',
-                classes,
+                values, read_lines(names) if names.exists() and all(numbered) else [], origin, 'label', classes
             )
             return
         if found.null_count < len(found):
@@ -204,7 +209,7 @@ def index_tar(path: Path, shard: int, skipped: Counter[str]) -> list[dict[str, A
             offset=member.offset_data,
             size=member.size,
             label=None if value is None else str(value),
-            numbered=isinstance(value, int),
+            numbered=str(value).isdecimal() or isinstance(value, int),
         )
         for (name, member), value in zip(images.items(), values)
     ]

@@ -17,7 +17,7 @@ def sample_key(name: str) -> str:
 
 
 def read_label(content: bytes, kind: str, name: str) -> 'int | str | None':
-    """Read the label in a .cls or .json file; None for JSON without one.
+    """Read the label in a .cls or .json file, a number or text, which may be of a number; None for JSON without one.
 
     Raises:
         DataError: if it is neither a whole number nor text.
@@ -26,7 +26,7 @@ def read_label(content: bytes, kind: str, name: str) -> 'int | str | None':
         text = content.decode('utf-8').strip()
         value = json.loads(text).get('label') if kind == 'json' else text
         if isinstance(value, str) and value.isdecimal():
-            value = int(value)
+            int(value)  # which has a limit of digits
     except (ValueError, AttributeError, RecursionError) as error:
         raise DataError(f'{name} holds no label: {error}') from error
     if value is not None and (value == '' or isinstance(value, bool) or not isinstance(value, (int, str))):
