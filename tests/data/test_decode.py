@@ -20,9 +20,11 @@ from PIL import Image, ImageCms, ImageSequence
 from t2t_vit.data import (
     DataError,
     ImageError,
+    Preprocessing,
     convert_image,
     decode,
     decode_image,
+    image_size,
     image_suffixes,
     pixel_limit,
     read_image,
@@ -286,7 +288,6 @@ def test_icc_profile_does_not_change_the_pixels():
         (np.zeros((4, 4, 5), np.uint8), 'shape 4x4x5; expected 3 bands'),
         (np.zeros((2, 2, 2, 2)), '4 dimensions; expected height x width'),
         (np.zeros((4, 4), complex), 'values of the type complex128'),
-        (np.zeros((0, 4)), '4x0 pixels: an image has at least one'),
     ],
 )
 def test_values_without_a_known_range_are_rejected(values, message):
@@ -302,6 +303,29 @@ BANDS = np.random.default_rng(0).integers(0, 60000, (12, 10, 5), dtype=np.uint16
 def npy(array: np.ndarray) -> bytes:
     np.save(buffer := io.BytesIO(), array)
     return buffer.getvalue()
+
+
+@pytest.mark.parametrize('shape, channels', [((1, 30, 20), 1), ((1, 30, 20), 3), ((3, 30, 20), 3), ((2, 30, 20), 2)])
+def test_bands_first_are_measured_like_bands_last(shape, channels):
+    array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    for source in (array, npy(array)):
+        first, last = read_image(source, channels), read_image(np.moveaxis(array, 0, -1), channels)
+        assert image_size(first) == image_size(last) == (20, 30) and np.array_equal(first, last)
+    kept = Preprocessing((16, 16), channels, (0.5,) * channels, (0.5,) * channels).kept(first)
+    assert kept[2] < kept[3] < 1  # of a portrait
+
+
+@pytest.mark.parametrize('size', [(40, 1), (1, 40)])
+def test_image_of_one_pixel_in_height_keeps_its_colours(size):
+    for kind in ('jpeg', 'png'):
+        content = encode(PHOTO.resize(size), kind)
+        assert same(decode_image(content), Image.open(io.BytesIO(content)))
+
+
+@pytest.mark.parametrize('shape', [(0, 4, 3), (4, 0, 3), (4, 4, 0), (0, 4)])
+def test_array_without_pixels_is_rejected(shape):
+    with pytest.raises(ImageError, match='has no pixels'):
+        read_image(np.zeros(shape, np.uint8))
 
 
 def tiff(array: np.ndarray, **options: Any) -> bytes:

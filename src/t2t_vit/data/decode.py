@@ -85,11 +85,11 @@ def read_image(
     """Read the first frame of an image, upright, in the mode it is stored in.
 
     Arguments and errors are those of `decode_image`. With `channels` other than 1 and 3, TIFF files are read with all
-    their bands and their full depth.
+    their bands and their full depth. Arrays are returned with their bands last, where these are known by `channels`.
     """
     if isinstance(source, np.ndarray):
-        _check_shape(source.shape, max_aspect)
-        return source
+        _check_shape(source.shape, channels, max_aspect)
+        return _bands_last(source, channels)
     if isinstance(source, (str, os.PathLike)):
         with open_regular(source) as file:
             return read_image(file, channels, max_side, max_aspect)
@@ -101,9 +101,9 @@ def read_image(
         head = file.read(12)
         file.seek(0)
         if head.startswith(NPY_MAGIC):
-            return _read_npy(file, max_aspect)
+            return _read_npy(file, channels, max_aspect)
         if head.startswith(TIFF_MAGIC) and channels not in (None, 1, 3):
-            return _read_bands(file, max_aspect)
+            return _read_bands(file, channels, max_aspect)
         try:
             if head.startswith(JPEG_MAGIC) and max_side is None:
                 content = file.read()
@@ -116,7 +116,7 @@ def read_image(
             if not head.startswith(TIFF_MAGIC):
                 raise
             file.seek(0)
-            return _read_bands(file, max_aspect)  # Pillow knows neither other numbers of bands nor floats in three
+            return _read_bands(file, channels, max_aspect)  # Pillow knows neither many bands nor floats in three
     except (ImageError, MemoryError):
         raise
     except Image.UnidentifiedImageError:
@@ -363,29 +363,43 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
     return np.rint(values).astype(np.uint8)
 
 
-def _bands_last(array: np.ndarray, channels: int) -> np.ndarray:
-    """Return an array as (H, W, channels), wherever its axis of bands is."""
-    array = array[..., None] if array.ndim == 2 else array
-    if array.ndim == 3 and array.shape[-1] != channels and array.shape[0] == channels:
-        array = np.moveaxis(array, 0, -1)
+def _band_axis(shape: Sequence[int], channels: int | None) -> int | None:
+    """Return the axis of an array's bands, the last or else the first that has as many as the image; None if none has.
+
+    A grey or RGB image (`channels` is 1, 3 or not known) has one band or three.
+    """
+    counts = (1, 3) if channels in (None, 1, 3) else (channels,)
+    return next((axis for axis in (2, 0) if shape[axis] in counts), None) if len(shape) == 3 else None
+
+
+def _bands_last(array: np.ndarray, channels: int | None) -> np.ndarray:
+    """Return an array as (H, W, bands), if it is known to be (bands, H, W); others as they are."""
+    return np.moveaxis(array, 0, -1) if _band_axis(array.shape, channels) == 0 else array
+
+
+def _check_bands(array: np.ndarray, channels: int) -> None:
     if array.ndim != 3 or array.shape[-1] != channels:
         raise ImageError(
             f'an image of the shape {"x".join(map(str, array.shape))}; expected {channels} bands (height x width x '
             f'{channels}), as data.channels or the model says'
         )
-    return array
 
 
 def _from_array(array: np.ndarray, channels: int) -> Image.Image:
     """Convert an array of grey values (H, W) or of colours (H, W, 3) to a PIL image."""
-    grey = array.ndim == 2 or (array.ndim == 3 and 1 in (array.shape[0], array.shape[-1]))
-    shades = _to_8_bits(_bands_last(array, 1 if grey else 3))
-    return Image.fromarray(np.ascontiguousarray(shades[..., 0] if grey else shades))
+    array = _bands_last(array, channels)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim != 2:
+        _check_bands(array, 3)
+    return Image.fromarray(np.ascontiguousarray(_to_8_bits(array)))
 
 
 def _to_bands(image: Raw, channels: int) -> torch.Tensor:
     """Convert the bands of an image, as they are stored, to a float tensor (channels, H, W)."""
-    array = _bands_last(np.asarray(image), channels)
+    array = np.asarray(image)
+    array = _bands_last(array[..., None] if array.ndim == 2 else array, channels)
+    _check_bands(array, channels)
     if array.dtype.kind not in 'iufb':
         raise ImageError(f'values of the type {array.dtype}; expected numbers')
     top = np.iinfo(array.dtype).max if array.dtype.kind in 'iu' else 1
@@ -395,22 +409,25 @@ def _to_bands(image: Raw, channels: int) -> torch.Tensor:
     return torch.from_numpy(values)
 
 
-def _check_shape(shape: Sequence[int], max_aspect: float) -> None:
+def _check_shape(shape: Sequence[int], channels: int | None, max_aspect: float) -> None:
     """Check the size of an array (H, W), (H, W, bands) or (bands, H, W) before it is read."""
     if len(shape) not in (2, 3):
         raise ImageError(f'{len(shape)} dimensions; expected height x width, or height x width x bands')
-    height, width = sorted(shape)[-2:]
+    if 0 in shape:
+        raise ImageError(f'an image of the shape {"x".join(map(str, shape))} has no pixels')
+    axis = _band_axis(shape, channels)
+    height, width = sorted(shape)[-2:] if axis is None else (side for i, side in enumerate(shape) if i != axis)
     _check_size(width, height, max_aspect)
     if math.prod(shape) > MAX_BANDS * (Image.MAX_IMAGE_PIXELS or math.inf):
         raise ImageError(f'an image of the shape {"x".join(map(str, shape))} has too many values')
 
 
-def _read_npy(file: IO[bytes], max_aspect: float) -> np.ndarray:
+def _read_npy(file: IO[bytes], channels: int | None, max_aspect: float) -> np.ndarray:
     """Read an array from a .npy file; its header is checked first, and no pickled objects are read."""
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read_header(file)
-    _check_shape(shape, max_aspect)
+    _check_shape(shape, channels, max_aspect)
     if dtype.hasobject:
         raise ImageError('an array of Python objects; expected numbers')
     position = file.tell()
@@ -418,15 +435,15 @@ def _read_npy(file: IO[bytes], max_aspect: float) -> np.ndarray:
     if (expected := math.prod(shape) * dtype.itemsize) > size:
         raise ImageError(f'damaged: {expected:,} bytes of values expected, {size:,} found')
     file.seek(0)
-    return np.load(file, allow_pickle=False)
+    return _bands_last(np.load(file, allow_pickle=False), channels)
 
 
-def _read_bands(file: IO[bytes], max_aspect: float) -> np.ndarray:
+def _read_bands(file: IO[bytes], channels: int | None, max_aspect: float) -> np.ndarray:
     """Read a TIFF with all its bands, stored in one image or as an image each."""
     import tifffile
 
     with tifffile.TiffFile(file) as tiff:
         page = tiff.pages.first
         pages = tiff.series[0] if page.samplesperpixel == 1 else page
-        _check_shape(pages.shape, max_aspect)
-        return pages.asarray()
+        _check_shape(pages.shape, channels, max_aspect)
+        return _bands_last(pages.asarray(), channels)
