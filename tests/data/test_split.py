@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from t2t_vit.cli import main
 from t2t_vit.data import SPLIT_FILE, DataError, Folder, Split, SplitOptions, open_train_val, split_source
 from t2t_vit.data.split import choose_groups
 from t2t_vit.inputs import open_own
@@ -84,6 +85,13 @@ def test_fraction_that_groups_do_not_allow_is_said(pets):
     assert abs(taken - 0.4) < 0.11 and f'{taken:.0%} of the images are validated on, not 40%' in options.describe(split)
     assert SplitOptions(val_fraction=0.25, group_by='x').describe(divide(pets, val_fraction=0.25)) == ''
     assert len(divide(pets, val_fraction=0.01, group_by=r'/(p\d)-').val) > 0
+
+
+def test_plan_says_the_fraction_that_groups_allow(pets, tmp_path, capsys):
+    words = ['train', str(pets), '--dry-run', '--model', 't2t_vit_4_16', '--data.img_size', '16', '--batch_size', '2']
+    words += ['--data.workers', '0', '--data.val_fraction', '0.4', '--data.group_by', r'/(p\d)-', '--device', 'cpu']
+    assert main([*words, '--output', str(tmp_path / 'run')]) == 0
+    assert 'images are validated on, not 40%: the groups by' in ' '.join(capsys.readouterr().out.split())
 
 
 def test_groups_by_a_column_of_a_table(pets, tmp_path):
