@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import tarfile
@@ -266,6 +267,13 @@ def test_other_images_are_rejected(tmp_path, capsys):
     (tmp_path / 'new' / 'preparing.json').write_text(json.dumps(record))
     assert prepare('b', 'new') == 2 and 'new was begun with other images' in capsys.readouterr().err
     assert not list(tmp_path.rglob('.lock'))
+
+
+def test_images_of_one_file_are_the_same_in_another_folder(parquet, tmp_path):
+    (original,) = parquet.glob('val*')
+    copy = shutil.copy(original, tmp_path)
+    found, expected = (module.fingerprint(open_source(root, 'all'), root) for root in (str(copy), str(original)))
+    assert found == expected
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='names are bytes on Linux only')

@@ -122,7 +122,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def fingerprint(source: Source, root: str) -> str:
     """Return the SHA-256 of the images' names in the root and labels, and of their sizes where these are soon found."""
-    names = relative_names(source, root)
+    names = relative_names(source, os.path.dirname(root) if os.path.isfile(Path(root).expanduser()) else root)
     try:
         sizes = source.content_sizes()  # type: ignore[attr-defined]
     except (AttributeError, DataError, OSError):
@@ -249,8 +249,9 @@ def write_all(folder: Path, sources: dict[str, Source], settings: dict[str, Any]
                     live.show(done, f'{written / live.seconds:.0f} images/s')
             except KeyboardInterrupt:
                 raise KeyboardInterrupt('stopped; the same command continues from what is done') from None
-            except OSError as error:  # with a traceback, if it was raised in a worker
-                raise DataError(f'cannot write the shards in {target}: {str(error).splitlines()[-1]}') from None
+            except OSError as error:
+                cause = str(error).strip().rpartition('\n')[2]  # after the traceback of a worker
+                raise DataError(f'cannot write the shards in {target}: {cause}') from None
             except RuntimeError as error:
                 raise explain_worker_death(error) or error from None
             finally:
@@ -260,7 +261,7 @@ def write_all(folder: Path, sources: dict[str, Source], settings: dict[str, Any]
         seconds = live.seconds
     damaged = [name for found in records.values() for record in found for name in record['damaged']]
     if empty := [split for split, found in records.items() if not any(record['images'] for record in found)]:
-        raise DataError(f'none of the images to {" and ".join(empty)} can be read: {", ".join(damaged[:SHOWN])}')
+        raise DataError(f'no image of {" and ".join(empty)} can be read: {", ".join(damaged[:SHOWN])}')
     splits = {split: finish_split(folder, split, found) for split, found in records.items()}
     write_json(folder / MANIFEST, dict(version=VERSION, **settings, damaged=damaged, splits=splits))
     remove_drafts(folder)

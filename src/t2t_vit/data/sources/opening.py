@@ -47,7 +47,7 @@ def open_source(
             them, and may not have others. By default the classes found, sorted.
 
     Raises:
-        Undivided: if all images would do, but not those of a split.
+        Undivided: if the images are not divided, so that only all of them can be opened.
         DataError: if there is no such data; says what was found and what was expected.
     """
     folder, one = Path(cache or CACHE).expanduser(), 'train' if split == 'all' else split
