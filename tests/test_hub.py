@@ -203,6 +203,13 @@ def test_push_and_load_from_a_hub(trained, served, tmp_path, monkeypatch, capsys
     said = 'mit. The weights that they started from, first, keep their licence: cc-by-4.0.'
     assert said in capsys.readouterr().out and said in ModelCard(Hub.files['README.md'].decode()).text
     assert hub.relicense('By hand.', 'mit', None) == 'By hand.\n\n## Licence of the weights\n\nmit.\n'
+    downloaded = tmp_path / 'downloaded'
+    downloaded.mkdir()
+    for name, content in Hub.files.items():
+        (downloaded / name).write_bytes(content)
+    assert cli.main(['predict', 'digits', '--checkpoint', str(downloaded), '--top_k', '1']) == 0
+    assert cli.main(['push', str(trained[1]), 'digits']) == 0  # the Hub completes the name
+    assert "'hf-hub:me/digits'" in ModelCard(Hub.files['README.md'].decode()).text
 
 
 def test_push_errors(trained, tmp_path, monkeypatch, capsys):

@@ -14,11 +14,12 @@ from torch import nn
 
 from . import __version__
 from .console import console
+from .integrity import KEY, seal
 from .models.listing import count_parameters
 from .models.published import PUBLISHED
 from .results import locked
 from .settings import UsageError, nest
-from .trained import CARD, CONFIG, WEIGHTS, check_folder, from_pretrained, save_folder
+from .trained import CARD, CONFIG, WEIGHTS, check_folder, from_pretrained, read_config, save_folder
 
 __all__ = ['Card', 'from_pretrained', 'licence_of', 'push', 'save_pretrained']
 
@@ -237,14 +238,15 @@ def upload(folder: Path, repo: str, license: str | None, private: bool, revision
     """Upload the three files of a model folder, and return the address of the commit; see `push`."""
     if not (folder / CARD).exists():
         (folder / CARD).write_text(Card().text(from_pretrained(str(folder))), encoding='utf-8')
-    card, config = ModelCard.load(folder / CARD), json.loads((folder / CONFIG).read_text(encoding='utf-8'))
+    card, config = ModelCard.load(folder / CARD), read_config(folder / CONFIG)
     if license:
         card.text = relicense(card.text, license, config['pretrained_cfg'].get('license'))
         card.data.license = config['pretrained_cfg']['license'] = license
-    text = str(card).replace(PLACEHOLDER, repo)
+        config = seal(config) if KEY in config else config
     api = HfApi(library_name='t2t-vit', library_version=__version__)
     try:
-        repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        repo = api.create_repo(repo, private=private, exist_ok=True).repo_id  # NAME alone gets the user's
+        text = str(card).replace(PLACEHOLDER, repo)
         done = api.create_commit(
             repo,
             commit_message=message,
