@@ -76,6 +76,21 @@ def test_every_kind_of_input_finds_the_same_images(inputs_root, name):
     assert len({images.name(i) for i in range(8)}) == 8 and images.name(0).startswith(str(inputs_root))
 
 
+@pytest.mark.parametrize('pattern', ['**', '**/*', '*'])
+def test_pattern_finds_each_image_of_its_folders_once(inputs_root, pattern):
+    folder = inputs_root / 'folder'
+    images, expected = find_images([str(folder / pattern)]), find_images([str(folder)])
+    names = [images.name(i) for i in range(len(images))]
+    assert sorted(names) == sorted(expected.name(i) for i in range(8)) and names[0] == str(folder / '0.png')
+    assert images.skipped['files ending in .md'] == 1
+
+
+def test_pattern_reads_lists_only_if_it_names_them(inputs_root):
+    assert len(find_images([str(inputs_root / 'l*.txt')])) == 8
+    with pytest.raises(DataError, match=r'no images in .*left out: 1 files ending in .txt'):
+        find_images([str(inputs_root / 'l*')])
+
+
 def test_inputs_keep_their_order(inputs_root, tmp_path):
     (tmp_path / 'mixed').mkdir()
     for name in ('shard-0.tar', 'hub.parquet', 'folder/1.png', 'folder/0.png', 'list.txt'):

@@ -20,7 +20,7 @@ from .decode import Decoded, Raw, convert_image, has_image_suffix, image_size, i
 from .errors import DataError
 from .preprocessing import Preprocessing
 from .sources import Rows, Source, listed_paths, open_source, read_channels, to_text
-from .sources.names import counted, scan, suffix_of
+from .sources.names import counted, reason_to_skip, scan, suffix_of
 from .sources.tar import decode_name, encode_name, read_slice, tar_members
 
 TABLES, LISTS = ('.tar', '.parquet'), ('.csv', '.txt')
@@ -194,18 +194,39 @@ def find_images(inputs: Sequence[str], channels: int | None = None) -> Images:
     """
     paths: list[str] = []
     missing: list[str] = []
+    skipped: Counter[str] = Counter()
     for name in inputs:
-        found = [name] if name in EMBEDDED or os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
-        paths += found
-        missing += [] if found else [name]
+        if name in EMBEDDED or os.path.lexists(name):
+            paths.append(name)
+        elif found := sorted(glob.glob(name, recursive=True)):
+            paths += select(found, name, skipped)
+        else:
+            missing.append(name)
     if missing:
         raise DataError(f'not found: {", ".join(missing)}')
-    skipped: Counter[str] = Counter()
     images = Images(list(gather(walk_all(paths, skipped), skipped, channels)), skipped)
     if not len(images):
         left_out = f' (left out: {counted(skipped)})' if skipped else ''
         raise DataError(f'no images in {", ".join(inputs)}{left_out}; their names end in {" ".join(image_suffixes())}')
     return images
+
+
+def select(found: Sequence[str], pattern: str, skipped: Counter[str]) -> Iterator[str]:
+    """Yield what a pattern found, sorted: folders, and files that are read in folders or end as the pattern does.
+
+    What is in a folder that the pattern found is left to that folder, so that nothing comes twice.
+    """
+    folders: set[Path] = set()
+    suffixes = (*image_suffixes(), *TABLES, *filter(None, [suffix_of(os.path.basename(pattern))]))
+    for path in found:
+        if not folders.isdisjoint(Path(path).parents):
+            continue
+        if os.path.isdir(path):
+            folders.add(Path(path))
+        elif not path.lower().endswith(suffixes):
+            skipped[reason_to_skip(os.path.basename(path))] += 1
+            continue
+        yield path
 
 
 def walk_all(paths: Iterable[str], skipped: Counter[str]) -> Iterator[str]:
