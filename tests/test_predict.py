@@ -225,6 +225,25 @@ def test_continuing_with_other_settings_is_refused(many, model, tmp_path, capsys
     assert f'images is 100 in {tmp_path}/a/_conditions.json, and cannot become 1 there: choose another' in lines[2]
 
 
+@pytest.mark.parametrize('name', ['a.parquet', 'a.npy', 'parts'])
+def test_output_inside_the_input_folder_is_no_input(model, photos, tmp_path, monkeypatch, capsys, name):
+    shutil.copytree(photos / 'val', tmp_path / 'val')
+    command = 'embed' if name == 'a.npy' else 'predict'
+    words = [command, tmp_path / 'val', '--checkpoint', model, '--output', tmp_path / 'val' / name, '--shard_size', 4]
+    write = Results.write
+
+    def interrupted(self: Results, part: int, *args: Any) -> None:
+        if part == 2:
+            raise KeyboardInterrupt
+        write(self, part, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Results, 'write', interrupted)
+        assert run(*words) == 130
+    assert run(*words) == 0 and 'left out: 1 files ending in .json, 2 files that predict' in capsys.readouterr().out
+    assert run(*words) == 0 and 'all 12 are in' in capsys.readouterr().out
+
+
 def test_existing_files_are_not_overwritten(many, model, tmp_path, capsys):
     (tmp_path / 'a.csv').write_text('mine')
     (tmp_path / 'b').mkdir()

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from pyarrow import csv
 
 from .data import DataError, Piece
+from .data.images import CONDITIONS, PARTS
 from .settings import UsageError, flatten
 
 SINGULAR = {'classes': 'class', 'probabilities': 'probability'}
@@ -98,9 +99,9 @@ class Results:
         self.place, self.count, self.shard_size, self.settings = place, count, shard_size, settings
         self.spreadsheet = spreadsheet
         self.one_file = place.suffix in WRITERS
-        self.folder = place.with_name(f'{place.name}.parts') if self.one_file else place
+        self.folder = place.with_name(f'{place.name}{PARTS}') if self.one_file else place
         self.files = ([place] if self.one_file else []) + ([names_of(place)] if place.suffix == '.npy' else [])
-        self.record = place.with_name(f'{place.name}.json') if self.one_file else place / '_conditions.json'
+        self.record = place.with_name(f'{place.name}.json') if self.one_file else place / CONDITIONS
         total = -(-count // shard_size)
         self.parts = [self.folder / f'part-{i:05d}-of-{total:05d}.parquet' for i in range(total)]
 

@@ -145,6 +145,9 @@ def test_names_that_are_not_utf8_are_kept(inputs_root, tmp_path):
         (['truncated.tar'], 'truncated.tar is truncated'),
         (['truncated.parquet'], 'cannot read truncated.parquet as Parquet'),
         (['other.parquet'], "has the columns \\['x'\\]; expected one of images"),
+        (['text.parquet'], 'text.parquet: its column image holds string; expected bytes, or {bytes, path}'),
+        (['numbers.parquet'], 'its column image holds int64; expected bytes'),
+        (['fields.parquet'], 'its column image holds struct<bytes: string>; expected bytes'),
         (['other.csv'], "has the columns \\['a', 'b'\\]; expected one of paths"),
         (['bytes.csv'], 'is not a list of paths'),
         (['column.csv'], "has the columns \\['photo'\\]; expected one of paths"),
@@ -155,6 +158,9 @@ def test_inputs_without_images_are_rejected(inputs_root, tmp_path, monkeypatch, 
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'truncated.tar').write_bytes((inputs_root / 'shard-0.tar').read_bytes()[:2000])
     (tmp_path / 'truncated.parquet').write_bytes((inputs_root / 'hub.parquet').read_bytes()[:2000])
+    columns = {'text': [str(inputs_root / 'folder' / '0.png')], 'numbers': [1], 'fields': [{'bytes': 'a'}]}
+    for name, column in columns.items():
+        pq.write_table(pa.table({'image': column}), tmp_path / f'{name}.parquet')
     pq.write_table(pa.table({'x': [1]}), tmp_path / 'other.parquet')
     (tmp_path / 'other.csv').write_text('a,b\n1,2\n')
     (tmp_path / 'column.csv').write_text('photo\n1.png\n')

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import json
 import os
 from bisect import bisect_right
 from collections import Counter
@@ -24,9 +25,13 @@ from .sources.names import counted, reason_to_skip, scan, suffix_of
 from .sources.tar import decode_name, encode_name, read_slice, tar_members
 
 TABLES, LISTS = ('.tar', '.parquet'), ('.csv', '.txt')
+PARTS, CONDITIONS = '.parts', '_conditions.json'  # of results: the folder beside FILE, and the record in a folder
 MAX_PIXELS = 100_000_000  # of an image, before and after it is resized
 AT_ONCE = 100_000  # names that are held as Python strings
 Piece = tuple[int, int]  # of consecutive images: the first, and the one after the last
+
+
+RESULTS = 'files that predict or embed wrote'
 
 
 class Part(Protocol):
@@ -226,6 +231,9 @@ def select(found: Sequence[str], pattern: str, skipped: Counter[str]) -> Iterato
         elif not path.lower().endswith(suffixes):
             skipped[reason_to_skip(os.path.basename(path))] += 1
             continue
+        elif is_result(path):
+            skipped[RESULTS] += 1
+            continue
         yield path
 
 
@@ -233,9 +241,31 @@ def walk_all(paths: Iterable[str], skipped: Counter[str]) -> Iterator[str]:
     """Yield the files in folders, and all else as it is."""
     for path in paths:
         if os.path.isdir(path):
-            yield from (os.path.join(path, file) for file in scan(path, (*image_suffixes(), *TABLES), skipped))
+            for file in scan(path, (*image_suffixes(), *TABLES), skipped):
+                if is_result(whole := os.path.join(path, file)):
+                    skipped[RESULTS] += 1
+                else:
+                    yield whole
         else:
             yield path
+
+
+def is_result(path: str) -> bool:
+    """Return true for a file that `predict` or `embed` wrote, or a part of one: their record is beside it."""
+    if not path.lower().endswith(('.parquet', '.npy')):
+        return False
+    folder = os.path.dirname(path)
+    records = [f'{path}.json', os.path.join(folder, CONDITIONS)]
+    records += [f'{folder.removesuffix(PARTS)}.json'] if folder.endswith(PARTS) else []
+    return any(map(is_record, records))
+
+
+def is_record(path: str) -> bool:
+    """Return true for a record that `predict` or `embed` wrote."""
+    try:
+        return {'settings', 'environment'} <= set(json.loads(Path(path).read_text('utf-8')))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def kind_of(path: str) -> str:

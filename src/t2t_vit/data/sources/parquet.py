@@ -20,6 +20,7 @@ from .tar import MAX_IMAGE
 
 AT_ONCE = 1 << 28  # bytes of files that are held as a whole
 MAX_SIZED = 1 << 31  # bytes of files that are read to find the sizes of their images
+BINARY = ('binary', 'large_binary', 'binary_view', 'null')  # not text, which could be the path of any file
 MAX_GROUP = 1 << 32  # bytes of a column of a row group, uncompressed
 
 
@@ -46,10 +47,12 @@ class Rows:
                 f'{path} has the columns {schema.names}; expected one of images, {", ".join(IMAGE_COLUMNS)}'
             )
         kind = schema.field(column).type
-        if pa.types.is_struct(kind) and kind.get_field_index('bytes') < 0:
-            raise DataError(f'{path} has images of {kind}; expected bytes, or {{bytes, path}}')
-        self.column, self.leaf = column, f'{column}.bytes' if pa.types.is_struct(kind) else column
-        self.paths = f'{column}.path' if pa.types.is_struct(kind) and kind.get_field_index('path') >= 0 else ''
+        nested = pa.types.is_struct(kind)
+        place = kind.get_field_index('bytes') if nested else 0
+        if place < 0 or str(kind[place].type if nested else kind) not in BINARY:
+            raise DataError(f'{path}: its column {column} holds {kind}; expected bytes, or {{bytes, path}}')
+        self.column, self.leaf = column, f'{column}.bytes' if nested else column
+        self.paths = f'{column}.path' if nested and kind.get_field_index('path') >= 0 else ''
         sizes = [group_size(metadata, i, self.leaf, path) for i in range(metadata.num_row_groups)]
         groups = list(range(metadata.num_row_groups))
         self.groups = [groups] if whole and sum(sizes) <= 2 * AT_ONCE else [[group] for group in groups]
