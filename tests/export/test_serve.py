@@ -19,6 +19,7 @@ from PIL import Image
 
 import t2t_vit_serve as serve
 from t2t_vit import Classifier
+from t2t_vit.data import decode_image
 from t2t_vit.export.command import describe
 from t2t_vit.export.formats import export_model
 from t2t_vit_cli import main
@@ -131,6 +132,31 @@ def test_server_answers_as_the_model(classifier, folder, monkeypatch):
     monkeypatch.setattr(serve, 'MAX_BYTES', 10**7)
     monkeypatch.setattr(serve, 'MAX_PIXELS', 1000)
     assert '301x200 pixels' in client.post('/predict', content=content).json()['detail']
+
+
+@pytest.mark.parametrize(
+    'kind, dtype, top',
+    [
+        ('png', 'uint16', 65535),
+        ('ppm', 'uint16', 65535),
+        ('tiff', 'uint16', 65535),
+        ('tiff', 'int32', 65535),
+        ('tiff', 'int32', 255),
+        ('tiff', 'float32', 1),
+    ],
+)
+def test_server_reduces_deep_grey_images_as_the_package(folder, kind, dtype, top):
+    pixels = (np.random.default_rng(0).random((30, 40)) * top).astype(dtype)
+    image = Image.fromarray(pixels)
+    image.save(buffer := io.BytesIO(), kind, **({'transparency': int(pixels[0, 0])} if kind == 'png' else {}))
+    found = serve.Model(str(folder / 'photos.onnx'), 1).decode(buffer.getvalue())[0]
+    assert np.array_equal(found, np.asarray(decode_image(buffer.getvalue())))
+
+
+def test_server_refuses_values_without_a_known_range(folder):
+    Image.fromarray(np.full((9, 9), 70000, np.int32)).save(buffer := io.BytesIO(), 'tiff')
+    with pytest.raises(ValueError, match='values up to 70000; expected the range 0 to 1, to 255 or to 65535'):
+        serve.Model(str(folder / 'photos.onnx'), 1).decode(buffer.getvalue())
 
 
 @pytest.mark.parametrize(

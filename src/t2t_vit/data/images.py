@@ -26,12 +26,10 @@ from .sources.tar import decode_name, encode_name, read_slice, tar_members
 
 TABLES, LISTS = ('.tar', '.parquet'), ('.csv', '.txt')
 PARTS, CONDITIONS = '.parts', '_conditions.json'  # of results: the folder beside FILE, and the record in a folder
+RESULTS = 'files that predict or embed wrote'
 MAX_PIXELS = 100_000_000  # of an image, before and after it is resized
 AT_ONCE = 100_000  # names that are held as Python strings
 Piece = tuple[int, int]  # of consecutive images: the first, and the one after the last
-
-
-RESULTS = 'files that predict or embed wrote'
 
 
 class Part(Protocol):
