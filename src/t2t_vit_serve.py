@@ -246,7 +246,9 @@ class Guard:
         if self.closed and self.closed.match(scope['path']):
             return 404, 'There is nothing here.'
         length = headers.get('content-length', '0')
-        if not length.isdecimal() or int(length) > self.max_bytes + FORM_BYTES or 'transfer-encoding' in headers:
+        if 'transfer-encoding' in headers:
+            return 411, 'Send the number of bytes in Content-Length: requests in chunks are not read.'
+        if not length.isdecimal() or int(length) > self.max_bytes + FORM_BYTES:
             return 413, f'The limit is {self.max_bytes / 1e6:g} MB.'
         return None
 

@@ -96,6 +96,8 @@ def test_command_serves_without_torch(classifier, folder, address):
         port = address.rpartition(':')[2]
         assert client.get('/health', headers={'Host': f'localhost:{port}'}).json() == {'status': 'ok'}
         assert client.post('/predict', content=bytes(serve.MAX_BYTES + 100_000)).status_code == 413
+        chunked = client.post('/predict', content=iter([content]))
+        assert chunked.status_code == 411 and 'Send the number of bytes in Content-Length' in chunked.text
 
 
 def test_more_than_eight_waiting_images_get_503(folder, monkeypatch):
