@@ -46,6 +46,29 @@ def test_checkpoint_without_names_needs_an_order_if_there_are_two():
         match_classes(None, ['a', 'b'], 3, 'test')
 
 
+def test_matching_by_name_needs_names():
+    for classes in (TEXT, ['a', 'b', 'c']):
+        with pytest.raises(ClassError, match='the checkpoint names no classes that --classes by-name could match'):
+            match_classes(None, classes, 3, 'test', 'by-name')
+
+
+@pytest.mark.parametrize('tree', [{'0': 'dog', '1': 'cat'}, {'cat': 1, 'dog': 0}, ['dog', 'cat']])
+def test_class_names_in_json(tmp_path, tree):
+    (tmp_path / 'a.json').write_text(json.dumps(tree))
+    assert read_classes(str(tmp_path / 'a.json'), 2) == ['dog', 'cat']
+
+
+@pytest.mark.parametrize(
+    'tree',
+    [{'a': 1, 'b': 2}, {'a': 0, 'b': 0}, {'a': 0.5, 'b': 1}, {'a': True, 'b': False}, {'1': 'a', '2': 'b'}]
+    + [{'a': 0, 'b': 'x'}, {'a': 'x', 'b': 'y'}, [0, 1], [['a'], ['b']], 'ab', 2, None],
+)
+def test_other_json_is_refused_as_class_names(tmp_path, tree):
+    (tmp_path / 'a.json').write_text(json.dumps(tree))
+    with pytest.raises(ClassError, match=r'a.json: cannot be read \(JSON must be a list of names, {name: index}, or'):
+        read_classes(str(tmp_path / 'a.json'), 2)
+
+
 def test_class_files(tmp_path):
     (tmp_path / 'a.txt').write_bytes(b'\xef\xbb\xbf\xc3\xa9\r\nb b\r\n\r\n')
     (tmp_path / 'a.json').write_text(json.dumps({'b': 1, 'a': 0}))

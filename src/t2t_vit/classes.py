@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from timm.utils import natural_key
 
@@ -19,7 +20,7 @@ class ClassError(UsageError):
 def read_classes(choice: str, count: int) -> list[str] | None:
     """Return the names in a classes file in their order; None for one of `ORDERS`.
 
-    A text file has a name a line. A .json file has a list of names, or an object {name: index}.
+    A text file has a name a line; a .json file has what `names_of` takes.
 
     Raises:
         ClassError: if the file cannot be read, repeats a name, or has another number of names than the model `count`s.
@@ -29,11 +30,10 @@ def read_classes(choice: str, count: int) -> list[str] | None:
     try:
         text = Path(choice).read_text('utf-8-sig')
         if choice.endswith('.json'):
-            tree = json.loads(text)
-            names = sorted(tree, key=lambda name: tree[name]) if isinstance(tree, dict) else list(map(str, tree))
+            names = names_of(json.loads(text))
         else:
             names = [line for line in text.split('\n') if line.strip()]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ClassError(
             f'--classes {choice}: cannot be read ({error}); expected a file with a class name a line, '
             f'or one of {", ".join(ORDERS)}'
@@ -44,6 +44,23 @@ def read_classes(choice: str, count: int) -> list[str] | None:
     if len(names) != count:
         raise ClassError(f'--classes {choice}: the file has {len(names)} names, the model has {count} classes')
     return names
+
+
+def names_of(tree: Any) -> list[str]:
+    """Return the names in a list, in {name: index}, or in Hugging Face's {index: name}, all indices from 0 on.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    if isinstance(tree, list) and all(isinstance(name, str) for name in tree):
+        return tree
+    if isinstance(tree, dict):
+        places = [*range(len(tree))]
+        if all(isinstance(name, str) for name in tree.values()) and {*tree} == {*map(str, places)}:
+            return [tree[str(i)] for i in places]
+        if all(type(index) is int for index in tree.values()) and sorted(tree.values()) == places:
+            return sorted(tree, key=lambda name: tree[name])
+    raise ValueError('JSON must be a list of names, {name: index}, or {index: name}, with the indices 0, 1, 2, …')
 
 
 def few(names: Sequence[str]) -> str:
@@ -100,8 +117,14 @@ def order_without_names(
     """Return `match_classes` for a checkpoint without class names, whose outputs have the order of sorted folders.
 
     Raises:
-        ClassError: if the numbers of classes differ, or text order and natural order do and nobody said which it is.
+        ClassError: if the numbers of classes differ, or text order and natural order do and nobody said which it is;
+            for `by-name`.
     """
+    if choice == 'by-name':
+        raise ClassError(
+            'the checkpoint names no classes that --classes by-name could match: say how its class folders were sorted '
+            'with --classes text or --classes natural, or give the names with --classes FILE'
+        )
     if len(classes) != count:
         raise ClassError(
             f'the model has {count} classes and no names for them, {data} has {len(classes)} ({few(classes)}): '
