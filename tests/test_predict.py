@@ -274,6 +274,24 @@ def test_damaged_parts_are_named(tmp_path):
     assert not results.place.exists() and not list(tmp_path.glob('.*'))
 
 
+@pytest.mark.parametrize('name', ['a.parquet', 'a.csv', 'a.jsonl'])
+def test_process_whose_parts_vanish_finds_the_output_complete(tmp_path, name):
+    first, second = (Results(tmp_path / name, 4, 2, {}) for _ in range(2))
+    first.begin({})
+    for part in range(2):
+        first.write(part, pa.table({'index': [0, 1], 'image': ['a', 'b'], 'error': ['x', 'y']}), 1)
+    read = second.read
+
+    def overtaken(part: int) -> pa.Table:
+        if part == 1:
+            assert first.finish()
+        return read(part)
+
+    second.read = overtaken  # type: ignore[method-assign]
+    assert second.finish()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [name, f'{name}.json']
+
+
 def test_interrupt_says_how_to_continue(many, model, tmp_path, monkeypatch, capsys):
     def stop(*args: object) -> None:
         raise KeyboardInterrupt

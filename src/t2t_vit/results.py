@@ -219,7 +219,7 @@ class Results:
             drafts = []
             try:
                 WRITERS[self.place.suffix](self.tables, self.count, self.place, self.spreadsheet)
-            except FileNotFoundError:  # another process was faster
+            except (FileNotFoundError, DataError):  # another process was faster, and removed drafts or parts
                 if not self.complete:
                     raise
         if self.one_file:
