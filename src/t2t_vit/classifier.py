@@ -149,7 +149,13 @@ class Classifier:
                 raise UsageError(f'exported files run on the CPU, not on {device}')
             if precision not in ('no', 'auto'):
                 raise UsageError(f'{checkpoint} has its own precision: leave out --precision {precision}')
-            return cls(load_exported(checkpoint), checkpoint, classes=classes)
+            exported = load_exported(checkpoint)
+            if exported.metadata.pixels == 'image':
+                raise UsageError(
+                    f'{checkpoint} resizes and crops images by itself, for t2t-vit serve and programs without torch: '
+                    'give the run, or a file that was exported without --pixels image'
+                )
+            return cls(exported, checkpoint, classes=classes)
         target = pick_device(device)
         return cls(load_trained(checkpoint, model, ema), checkpoint, target, precision, classes)
 

@@ -18,7 +18,7 @@ from conftest import CLASSES, SMALLER
 from PIL import Image
 
 import t2t_vit_serve as serve
-from t2t_vit import Classifier
+from t2t_vit import Classifier, cli
 from t2t_vit.data import decode_image
 from t2t_vit.export.command import describe
 from t2t_vit.export.formats import export_model
@@ -98,6 +98,11 @@ def test_command_serves_without_torch(classifier, folder, address):
         assert client.post('/predict', content=bytes(serve.MAX_BYTES + 100_000)).status_code == 413
         chunked = client.post('/predict', content=iter([content]))
         assert chunked.status_code == 411 and 'Send the number of bytes in Content-Length' in chunked.text
+
+
+def test_commands_refuse_a_file_with_its_own_preprocessing(folder, capsys):
+    assert cli.main(['predict', 'digits', '--checkpoint', str(folder / 'photos.onnx')]) == 2
+    assert 'give the run, or a file that was exported without --pixels image' in capsys.readouterr().err
 
 
 def test_more_than_eight_waiting_images_get_503(folder, monkeypatch):
