@@ -142,6 +142,7 @@ def test_names_that_are_not_utf8_are_kept(inputs_root, tmp_path):
     [
         (['nowhere', 'else*.png'], 'not found: nowhere, else\\*.png'),
         (['empty'], 'no images in empty'),
+        (['empty.csv', 'header.csv', 'empty.parquet'], 'no images are listed in empty.csv, header.csv, empty.parquet$'),
         (['truncated.tar'], 'truncated.tar is truncated'),
         (['truncated.parquet'], 'cannot read truncated.parquet as Parquet'),
         (['other.parquet'], "has the columns \\['x'\\]; expected one of images"),
@@ -162,6 +163,9 @@ def test_inputs_without_images_are_rejected(inputs_root, tmp_path, monkeypatch, 
     for name, column in columns.items():
         pq.write_table(pa.table({'image': column}), tmp_path / f'{name}.parquet')
     pq.write_table(pa.table({'x': [1]}), tmp_path / 'other.parquet')
+    pq.write_table(pa.table({'image': pa.array([], pa.binary())}), tmp_path / 'empty.parquet')
+    (tmp_path / 'empty.csv').touch()
+    (tmp_path / 'header.csv').write_text('image,label\n')
     (tmp_path / 'other.csv').write_text('a,b\n1,2\n')
     (tmp_path / 'column.csv').write_text('photo\n1.png\n')
     (tmp_path / 'bytes.csv').write_bytes(b'\xff\xfe\0')

@@ -210,6 +210,8 @@ def find_images(inputs: Sequence[str], channels: int | None = None) -> Images:
     images = Images(list(gather(walk_all(paths, skipped), skipped, channels)), skipped)
     if not len(images):
         left_out = f' (left out: {counted(skipped)})' if skipped else ''
+        if all(kind_of(path) in (*LISTS, '.parquet') for path in paths) and paths:
+            raise DataError(f'no images are listed in {", ".join(inputs)}')
         raise DataError(f'no images in {", ".join(inputs)}{left_out}; their names end in {" ".join(image_suffixes())}')
     return images
 
