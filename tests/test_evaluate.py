@@ -13,7 +13,7 @@ import torch
 from conftest import CLASSES, SMALLER
 from PIL import Image
 
-from t2t_vit import cli
+from t2t_vit import Classifier, cli
 from t2t_vit.data import Split
 from t2t_vit.hub import save_pretrained
 
@@ -70,6 +70,14 @@ def test_eval_says_if_images_were_trained_on(folder, photos, tmp_path, capsys):
     assert said in capsys.readouterr().out
     assert evaluate('--checkpoint', run) == evaluate('--checkpoint', run, '--data', photos) == 0
     assert 'trained on' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('output', ['afile', 'afile/deep'])
+def test_eval_refuses_a_file_as_output_before_it_scores(folder, photos, tmp_path, capsys, monkeypatch, output):
+    monkeypatch.setattr(Classifier, 'load', None)  # not reached
+    (tmp_path / 'afile').touch()
+    assert evaluate('--checkpoint', folder, '--data', photos, '--output', tmp_path / output) == 2
+    assert f'{tmp_path / "afile"} is a file; expected a folder' in capsys.readouterr().err
 
 
 def test_eval_scores_data_that_lack_a_class(folder, photos, tmp_path, capsys):

@@ -30,7 +30,7 @@ from t2t_vit.console import Live
 from t2t_vit.data import DataError
 from t2t_vit.export import ExportedModel, Metadata
 from t2t_vit.hub import save_pretrained
-from t2t_vit.results import Results
+from t2t_vit.results import Results, check_place
 from t2t_vit.trained import load_model, spoken_names
 from t2t_vit.vectors import Embedding
 
@@ -313,6 +313,29 @@ def test_rows_are_printed_batch_by_batch(many, model, monkeypatch, capsys):
     assert seen[0] == (4, 0) and [done for done, _ in seen] == [*range(4, 101, 4)]
     assert all(said == seen[1][1] > 0 for _, said in seen[1:])  # the batch before, and no other
     assert capsys.readouterr().out.splitlines()[-1].startswith('2 of 100 images have no prediction:')
+
+
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        (['--picture', 'p.xyz'], 'picture must end in .png, got p.xyz'),
+        (['--picture', 'afile/p.png'], 'afile is a file; expected a folder'),
+        (['--output', 'afile/deep/a.csv'], 'afile is a file; expected a folder'),
+        (['--output', 'afile'], 'output afile is a file; expected a folder, or a file that ends in .csv'),
+    ],
+)
+def test_output_that_cannot_be_written_is_refused_first(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'afile').touch()
+    assert run('predict', 'nowhere.png', '--checkpoint', 'nowhere', *words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name', ['preds.v2', 'preds.txt/', 'there.old'])
+def test_folder_with_a_dot_is_an_output(tmp_path, name):
+    (tmp_path / 'there.old').mkdir()
+    assert check_place(f'{tmp_path}/{name}', ['.csv']) == []
+    assert check_place(f'{tmp_path}/preds.old', ['.csv']) != [] != check_place(f'{tmp_path}/a.npy/', ['.csv'])
 
 
 @pytest.mark.parametrize(

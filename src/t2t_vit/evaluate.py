@@ -16,7 +16,7 @@ from .console import console
 from .data import Opener, Source, printable
 from .data.waiting import command_watch
 from .plots import plot_confusion, plot_predictions
-from .results import appearing, cell, portable_name
+from .results import appearing, cell, check_writable, portable_name
 from .settings import require
 
 SHOWN = 24  # mistakes in the picture
@@ -86,6 +86,8 @@ def evaluate(
             (workers >= 0, f'workers must be at least 0, got {workers}'),
         )
     )
+    if output:
+        check_writable(Path(output))
     evaluations: list[Evaluation] = []
     for path in checkpoint:
         if len(checkpoint) > 1:

@@ -18,7 +18,7 @@ from .console import Live, console, duration
 from .data import MAX_PIXELS, DataError, Opener, Piece, counted, find_images, printable
 from .data.waiting import command_watch
 from .export import is_exported
-from .results import Results, check_place, portable_name
+from .results import Results, check_place, check_writable, portable_name
 from .settings import UsageError, require
 from .vectors import Head, Kind
 
@@ -74,6 +74,8 @@ class Job:
                 (self.world == 1 or bool(self.output), f'{self.world} processes need an --output to write to'),
             )
         )
+        if self.output:
+            check_writable(Path(self.output).parent)
 
     def load(self) -> Classifier:
         """Find the images, and load the model; `opener` then prepares the images for it."""
@@ -279,7 +281,12 @@ def predict(
         max_pixels,
         spreadsheet,
     )
-    job.check(('.csv', '.jsonl', '.parquet'), ((top_k >= 1, f'top_k must be at least 1, got {top_k}'),))
+    rules = [(top_k >= 1, f'top_k must be at least 1, got {top_k}')]
+    if picture:
+        rules.append((Path(picture).suffix.lower() == '.png', f'picture must end in .png, got {picture}'))
+    job.check(('.csv', '.jsonl', '.parquet'), (*rules,))
+    if picture:
+        check_writable(Path(picture).parent)
     classifier = job.load()
     head = classifier.top_k(top_k)
     screen, total, good = console(), len(job.images), 0
@@ -308,7 +315,6 @@ def predict(
 
 def save_picture(job: Job, shown: list[Row], path: Path) -> None:
     """Draw images with their predictions."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
         (job.opener.picture(row['index']), row['classes'][0], row['probabilities'][0], job.images.truth(row['index']))
         for row in shown

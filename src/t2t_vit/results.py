@@ -356,9 +356,25 @@ WRITERS: dict[str, Callable[[Tables, int, Path, bool], None]] = {
 
 def check_place(place: str, files: Sequence[str]) -> list[str]:
     """Return what is wrong with an output's name, a sentence each."""
-    suffix = Path(place).suffix
-    return (
-        []
-        if suffix in ('', *files)
-        else [f'output must be a folder, or a file that ends in {", ".join(files)}; got {place}']
-    )
+    path = Path(place)
+    if path.suffix in files:
+        return []
+    if path.is_file():
+        return [f'output {place} is a file; expected a folder, or a file that ends in {", ".join(files)}']
+    version = path.suffix.lstrip('.v').isdecimal()  # as in preds.v2, which is no type of file
+    if not path.suffix or version or path.suffix not in WRITERS and (path.is_dir() or place.endswith(('/', os.sep))):
+        return []
+    return [f'output must be a folder, or a file that ends in {", ".join(files)}; got {place}']
+
+
+def check_writable(folder: Path) -> None:
+    """Check that a folder is there or can be created, before anything is computed for it.
+
+    Raises:
+        UsageError: if it or one above it is a file, or nothing can be written to it.
+    """
+    found = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not found.is_dir():
+        raise UsageError(f'{found} is a file; expected a folder')
+    if not os.access(found, os.W_OK):
+        raise UsageError(f'nothing can be written to {found}: it belongs to another user, or is read-only')

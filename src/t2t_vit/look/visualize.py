@@ -17,6 +17,7 @@ from ..console import console
 from ..data import find_images, left_out
 from ..models.shipped import compared
 from ..plots import one_line
+from ..results import check_writable
 from ..settings import UsageError, require
 from ..trained import pick_device
 from . import draw
@@ -89,6 +90,7 @@ def visualize(
         )
     )
     where, folder = pick_device(device), Path(output) if output else free_folder(Path('looks'))
+    check_writable(folder)
     records = {name: read_run(Path(run)) for name, run in zip(unique([folder_name(run) for run in runs]), runs)}
     images = images or (['samples'] if models or not runs else [])
     opened = [open_model(text, pretrained, img_size, classes, ema) for text in models or compared()] if images else []
