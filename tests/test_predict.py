@@ -303,6 +303,20 @@ def test_interrupt_says_how_to_continue(many, model, tmp_path, monkeypatch, caps
     assert capsys.readouterr().err == 't2t-vit: stopped, nothing to save\n'
 
 
+def test_interrupt_counts_errors_and_not_unread_images(many, model, monkeypatch, capsys):
+    table, calls = predict.Job.table, []
+
+    def stop(*args: Any) -> pa.Table:
+        calls.append(0)
+        if len(calls) > 6:
+            raise KeyboardInterrupt
+        return table(*args)
+
+    monkeypatch.setattr(predict.Job, 'table', stop)
+    assert run('predict', many, '--checkpoint', model) == 130
+    assert capsys.readouterr().out.splitlines()[-1].startswith('1 of 24 images have no prediction:')
+
+
 def test_rows_are_printed_batch_by_batch(many, model, monkeypatch, capsys):
     def look(self: Live, done: int, text: str) -> None:
         seen.append((done, capsys.readouterr().out.count('\n')))
@@ -336,6 +350,25 @@ def test_folder_with_a_dot_is_an_output(tmp_path, name):
     (tmp_path / 'there.old').mkdir()
     assert check_place(f'{tmp_path}/{name}', ['.csv']) == []
     assert check_place(f'{tmp_path}/preds.old', ['.csv']) != [] != check_place(f'{tmp_path}/a.npy/', ['.csv'])
+
+
+def test_picture_of_a_complete_output_is_not_drawn_and_named(many, model, tmp_path, capsys):
+    words = ['predict', many, '--checkpoint', model, '--output', tmp_path / 'a.csv', '--picture', tmp_path / 'p.png']
+    assert run(*words) == 0 and f'the picture is {tmp_path / "p.png"}' in capsys.readouterr().out
+    assert run(*words) == 0
+    assert f'{tmp_path / "p.png"} is not drawn: this command classified no image' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', [None, 'a.csv', 'a.jsonl', 'a.parquet'])
+def test_class_names_that_are_not_utf8_are_written_portably(tmp_path, capsys, name):
+    net = timm.create_model('t2t_vit_4_16', num_classes=2, **SMALLER)
+    net.pretrained_cfg.update(label_names=['caf\udce9', 'tea'], num_classes=2)
+    place = save_pretrained(net, tmp_path / 'model', model_args=SMALLER)
+    Image.new('RGB', (9, 9)).save(tmp_path / 'a.png')
+    words = ['--output', tmp_path / name] if name else []
+    assert run('predict', tmp_path / 'a.png', '--checkpoint', place, *words) == 0
+    said = str(parquet(tmp_path / name)) if name == 'a.parquet' else (tmp_path / name).read_text() if name else ''
+    assert 'caf\\xe9' in (said.replace('\\\\', '\\') if name else capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from .console import Live, console, duration
 from .data import MAX_PIXELS, DataError, Opener, Piece, counted, find_images, printable
 from .data.waiting import command_watch
 from .export import is_exported
-from .results import Results, check_place, check_writable, portable_name
+from .results import Results, check_place, check_writable, portable_name, portable_text
 from .settings import UsageError, require
 from .vectors import Head, Kind
 
@@ -128,7 +128,7 @@ class Job:
         for name, n in width.items():
             values = answers.columns.get(name, np.empty((0, n), np.int64 if name == 'classes' else np.float32))
             if name == 'classes':
-                values = np.array(self.classifier.classes, object)[values]
+                values = np.array([portable_text(text) for text in self.classifier.classes], object)[values]
             columns[name] = as_lists(values, TYPES[name]).take(order)
         return pa.table(
             {
@@ -289,14 +289,15 @@ def predict(
         check_writable(Path(picture).parent)
     classifier = job.load()
     head = classifier.top_k(top_k)
-    screen, total, good = console(), len(job.images), 0
+    screen, good, bad = console(), 0, 0
     shown: list[Row] = []
     damaged: list[str] = []
     if note := classifier.note():
         screen.print(f'note: {note}', soft_wrap=True)
     try:
         for table in follow(job, head, dict(classes=head.k, probabilities=head.k), dict(top_k=head.k)):
-            good += table.column('error').null_count
+            good += (answered := table.column('error').null_count)
+            bad += table.num_rows - answered
             found = table.to_pylist() if not output or picture and len(shown) < SHOWN else []
             shown += [row for row in found if picture and row['error'] is None][: SHOWN - len(shown)]
             if not output:
@@ -308,7 +309,9 @@ def predict(
             save_picture(job, shown, Path(picture))
             screen.print(f'the picture is {picture}', soft_wrap=True)
         if damaged and good:
-            screen.print(f'{total - good} of {total} images have no prediction: {", ".join(damaged)}', soft_wrap=True)
+            screen.print(f'{bad} of {bad + good} images have no prediction: {", ".join(damaged)}', soft_wrap=True)
+    if picture and not shown:
+        screen.print(f'{picture} is not drawn: this command classified no image', soft_wrap=True)
     if damaged and not good:
         raise DataError(f'not one image can be read: {", ".join(damaged)}')
 

@@ -79,6 +79,11 @@ def portable_name(name: str, line: bool = False) -> str:
     return f'file://{quote_from_bytes(os.path.abspath(name).encode("utf-8", "surrogateescape"))}'
 
 
+def portable_text(text: str) -> str:
+    r"""Return text that every format can hold: bytes that are not UTF-8, in Python surrogates, as \xe9."""
+    return text.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
+
+
 def cell(value: Any, spreadsheet: bool) -> Any:
     """Return a value for a CSV file; for a spreadsheet, text that it would execute gets an apostrophe in front."""
     risky = spreadsheet and isinstance(value, str) and value.startswith(FORMULA)
