@@ -449,7 +449,8 @@ def entry() -> None:
     """Run the console script."""
     try:
         code = main()
-        sys.stdout.flush()
+        if sys.stdout:  # None if it is closed
+            sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
         code = 141  # as a program that SIGPIPE ends

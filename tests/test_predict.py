@@ -1,6 +1,7 @@
 """Prediction and embedding of many images: the rows, that none is lost or doubled, and continuing."""
 
 import csv
+import io
 import json
 import multiprocessing
 import os
@@ -26,7 +27,7 @@ from rich.console import Console
 from test_readme import commands
 
 from t2t_vit import classifier, cli, predict
-from t2t_vit.console import Live
+from t2t_vit.console import Live, console
 from t2t_vit.data import DataError
 from t2t_vit.export import ExportedModel, Metadata
 from t2t_vit.hub import save_pretrained
@@ -623,6 +624,22 @@ def test_prediction_lines_are_never_cut(model, photos, tmp_path, monkeypatch, ca
     assert run('predict', long, '--checkpoint', model) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == str(long) and lines[1].startswith('    ') and lines[1].count('%') == 3 and len(lines) == 2
+
+
+def test_reader_that_goes_ends_the_command_as_for_print(monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, 'stdout', Gone())
+    with pytest.raises(BrokenPipeError):
+        console().print('a')
+
+
+@pytest.mark.parametrize('name', ['stdout', 'stderr'])
+def test_closed_stream_is_no_error(model, photos, monkeypatch, name):
+    monkeypatch.setattr(sys, name, None)
+    assert run('predict', photos / 'val' / 'sky' / '35.png', '--checkpoint', model) == 0
 
 
 def test_one_image_starts_no_worker(model, photos, monkeypatch):

@@ -9,11 +9,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 
+class Screen(Console):
+    """A console whose reader may go, as head does: the command then ends by BrokenPipeError, not with exit code 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error that rich handles."""
+        raise BrokenPipeError
+
+
 def console(stderr: bool = False) -> Console:
     """Return a console for tables; in a pipe or a file it is 200 columns wide, so that nothing is cut."""
     # names of files and classes are printed as they are
     plain: dict[str, Any] = dict(highlight=False, markup=False, emoji=False, stderr=stderr)
-    return Console(**plain) if (sys.stderr if stderr else sys.stdout).isatty() else Console(**plain, width=200)
+    stream = sys.stderr if stderr else sys.stdout  # None if it is closed
+    return Screen(**plain) if stream and stream.isatty() else Screen(**plain, width=200)
 
 
 class Live:
