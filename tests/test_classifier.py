@@ -89,6 +89,26 @@ def test_predict_takes_the_bytes_of_a_file(classifier, photos):
     assert np.array_equal(classifier.embed(files[0].read_bytes()), classifier.embed(files[:1]))
 
 
+def test_predict_says_what_it_expects(classifier):
+    image = np.zeros((16, 16, 3), np.uint8)
+    for call in (classifier.predict, classifier.embed):
+        with pytest.raises(UsageError, match='batch_size must be at least 1, got 0\nworkers must be at least 0'):
+            call(image, batch_size=0, workers=-1)
+        for value in (None, 3):
+            with pytest.raises(UsageError, match=f'images are a {type(value).__name__}; expected a path, the bytes'):
+                call(value)
+    with pytest.raises(UsageError, match='top_k must be at least 1, got 0'):
+        classifier.predict(image, top_k=0)
+    with pytest.raises(UsageError, match='batch_size must be at least 1, got 0'):
+        classifier.evaluate('digits', batch_size=0)
+
+
+def test_predict_takes_bytes_of_every_kind(classifier, photos):
+    content = min((photos / 'val' / 'sky').glob('*.png')).read_bytes()
+    found = classifier.predict([content, bytearray(content), memoryview(content)])
+    assert [one.top_k for one in found] == [found[0].top_k] * 3 and classifier.predict(bytearray(content))[0].label
+
+
 def test_predictions_as_a_table(classifier, photos):
     pandas = pytest.importorskip('pandas')
     table = classifier.predict(photos / 'val', top_k=3).to_pandas()

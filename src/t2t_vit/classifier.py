@@ -38,7 +38,7 @@ from .export import ExportedModel, files_of, is_exported, load_exported
 from .inputs import ImageLike, open_all, open_own, trained_on
 from .integrity import hash_file
 from .models.precision import choose_precision, describe_precision
-from .settings import Setting, UsageError, flatten, nearest, read_settings, recipes, resolve
+from .settings import Setting, UsageError, at_least, flatten, nearest, read_settings, recipes, require, resolve
 from .trained import (
     Trained,
     describe,
@@ -296,7 +296,13 @@ class Classifier:
             batch_size: Images at once.
             workers: Processes that read images; 0 for none.
             max_pixels: Larger images are not decoded.
+
+        Raises:
+            UsageError: if `images` are something else, or a number is too small.
+            DataError: naming all paths that are not there.
         """
+        sizes = at_least(1, top_k=top_k, batch_size=batch_size, max_pixels=max_pixels)
+        require([*sizes, *at_least(0, workers=workers)])
         found = open_all(images, self.preprocessing.channels)
         results = Predictions(skipped=found.skipped)
         opener = Opener(found, self.preprocessing, max_pixels)
@@ -331,8 +337,9 @@ class Classifier:
             max_pixels: Larger images are not decoded.
 
         Raises:
-            UsageError: if the model has no such vectors.
+            UsageError: if the model has no such vectors; else as for `predict`.
         """
+        require([*at_least(1, batch_size=batch_size, max_pixels=max_pixels), *at_least(0, workers=workers)])
         found, head = open_all(images, self.preprocessing.channels), self.embedding(kind)
         vectors = np.full((len(found), sum(head.levels)), np.nan, np.float32)
         opener = Opener(found, self.preprocessing, max_pixels)
@@ -367,9 +374,11 @@ class Classifier:
             download: Fetch a torch/ set that is not there.
 
         Raises:
-            UsageError: if the data's classes are not the model's, or no data are given and the checkpoint is of no run.
+            UsageError: if the data's classes are not the model's, or no data are given and the checkpoint is of no run;
+                if a number is too small.
             DataError: if the data cannot be used.
         """
+        require([*at_least(1, batch_size=batch_size), *at_least(0, workers=workers)])
         source, name = self.open_labelled(data, split, cache, download)
         return self.score(source, name, split, batch_size, workers, augmentation, temperature)
 

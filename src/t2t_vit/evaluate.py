@@ -17,7 +17,7 @@ from .data import Opener, Source, printable
 from .data.waiting import command_watch
 from .plots import plot_confusion, plot_predictions
 from .results import appearing, cell, check_writable, portable_name
-from .settings import require
+from .settings import at_least, require
 
 SHOWN = 24  # mistakes in the picture
 MEASURES = {  # on the screen
@@ -80,12 +80,7 @@ def evaluate(
         spreadsheet: Write cells of images.csv and confusion.csv that a spreadsheet would execute as formulas
             (beginning with = + - @) with an apostrophe in front.
     """
-    require(
-        (
-            (batch_size >= 1, f'batch_size must be at least 1, got {batch_size}'),
-            (workers >= 0, f'workers must be at least 0, got {workers}'),
-        )
-    )
+    require([*at_least(1, batch_size=batch_size), *at_least(0, workers=workers)])
     if output:
         check_writable(Path(output))
     evaluations: list[Evaluation] = []

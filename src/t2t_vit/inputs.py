@@ -26,9 +26,10 @@ from .integrity import check_signed
 from .models.safe_load import CheckpointError
 from .settings import UsageError
 
-ImageLike = Union[str, bytes, 'os.PathLike[str]', Image.Image, np.ndarray]
+ImageLike = Union[str, bytes, bytearray, memoryview, 'os.PathLike[str]', Image.Image, np.ndarray]
 
-IN_MEMORY = (bytes, Image.Image, np.ndarray)
+IN_MEMORY = (bytes, bytearray, memoryview, Image.Image, np.ndarray)
+EXPECTED = 'a path, the bytes of a file, a PIL image, or an array (H, W, 3)'
 
 
 class Held:
@@ -56,7 +57,12 @@ def open_all(images: ImageLike | Iterable[ImageLike], channels: int) -> Images:
         UsageError: for anything that is not a path, the bytes of a file, a PIL image or an array.
         DataError: naming everything that is not there.
     """
-    items = [images] if isinstance(images, (str, os.PathLike, *IN_MEMORY)) else list(images)
+    if isinstance(images, (str, os.PathLike, *IN_MEMORY)):
+        items: list[Any] = [images]
+    elif isinstance(images, Iterable):
+        items = list(images)
+    else:
+        raise UsageError(f'images are a {type(images).__name__}; expected {EXPECTED}, or a list of these')
     parts: list[Any] = []
     skipped: Counter[str] = Counter()
     for position, item in enumerate(items):
@@ -67,10 +73,7 @@ def open_all(images: ImageLike | Iterable[ImageLike], channels: int) -> Images:
         elif isinstance(item, IN_MEMORY):
             parts.append(Held([item], position, channels))
         else:
-            raise UsageError(
-                f'image {position} is a {type(item).__name__}; expected a path, the bytes of a file, a PIL image, '
-                'or an array (H, W, 3)'
-            )
+            raise UsageError(f'image {position} is a {type(item).__name__}; expected {EXPECTED}')
     return Images(parts, skipped)
 
 

@@ -19,7 +19,7 @@ from .data import MAX_PIXELS, DataError, Opener, Piece, counted, find_images, pr
 from .data.waiting import command_watch
 from .export import is_exported
 from .results import Results, check_place, check_writable, portable_name, portable_text
-from .settings import UsageError, require
+from .settings import UsageError, at_least, require
 from .vectors import Head, Kind
 
 Row = dict[str, Any]
@@ -57,10 +57,8 @@ class Job:
         require(
             (
                 *rules,
-                (self.batch_size >= 1, f'batch_size must be at least 1, got {self.batch_size}'),
-                (self.workers >= 0, f'workers must be at least 0, got {self.workers}'),
-                (self.shard_size >= 1, f'shard_size must be at least 1, got {self.shard_size}'),
-                (self.max_pixels >= 1, f'max_pixels must be at least 1, got {self.max_pixels}'),
+                *at_least(1, batch_size=self.batch_size, shard_size=self.shard_size, max_pixels=self.max_pixels),
+                *at_least(0, workers=self.workers),
                 *((False, problem) for problem in problems),
             )
         )
@@ -281,7 +279,7 @@ def predict(
         max_pixels,
         spreadsheet,
     )
-    rules = [(top_k >= 1, f'top_k must be at least 1, got {top_k}')]
+    rules = at_least(1, top_k=top_k)
     if picture:
         rules.append((Path(picture).suffix.lower() == '.png', f'picture must end in .png, got {picture}'))
     job.check(('.csv', '.jsonl', '.parquet'), (*rules,))

@@ -61,6 +61,11 @@ def require(rules: Iterable[tuple[bool, str]]) -> None:
         raise UsageError('\n'.join(problems))
 
 
+def at_least(least: int, **values: float) -> list[tuple[bool, str]]:
+    """Return rules for `require`: each of these numbers must be at least `least`."""
+    return [(value >= least, f'{name} must be at least {least}, got {value}') for name, value in values.items()]
+
+
 def recipes() -> dict[str, Path]:
     """Return the shipped recipes by name."""
     files = Path(str(resources.files(__package__) / 'recipes')).glob('*.yaml')
