@@ -17,7 +17,7 @@ from t2t_vit.explore.command import offer
 from t2t_vit.look.opened import open_model
 from t2t_vit.reproduce.runs import read_arm
 from t2t_vit.train.state import saved_states
-from t2t_vit.trained import load_model
+from t2t_vit.trained import load_trained
 
 CANARY = """
 from pathlib import Path
@@ -140,7 +140,11 @@ def test_timm_refuses_code_from_a_folder(argument, digits_run, tmp_path, trap):
     del config['sha256']
     config['model_args'] = {**config.get('model_args', {}), argument: trap.block if argument == 'block' else trap.layer}
     (folder / 'config.json').write_text(json.dumps(config))
-    for build in (timm.create_model, lambda name, **more: load_model(name), lambda name, **more: Classifier.load(name)):
+    for build in (
+        timm.create_model,
+        lambda name, **more: load_trained(name),
+        lambda name, **more: Classifier.load(name),
+    ):
         with pytest.raises(custom.UntrustedCodeError, match='names code to execute'):
             build(f'local-dir:{folder}', pretrained=True)
     assert not trap.sprung()

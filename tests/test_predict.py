@@ -32,7 +32,7 @@ from t2t_vit.data import DataError
 from t2t_vit.export import ExportedModel, Metadata
 from t2t_vit.hub import save_pretrained
 from t2t_vit.results import Results, check_place
-from t2t_vit.trained import load_model, spoken_names
+from t2t_vit.trained import load_trained, spoken_names
 from t2t_vit.vectors import Embedding
 
 
@@ -73,7 +73,7 @@ def whole(many, model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_rows_equal_the_models_answers(whole, many, model):
-    rows, (net, preprocessing, _) = parquet(whole), load_model(str(model))
+    rows, (net, preprocessing, *_) = parquet(whole), load_trained(str(model))
     assert [row['index'] for row in rows] == list(range(100))
     assert [row['image'] for row in rows] == [os.path.join(many.parent, p) for p in many.read_text().split('\n')]
     assert [row['index'] for row in rows if row['error']] == [17, 98] and rows[17]['classes'] is None
@@ -401,7 +401,7 @@ def test_progress_without_a_terminal(capsys):
 @pytest.mark.parametrize('kind', ['features', 'class_token', 'pooled', 'pyramid'])
 def test_vectors_equal_the_models_features(many, model, tmp_path, kind):
     assert run('embed', many, '--checkpoint', model, '--output', tmp_path / 'a.npy', '--kind', kind) == 0
-    vectors, (net, preprocessing, _) = np.load(tmp_path / 'a.npy'), load_model(str(model))
+    vectors, (net, preprocessing, *_) = np.load(tmp_path / 'a.npy'), load_trained(str(model))
     images = torch.stack(
         [
             preprocessing.transform()(preprocessing.convert(Image.open(path)))
@@ -454,7 +454,7 @@ def test_embed_with_timm_models(many, tmp_path, capsys):
 
 def test_predict_with_an_exported_file(whole, many, model, tmp_path, monkeypatch, capsys):
     """Its rows equal the model's; it has one kind of vectors. Loading is tested in tests/export."""
-    net, preprocessing, names = load_model(str(model))
+    net, preprocessing, names, *_ = load_trained(str(model))
     file, vectors = tmp_path / 'a.pt2', []
     file.write_bytes(b'a program')
     cfg = Metadata('t2t_vit_4_16', names, preprocessing.as_cfg(), 'float32', 'float', None, None, {})

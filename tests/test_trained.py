@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from t2t_vit import CheckpointError
 from t2t_vit.hub import save_pretrained
-from t2t_vit.trained import load_model, load_trained, nonfinite_tensors
+from t2t_vit.trained import load_trained, nonfinite_tensors
 
 NAMES = ['a|b', 'c$d', 'é <f>']
 
@@ -37,7 +37,7 @@ def image() -> Image.Image:
 
 
 def probabilities(folder: Path, image: Image.Image) -> torch.Tensor:
-    net, preprocessing, _ = load_model(str(folder))
+    net, preprocessing, *_ = load_trained(str(folder))
     with torch.inference_mode():
         return net(preprocessing.transform()(image)[None]).softmax(-1)[0]
 
@@ -65,7 +65,7 @@ def test_timm_loads_a_folder(folder, image):
     assert net.pretrained_cfg['label_names'] == NAMES
     other = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=5)
     assert other.num_classes == 5
-    preprocessing = load_model(str(folder))[1]
+    preprocessing = load_trained(str(folder))[1]
     with torch.inference_mode():
         found = net(preprocessing.transform()(image)[None]).softmax(-1)[0]
     assert torch.equal(found, probabilities(folder, image))
@@ -86,7 +86,7 @@ def test_transformers_loads_a_folder(folder, image, tmp_path):
     assert loss.item() == pytest.approx(-expected[1].log().item(), abs=1e-5)
     assert transformers.AutoModel.from_pretrained(folder)(pixels).pooler_output.shape == (1, 128)
     net.save_pretrained(tmp_path)  # and back
-    assert load_model(str(tmp_path))[2] == NAMES
+    assert load_trained(str(tmp_path))[2] == NAMES
     assert torch.allclose(probabilities(tmp_path, image), expected)
 
 
@@ -94,7 +94,7 @@ def test_transformers_loads_a_folder(folder, image, tmp_path):
 def test_transformers_loads_a_folder_in_bfloat16(folder, image):
     transformers = pytest.importorskip('transformers')
     net = transformers.AutoModelForImageClassification.from_pretrained(folder, dtype=torch.bfloat16)
-    pixels = load_model(str(folder))[1].transform()(image)[None]
+    pixels = load_trained(str(folder))[1].transform()(image)[None]
     with torch.inference_mode():
         found = net(pixels).logits.float().softmax(-1)[0]
     assert torch.allclose(found, probabilities(folder, image), atol=0.03)
@@ -123,12 +123,12 @@ def test_transformers_trainer_trains_a_folder(folder, image, tmp_path):
 
 
 def test_weights_beside_their_config_need_no_model_name(digits_run, folder, image, tmp_path):
-    expected = load_model(str(digits_run))[0].state_dict()
+    expected = load_trained(str(digits_run))[0].state_dict()
     found = load_trained(str(digits_run / 'model.safetensors'))
     assert found.named and all(torch.equal(tensor, expected[name]) for name, tensor in found.net.state_dict().items())
     shutil.copy(folder / 'model.safetensors', tmp_path)
     with pytest.raises(CheckpointError, match='there is no .*config.json that describes its model: name the model'):
-        load_model(str(tmp_path / 'model.safetensors'))
+        load_trained(str(tmp_path / 'model.safetensors'))
 
 
 def test_training_states_load_with_ema_or_raw_weights(digits_run):
@@ -148,11 +148,11 @@ def test_flipped_bytes_of_weights_are_noticed(folder, tmp_path):
     for place in chance.integers(len(whole) // 2, len(whole), 20):  # of the tensors
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         with pytest.raises(CheckpointError, match='is damaged: its tensors do not have the SHA-256'):
-            load_model(str(tmp_path / 'copy'))
+            load_trained(str(tmp_path / 'copy'))
     tensors = load_file(folder / 'model.safetensors')
     tensors['head.bias'] += 1
     save_file(tensors, file)  # another program's file states no digest
-    assert load_model(str(tmp_path / 'copy'))[2] == NAMES
+    assert load_trained(str(tmp_path / 'copy'))[2] == NAMES
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_damaged_config_is_named(folder, tmp_path, change, message):
     shutil.copytree(folder, tmp_path / 'copy')
     (tmp_path / 'copy' / 'config.json').write_text(change)
     with pytest.raises(CheckpointError, match=message):
-        load_model(str(tmp_path / 'copy'))
+        load_trained(str(tmp_path / 'copy'))
 
 
 def test_nonfinite_tensors_are_named():

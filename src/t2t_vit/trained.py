@@ -134,13 +134,6 @@ def from_pretrained(source: str, **kwargs: Any) -> Any:
     return timm.create_model(source, pretrained=True, **kwargs)
 
 
-def load_model(
-    checkpoint: str, model: str | None = None, ema: bool = True
-) -> tuple[nn.Module, Preprocessing, list[str]]:
-    """Return a trained model in evaluation mode, its preprocessing, and its class names; see `load_trained`."""
-    return load_trained(checkpoint, model, ema)[:3]
-
-
 def load_trained(checkpoint: str, model: str | None = None, ema: bool = True) -> Trained:
     """Load a trained model.
 

@@ -21,7 +21,7 @@ from t2t_vit.export.command import describe, export
 from t2t_vit.export.formats import export_model, save_onnx, save_openvino
 from t2t_vit.export.metadata import Metadata
 from t2t_vit.settings import UsageError
-from t2t_vit.trained import load_model
+from t2t_vit.trained import load_trained
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')  # of the converters
 
@@ -184,7 +184,7 @@ def test_command_compares_the_file(digits_run, tmp_path, capsys):
     text = (tmp_path / 'out' / 'digits.pt2.report.md').read_text()
     assert 'Within tolerance' in text and text.strip() in capsys.readouterr().out
 
-    net, preprocessing, names = load_model(str(digits_run))
+    net, preprocessing, names, *_ = load_trained(str(digits_run))
     exported = load_exported(path)
     assert exported.class_names == names and exported.preprocessing == preprocessing
     cfg = exported.metadata.pretrained_cfg

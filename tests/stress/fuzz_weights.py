@@ -26,7 +26,7 @@ from test_checkpoints import GOLDEN, release_layout, tiny
 from t2t_vit import cli
 from t2t_vit.models.checkpoints import load_weights
 from t2t_vit.train.state import load_state
-from t2t_vit.trained import load_model, save_folder
+from t2t_vit.trained import load_trained, save_folder
 
 SMALL = dict(depth=1, token_dim=16, num_classes=3)  # a t2t_vit_4_16 that loads quickly
 
@@ -207,7 +207,7 @@ def written(obj: Any, old: bool = False) -> bytes:
 
 def answer(folder: Path) -> str:
     """Return what a model folder answers: a digest of its weights, its classes and its preprocessing."""
-    net, preprocessing, names = load_model(str(folder))
+    net, preprocessing, names, *_ = load_trained(str(folder))
     return f'{digest(net.state_dict())} {names} {preprocessing}'
 
 
@@ -348,7 +348,7 @@ class Checkpoints:
         file.write_bytes(content)
         way = rng.randrange(4)
         if way == 0:
-            return Case(f'load_model, {what}', lambda: load_model(str(file), 't2t_vit_4_16'))
+            return Case(f'load_trained, {what}', lambda: load_trained(str(file), 't2t_vit_4_16'))
         if way == 1:
             return Case(
                 f'convert, {what}',
@@ -364,10 +364,10 @@ class Checkpoints:
         if file.name == 'config.json' and rng.random() < 0.5:  # without a digest
             config, what = mangle_tree(rng, self.config)
             file.write_text(json.dumps(config, default=str))
-            return Case(f'load_model, {file.name}: {what}', lambda: load_model(str(folder / 'run')))
+            return Case(f'load_trained, {file.name}: {what}', lambda: load_trained(str(folder / 'run')))
         content, what = mangle(rng, file.read_bytes())
         file.write_bytes(content)
-        return Case(f'load_model, {file.name}: {what}', lambda: answer(folder / 'run'), expected=answer(self.folder))
+        return Case(f'load_trained, {file.name}: {what}', lambda: answer(folder / 'run'), expected=answer(self.folder))
 
     def state_of_a_run(self, rng: random.Random, folder: Path) -> Case:
         state, what = mangle_tree(rng, {**self.state, 'model': {}}) if rng.random() < 0.3 else (self.state, '')

@@ -21,7 +21,7 @@ from t2t_vit.data.sources.webdataset import read_label
 from t2t_vit.settings import UsageError, parse_settings, resolve
 from t2t_vit.train.config import Config
 from t2t_vit.train.state import read_state
-from t2t_vit.trained import load_model, save_folder
+from t2t_vit.trained import load_trained, save_folder
 
 SMALL = dict(depth=1, token_dim=16, num_classes=3)
 
@@ -106,7 +106,7 @@ def test_run_folder_with_wrong_settings_is_refused(change, folder, tmp_path):
     del config['sha256']
     (tmp_path / 'run' / 'config.json').write_text(json.dumps({**config, **change}))
     with pytest.raises(CheckpointError, match=str(tmp_path / 'run')):
-        load_model(str(tmp_path / 'run'))
+        load_trained(str(tmp_path / 'run'))
 
 
 @pytest.mark.parametrize('file', ['config.json', 'model.safetensors'])
@@ -114,7 +114,7 @@ def test_truncated_file_of_a_run_folder_is_refused(file, folder, tmp_path):
     shutil.copytree(folder, tmp_path / 'run')
     (tmp_path / 'run' / file).write_bytes((folder / file).read_bytes()[:99])
     with pytest.raises(CheckpointError, match=str(tmp_path / 'run')):
-        load_model(str(tmp_path / 'run'))
+        load_trained(str(tmp_path / 'run'))
 
 
 def test_exponential_aliases_are_refused():
