@@ -80,6 +80,13 @@ def test_eval_refuses_a_file_as_output_before_it_scores(folder, photos, tmp_path
     assert f'{tmp_path / "afile"} is a file; expected a folder' in capsys.readouterr().err
 
 
+def test_eval_refuses_a_run_folder_that_cannot_be_written_before_it_scores(folder, photos, capsys, monkeypatch):
+    monkeypatch.setattr(os, 'access', lambda *_: False)
+    monkeypatch.setattr(Classifier, 'load', None)  # not reached
+    assert evaluate('--checkpoint', folder, '--data', photos) == 2
+    assert f'{folder} cannot be written to: choose another output' in capsys.readouterr().err
+
+
 def test_eval_scores_data_that_lack_a_class(folder, photos, tmp_path, capsys):
     for name in ('flower', 'sky'):
         (tmp_path / name).symlink_to(photos / 'val' / name)

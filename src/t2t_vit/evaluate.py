@@ -81,12 +81,15 @@ def evaluate(
             (beginning with = + - @) with an apostrophe in front.
     """
     require([*at_least(1, batch_size=batch_size), *at_least(0, workers=workers)])
-    if output:
-        check_writable(Path(output))
     evaluations: list[Evaluation] = []
     for path in checkpoint:
         if len(checkpoint) > 1:
             console().print(f'\n{printable(path)}', soft_wrap=True)
+        folder = Path(path) if Path(path).is_dir() else None
+        if output:
+            folder = Path(output) if len(checkpoint) == 1 else Path(output, f'{len(evaluations)}-{Path(path).name}')
+        if folder:
+            check_writable(folder)
         classifier = Classifier.load(path, model, device, precision, classes, ema)
         classifier.watch = command_watch()
         if classifier.precision_note:
@@ -94,9 +97,6 @@ def evaluate(
         source, name = classifier.open_labelled(data, split, cache, download)
         found = classifier.score(source, name, split, batch_size, workers, augmentation, temperature)
         report(found)
-        folder = Path(path) if Path(path).is_dir() else None
-        if output:
-            folder = Path(output) if len(checkpoint) == 1 else Path(output, f'{len(evaluations)}-{Path(path).name}')
         if folder:
             save(found, folder, source, classifier, spreadsheet)
             files = 'scores.json, images.csv, confusion.csv, confusion.png'

@@ -382,4 +382,4 @@ def check_writable(folder: Path) -> None:
     if not found.is_dir():
         raise UsageError(f'{found} is a file; expected a folder')
     if not os.access(found, os.W_OK):
-        raise UsageError(f'nothing can be written to {found}: it belongs to another user, or is read-only')
+        raise UsageError(f'{found} cannot be written to: choose another output')
