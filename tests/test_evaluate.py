@@ -72,12 +72,12 @@ def test_eval_says_if_images_were_trained_on(folder, photos, tmp_path, capsys):
     assert 'trained on' not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('output', ['afile', 'afile/deep'])
+@pytest.mark.parametrize('output', ['taken', 'taken/deep'])
 def test_eval_refuses_a_file_as_output_before_it_scores(folder, photos, tmp_path, capsys, monkeypatch, output):
     monkeypatch.setattr(Classifier, 'load', None)  # not reached
-    (tmp_path / 'afile').touch()
+    (tmp_path / 'taken').touch()
     assert evaluate('--checkpoint', folder, '--data', photos, '--output', tmp_path / output) == 2
-    assert f'{tmp_path / "afile"} is a file; expected a folder' in capsys.readouterr().err
+    assert f'{tmp_path / "taken"} is a file; expected a folder' in capsys.readouterr().err
 
 
 def test_eval_refuses_a_run_folder_that_cannot_be_written_before_it_scores(folder, photos, capsys, monkeypatch):

@@ -334,14 +334,14 @@ def test_rows_are_printed_batch_by_batch(many, model, monkeypatch, capsys):
     'words, message',
     [
         (['--picture', 'p.xyz'], 'picture must end in .png, got p.xyz'),
-        (['--picture', 'afile/p.png'], 'afile is a file; expected a folder'),
-        (['--output', 'afile/deep/a.csv'], 'afile is a file; expected a folder'),
-        (['--output', 'afile'], 'output afile is a file; expected a folder, or a file that ends in .csv'),
+        (['--picture', 'taken/p.png'], 'taken is a file; expected a folder'),
+        (['--output', 'taken/deep/a.csv'], 'taken is a file; expected a folder'),
+        (['--output', 'taken'], 'output taken is a file; expected a folder, or a file that ends in .csv'),
     ],
 )
 def test_output_that_cannot_be_written_is_refused_first(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'afile').touch()
+    (tmp_path / 'taken').touch()
     assert run('predict', 'nowhere.png', '--checkpoint', 'nowhere', *words) == 2
     assert message in capsys.readouterr().err
 

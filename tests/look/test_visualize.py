@@ -219,9 +219,9 @@ def test_bad_arguments_exit_with_2(capsys, tmp_path, monkeypatch, argv, message)
 
 
 def test_file_as_output_is_refused_before_anything_is_drawn(tmp_path, capsys):
-    (tmp_path / 'afile').touch()
-    assert cli.main(['visualize', 'samples', '--models', 'unknown', '--output', str(tmp_path / 'afile')]) == 2
-    assert f'{tmp_path / "afile"} is a file; expected a folder' in capsys.readouterr().err
+    (tmp_path / 'taken').touch()
+    assert cli.main(['visualize', 'samples', '--models', 'unknown', '--output', str(tmp_path / 'taken')]) == 2
+    assert f'{tmp_path / "taken"} is a file; expected a folder' in capsys.readouterr().err
 
 
 def test_default_folder_never_overwrites_pictures(tmp_path):
