@@ -374,6 +374,46 @@ def test_published_position_table_is_taken_as_square():
     assert distance(model(image), source(image)) <= 1e-5
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+@pytest.mark.parametrize('sizes', [(64, (32, 128)), ((32, 128), 64), ((32, 128), (128, 32)), ((32, 96), 64)], ids=str)
+def test_table_of_rows_and_columns_tells_its_grid(sizes, dtype):
+    """Also where another grid has as many tokens: 4×4, 2×8 and 8×2."""
+    source, model = (perturbed(tiny(weight_init='scaled', img_size=size)) for size in sizes)
+    weights = {name: tensor.to(dtype) for name, tensor in source.state_dict().items()}
+    source.load_state_dict(weights)
+    model.load_state_dict(convert_state_dict(weights, model))
+    image = torch.randn(1, 3, *model.img_size)
+    assert distance(model(image), source(image)) <= (1e-5 if dtype == torch.float32 else 1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('sizes', [(64, (32, 128)), ((32, 128), 64), ((32, 96), 64)], ids=str)
+def test_image_size_of_training_tells_the_grid_of_a_table(sizes):
+    source, model = (perturbed(tiny(img_size=size)) for size in sizes)
+    source.pos_embed += torch.randn_like(source.pos_embed)
+    model.load_state_dict(convert_state_dict(source.state_dict(), model, img_size=sizes[0]))
+    image = torch.randn(1, 3, *model.img_size)
+    assert distance(model(image), source(image)) <= 1e-5
+
+
+def test_image_size_that_does_not_fit_the_table_is_ignored():
+    weights = tiny().state_dict()
+    assert torch.equal(convert_state_dict(weights, tiny(), img_size=224)['pos_embed'], weights['pos_embed'])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('size', [(16, 64), (64, 16)], ids=str)
+def test_timm_builds_a_saved_model_for_another_grid_of_as_many_tokens(tmp_path, size):
+    """32² has 8×8 tokens, 16×64 4×16; the model of the second size also for itself."""
+    source = timm.create_model('t2t_vit_7_32', depth=1, img_size=size).eval()
+    timm.models.save_for_hf(source, tmp_path, model_args=dict(depth=1, img_size=size))
+    image = torch.randn(1, 3, 32, 32)
+    for img_size in (32, size):
+        model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, img_size=img_size).eval()
+        assert distance(model(image), source(image)) <= 1e-5
+
+
 def test_non_square_position_table_is_refused():
     weights = tiny(img_size=(64, 96)).state_dict()
     convert_state_dict(weights, tiny(img_size=(64, 96)))

@@ -52,6 +52,14 @@ def test_timm_knows_the_tag(name):
     assert timm.create_model(name, pretrained=True, num_classes=3).head.out_features == 3
 
 
+@torch.no_grad()
+def test_wide_images_keep_rows_and_columns():
+    """32×128 has 4×16 tokens, as many as the 8×8 of the weights."""
+    name, image = 't2t_vit_r_4_64.imagenette', torch.randn(1, 3, 32, 128)
+    wide, square = (timm.create_model(name, pretrained=True, **size).eval() for size in (dict(img_size=(32, 128)), {}))
+    torch.testing.assert_close(wide(image), square(image), atol=1e-3, rtol=0)  # the table is in float16
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_finetuning_leaves_out_the_head_for_other_classes(name):
     start = describe_weights(name)

@@ -1,12 +1,15 @@
 """Test starting from the weights of a run, with and without its head."""
 
+import timm
 import torch
 from accelerate import Accelerator
 from conftest import SHORT, digits_config
 from safetensors.torch import load_file
 
 from t2t_vit.train.run import train
+from t2t_vit.train.start_weights import load_start_weights
 from t2t_vit.train.trainer import load
+from t2t_vit.trained import save_folder
 
 GREY_PHOTOS = {'data.channels': 1, 'augment.rotate': 0}
 
@@ -26,3 +29,15 @@ def test_weights_for_other_classes_load_without_head(digits_run, photos, tmp_pat
     expected, found = load_file(weights), run.parts.net.state_dict()
     assert found['head.weight'].shape == (3, 128)
     assert torch.equal(found['blocks.0.attn.qkv.weight'], expected['blocks.0.attn.qkv.weight'])
+
+
+@torch.no_grad()
+def test_size_of_a_run_tells_the_grid_of_its_table(tmp_path):
+    """The weights are for 4×16 tokens, the model for 8×8."""
+    size = dict(img_size=(16, 64), pretrained_cfg_overlay=dict(input_size=(3, 16, 64)))
+    source = timm.create_model('t2t_vit_7_32', depth=1, num_classes=2, **size).eval()
+    save_folder(source, tmp_path, dict(depth=1))
+    net = timm.create_model('t2t_vit_7_32', depth=1, num_classes=2).eval()
+    load_start_weights(net, str(tmp_path), ['0', '1'])
+    image = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(net(image), source(image))

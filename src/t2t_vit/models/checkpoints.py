@@ -5,14 +5,15 @@ Shapes: O output channels, C channels, k·k the window of the first soft split, 
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from torch import nn
 
+from .checks import as_size, token_grids
+from .positions import grid_table, resample_positions
 from .safe_load import CheckpointError, PathLike, read_checkpoint
 from .t2t_vit import TokensToToken
 
@@ -42,6 +43,7 @@ FIRST_LAYERS = {
 FIRST_NORM = ('tokens_to_token.attention1.norm1.weight', 'tokens_to_token.attention1.norm1.bias')
 
 HEAD = ('head.weight', 'head.bias')
+ROUNDING = 1e-2  # of a position table in half precision, whose values differ by more between any two grids
 
 
 def few(names: Iterable[str], count: int = 4) -> str:
@@ -90,21 +92,42 @@ def rename(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
-def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int], square: bool = False) -> torch.Tensor:
-    """Resize a position table to h×w tokens, (1, 1 + M, D) -> (1, 1 + N, D); if M is not N it is a square one.
+def find_grid(table: torch.Tensor) -> tuple[int, int] | None:
+    """Return the grid (h, w) of a position table (1, 1 + h·w, D) that holds the values of `grid_table`, else None."""
+    count, dim = table.shape[1] - 1, table.shape[2]
+    if count < 1 or dim < 8 or not table.is_floating_point():
+        return None
+    values = table[0, 1:].detach().float().cpu()
+    rows = values[:, : dim // 4 * 2]  # the same for all tokens of a row
+    width = int(((rows - rows[0]).abs() < ROUNDING).all(1).long().cumprod(0).sum())
+    if width == 0 or count % width:  # 0: NaN
+        return None
+    grid = count // width, width
+    return grid if (values - grid_table(*grid, dim)[0]).abs().max() < ROUNDING else None
 
-    If M = N it is taken to be for this grid, unless it is known to be for a `square` one.
+
+def resize_pos_embed(
+    pos_embed: torch.Tensor, grid: tuple[int, int], square: bool = False, trained: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """Resize a position table to h×w tokens, (1, 1 + M, D) -> (1, 1 + N, D).
+
+    A table does not say which grid its M tokens are on. It is, in this order: that of its values, if they are
+    `grid_table`'s; `trained`, if this has M tokens; `grid` if M = N, unless the table is known to be for a `square`
+    one; a square.
     """
     count = pos_embed.shape[1] - 1
     side = math.isqrt(max(count, 0))
-    if count == grid[0] * grid[1] and not (square and side**2 == count and side != grid[0]):
-        return pos_embed
-    if count < 1 or side**2 != count:
+    old = find_grid(pos_embed)
+    if old is None and trained is not None and math.prod(trained) == count:
+        old = trained
+    if old is None and count == math.prod(grid) and not (square and side**2 == count):
+        old = grid
+    if old is None and (count < 1 or side**2 != count):
         raise CheckpointError(
             f'found a position table for {count} tokens, which is no square grid; '
-            f'expected a square, or {grid[0] * grid[1]} tokens for {grid[0]}×{grid[1]}'
+            f'expected a square, or {math.prod(grid)} tokens for {grid[0]}×{grid[1]}'
         )
-    return resample_abs_pos_embed(pos_embed, list(grid), [side, side])
+    return resample_positions(pos_embed, *grid, *(old or (side, side)))
 
 
 def adapt_channels(weight: torch.Tensor, in_chans: int, kernel: int) -> torch.Tensor:
@@ -210,7 +233,11 @@ def check_fit(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, tor
 
 
 def convert_state_dict(
-    checkpoint: Mapping[str, Any], model: nn.Module, ema: bool = True, mmpretrain_1x: bool | None = None
+    checkpoint: Mapping[str, Any],
+    model: nn.Module,
+    ema: bool = True,
+    mmpretrain_1x: bool | None = None,
+    img_size: int | Sequence[int] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Convert the weights of any published checkpoint to this package's names, fitted to a `T2TViT`.
 
@@ -223,6 +250,9 @@ def convert_state_dict(
         ema: Prefer the EMA weights if the checkpoint has them.
         mmpretrain_1x: Whether mmpretrain 1.x trained it, which scales attention otherwise (see
             `fold_inverted_scale`); by default as the file says.
+        img_size: Image size that the weights were trained at, if it is known. It says which grid the position table
+            is for, where the table of one grid has as many tokens as that of another (8×8 and 4×16); without it, see
+            `resize_pos_embed`.
 
     Raises:
         CheckpointError: if it has no weights, or those of another model.
@@ -238,9 +268,9 @@ def convert_state_dict(
 
     pos_embed = state_dict.get('pos_embed')
     if pos_embed is not None and pos_embed.shape[::2] == expected['pos_embed'].shape[::2]:  # of the same width
-        state_dict['pos_embed'] = resize_pos_embed(
-            pos_embed, cast(tuple[int, int], model.grid_size), square=weights is not checkpoint
-        )  # the release's are
+        trained = token_grids(tokens.splits, *as_size(img_size))[-1] if img_size else None
+        square = weights is not checkpoint  # the release's are
+        state_dict['pos_embed'] = resize_pos_embed(pos_embed, cast(tuple[int, int], model.grid_size), square, trained)
 
     classes = expected['head.weight'].shape[:1] if 'head.weight' in expected else None
     if 'head.weight' in state_dict and state_dict['head.weight'].shape[:1] != classes:

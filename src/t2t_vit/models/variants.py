@@ -131,6 +131,13 @@ def pretrained_cfgs() -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(pretrained_cfgs())  # timm looks for this name
 
 
+def fit_pretrained(state_dict: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Convert the weights of a model's `pretrained_cfg` for it; timm calls this before it loads them."""
+    trained = getattr(model, 'pretrained_model_args', {})  # of a folder or the Hub; older timm has none
+    img_size = trained.get('img_size') or model.pretrained_cfg['input_size'][-2:]
+    return convert_state_dict(state_dict, model, img_size=img_size)
+
+
 def build(name: str, pretrained: bool, fast: bool = True, **kwargs: Any) -> nn.Module:
     """Build the registered model `name` for `timm.create_model`; `kwargs` override the table's row.
 
@@ -147,7 +154,7 @@ def build(name: str, pretrained: bool, fast: bool = True, **kwargs: Any) -> nn.M
         TimmT2TViT,
         name,
         pretrained,
-        pretrained_filter_fn=convert_state_dict,
+        pretrained_filter_fn=fit_pretrained,
         feature_cfg=pyramid if stages else dict(feature_cls='getter', out_indices=3),
         **args,
     )

@@ -117,7 +117,8 @@ def load_start_weights(model: nn.Module, weights: str, classes: Sequence[str]) -
         found = {name: tensor for name, tensor in found.items() if not name.startswith(heads)}
     if hasattr(model, 'tokens_to_token'):
         try:
-            fitted = convert_state_dict(found, model)
+            size = start.cfg.get('input_size') if start else None
+            fitted = convert_state_dict(found, model, img_size=size[-2:] if size else None)
         except CheckpointError as error:
             raise CheckpointError(f'{weights}: {error}') from None
     else:
