@@ -246,7 +246,7 @@ def test_queries_and_keys_on_different_grids():
     assert (pvt.grid, pvt.query_grid, pvt.query_lattice) == ((2, 3), (16, 24), (0.5, 0.5, 4.0, 4.0))
     assert query_maps(pvt, 16 * 24 - 1).shape == (1, 1, 2, 3)
     cait = timm.create_model('cait_xxs24_224', depth=1, img_size=(64, 96))
-    cait.num_prefix_tokens = 1  # missing in timm 1.0.26
+    cait.num_prefix_tokens = 1  # missing in timm 1.0.29
     cait = trace(cait, images).attentions
     assert [(a.grid, a.query_grid) for a in cait.values()] == [((4, 6), None)] * 2
     pooled = trace(
