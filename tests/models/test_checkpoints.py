@@ -12,13 +12,14 @@ import urllib.error
 from collections import OrderedDict
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.models import adapt_input_conv
+from timm.models import adapt_input_conv, build_model_with_cfg
 
 from t2t_vit.models.checkpoints import convert_state_dict, load_weights
 from t2t_vit.models.published import PUBLISHED
@@ -406,12 +407,23 @@ def test_image_size_that_does_not_fit_the_table_is_ignored():
 @pytest.mark.parametrize('size', [(16, 64), (64, 16)], ids=str)
 def test_timm_builds_a_saved_model_for_another_grid_of_as_many_tokens(tmp_path, size):
     """32² has 8×8 tokens, 16×64 4×16; the model of the second size also for itself."""
-    source = timm.create_model('t2t_vit_7_32', depth=1, img_size=size).eval()
+    trained = dict(img_size=size, pretrained_cfg_overlay=dict(input_size=(3, *size)))
+    source = timm.create_model('t2t_vit_7_32', depth=1, **trained).eval()
     timm.models.save_for_hf(source, tmp_path, model_args=dict(depth=1, img_size=size))
     image = torch.randn(1, 3, 32, 32)
     for img_size in (32, size):
         model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, img_size=img_size).eval()
         assert distance(model(image), source(image)) <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.skipif('pretrained_model_args' not in signature(build_model_with_cfg).parameters, reason='older timm')
+def test_saved_arguments_tell_the_grid_before_the_saved_configuration(tmp_path):
+    """The configuration says 32², the model was built for 16×64."""
+    source = timm.create_model('t2t_vit_7_32', depth=1, img_size=(16, 64))
+    timm.models.save_for_hf(source, tmp_path, model_args=dict(depth=1, img_size=(16, 64)))
+    model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert torch.equal(model.pos_embed, source.pos_embed)
 
 
 def test_non_square_position_table_is_refused():
