@@ -218,6 +218,19 @@ def test_gradients_of_channel_mean_var():
     torch.testing.assert_close(each.squeeze(1), torch.autograd.grad(product(x), x)[0])
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings('ignore:There is a performance drop:UserWarning')  # no fused attention for vmap
+@pytest.mark.parametrize('names', [('norm1.bias', 'kqv.bias', 'attn.qkv.weight'), ('',)], ids=['some', 'all'])
+@pytest.mark.parametrize('token_layer', ['performer', 'transformer'])
+def test_vmap_over_parameters_without_gradients(token_layer, names):
+    """As ensembles of models are computed by torch.func: nothing works in place there."""
+    net, images = optimize(model(token_layer=token_layer)), torch.randn(2, 3, 48, 48)
+    chosen = {name: torch.stack([p, 1.1 * p]) for name, p in net.named_parameters() if name.endswith(names)}
+    logits = torch.func.vmap(lambda weights: torch.func.functional_call(net, weights, (images,)))(chosen)
+    expected = [torch.func.functional_call(net, {k: p[i] for k, p in chosen.items()}, (images,)) for i in range(2)]
+    assert relative_error(logits, torch.stack(expected)) <= BOUND
+
+
 # training
 
 
@@ -231,15 +244,40 @@ def test_dropout_is_where_the_plain_form_has_it(token_layer, monkeypatch):
 
 def test_fast_dropout():
     x = torch.randn(3, 1000, 67, requires_grad=True)
-    out = folded.fast_dropout(x, 0.1, True)
+    out = folded.fast_dropout(x, 0.1)
     kept = out != 0
     assert kept.float().mean() == pytest.approx(0.9, abs=3e-3)
     assert kept.float().mean((0, 1)).std() < 0.01 and kept.float().mean((0, 2)).std() < 0.03
     torch.testing.assert_close(out, torch.where(kept, x / 0.9, 0))
     out.sum().backward()
     torch.testing.assert_close(x.grad, kept / 0.9)
-    assert not torch.equal(folded.fast_dropout(x, 0.1, True), out)
-    assert torch.equal(folded.fast_dropout(x, 0.1, False), x)
+    assert not torch.equal(folded.fast_dropout(x, 0.1), out)
+    assert torch.equal(folded.fast_dropout(x, 0.0), x)
+    assert not folded.fast_dropout(x, 1.0).any()
+    with torch.device('meta'):  # of new tensors; x stays on the CPU
+        assert folded.fast_dropout(x, 0.1).device.type == 'cpu'
+    rows = torch.func.vmap(lambda row: folded.fast_dropout(row, 0.5), randomness='different')(torch.ones(2, 1000))
+    assert not torch.equal(*rows)
+
+
+DROPPING = dict(pos_drop_rate=0.2, proj_drop_rate=0.2, attn_drop_rate=0.2)
+
+
+@pytest.mark.parametrize('whole', [True, False])
+@pytest.mark.parametrize('block', BLOCKS)
+@pytest.mark.parametrize('token_layer', ['performer', 'transformer'])
+def test_dropout_has_its_own_mode_and_rate(token_layer, block, whole, monkeypatch):
+    """Active in a model in evaluation mode (Monte Carlo dropout), and inactive in one that trains."""
+    monkeypatch.setattr(folded, 'fast_dropout', F.dropout)
+    layer = model(token_layer=token_layer, **BLOCKS[block], **DROPPING).train(not whole)
+    images = torch.randn(2, 3, 48, 48)
+    for part in layer.modules():
+        if isinstance(part, nn.Dropout):
+            part.train(whole)
+    if token_layer == 'performer':
+        layer.tokens_to_token.attention1.mlp[3].p = 0.4
+    tokens = [torch.random.manual_seed(1) and form(layer).forward_features(images) for form in (plain, optimize)]
+    assert relative_error(*tokens) <= BOUND
 
 
 @pytest.mark.parametrize('block', BLOCKS)
@@ -296,6 +334,45 @@ def test_global_hooks_see_every_module():
     handle.remove()
     containers = {module for module in fast.modules() if isinstance(module, nn.ModuleList)}
     assert seen == {*fast.modules()} - containers
+
+
+@pytest.mark.parametrize('kind', ['full_backward', 'full_backward_pre'])
+def test_global_backward_hooks_see_every_module(kind):
+    register = getattr(nn.modules.module, f'register_module_{kind}_hook')
+    counts = []
+    for form in (optimize, plain):
+        net, seen = form(model()), []
+        handle = register(lambda module, *_, seen=seen: seen.append(type(module)))
+        net(torch.randn(2, 3, 48, 48, requires_grad=True)).sum().backward()
+        handle.remove()
+        counts.append(len(seen))
+    assert counts[0] == counts[1] > 0
+
+
+def test_backward_hook_on_the_blocks_fires():
+    fast, seen = optimize(model()), []
+    fast.blocks.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0].shape))
+    fast(torch.randn(2, 3, 48, 48)).sum().backward()
+    assert seen == [(2, 1 + 9, 32)]
+
+
+@pytest.mark.parametrize('method', ['forward_features', 'forward_head'])
+def test_replaced_method_of_a_model_is_called(method):
+    fast, images = optimize(model()), torch.randn(2, 3, 48, 48)
+    original, seen = getattr(fast, method), []
+    setattr(fast, method, lambda x: seen.append(x.shape) or original(x))
+    fast(images)
+    assert len(seen) == 1 and not fast.runs_fast(images)
+
+
+@pytest.mark.parametrize('token_layer', ['performer', 'transformer'])
+@pytest.mark.parametrize('norm', ['norm1', 'norm2'])
+@pytest.mark.parametrize('args', [dict(bias=False), dict(elementwise_affine=False)], ids=str)
+def test_norm_without_weight_or_bias_runs_plain(token_layer, norm, args):
+    layer = model(token_layer=token_layer)
+    for stage in (layer.tokens_to_token.attention1, layer.blocks[0]):
+        setattr(stage, norm, nn.LayerNorm(getattr(stage, norm).normalized_shape, **args))
+    compare(layer, torch.randn(2, 3, 48, 48))
 
 
 class Doubled(nn.Linear):

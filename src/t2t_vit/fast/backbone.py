@@ -15,7 +15,7 @@ from ..models.designs import DenseBlock, GhostAttention, GhostBlock, SEBlock
 from ..models.t2t_vit import Attention, Block, T2TViT
 from ..models.timm_api import TimmT2TViT
 from .memory import recomputed
-from .rule import Fast, is_intact, is_unobserved
+from .rule import Fast, active_rate, is_intact, is_observed, is_unobserved
 
 
 class FusedAttention(Fast, Attention):
@@ -25,7 +25,7 @@ class FusedAttention(Fast, Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Three of (B, heads, N, D / heads), q of M tokens -> (B, M, D)."""
-        drop = self.attn_drop.p if self.training else 0.0
+        drop = active_rate(self.attn_drop)
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.scale).transpose(1, 2).flatten(2)
         return self.se_layer(self.proj_drop(self.proj(x)))
 
@@ -131,7 +131,8 @@ class ClassTokenT2TViT(Fast, T2TViT):
             and last.runs_fast(x)
             and is_unobserved(last)
             and is_unobserved(self.norm)
-            and not (self.blocks._forward_hooks or self.blocks._forward_pre_hooks or 'forward' in self.blocks.__dict__)
+            and not is_observed(self.blocks)
+            and not {'forward_features', 'forward_head'} & self.__dict__.keys()  # replaced on this model
         )
 
     def fast_forward(self, x: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ..models.precision import cpu_has_matmuls, full_precision, half_precision
 from ..models.t2t_vit import TokenAttention, TokenPerformer, TokensToToken, TokenTransformer
-from .memory import recomputed, scale_shift
-from .rule import Fast
+from .memory import in_transform, recomputed, scale_shift
+from .rule import Fast, active_rate
 
 MAP_CHANNELS = 32  # from which a map is one of tokens, not an image
 is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)  # unknown to old torch
@@ -41,7 +41,8 @@ def to_map(x: Tensor, height: int, width: int) -> Tensor:
 def as_kernel(weight: Tensor, kernel: int) -> Tensor:
     """Return a Linear's weight over windows, (O, n), as that of a channels_last convolution, (O, C, k, k)."""
     weight = weight.view(weight.shape[0], -1, kernel, kernel)
-    if is_exporting():  # runtimes choose the layout of their kernels; XNNPACK takes no other than the usual one
+    # runtimes choose the layout of their kernels, and XNNPACK takes no other than the usual one; vmap has none to give
+    if is_exporting() or in_transform():
         return weight
     return weight.contiguous(memory_format=torch.channels_last)
 
@@ -186,14 +187,15 @@ def split_norm_linear_half(
         return scale_shift(out, (var + norm.eps).rsqrt(), shift.view(1, -1, 1, 1)).to(kind)
 
 
-def fast_dropout(x: Tensor, p: float, training: bool) -> Tensor:
+def fast_dropout(x: Tensor, p: float) -> Tensor:
     """Dropout that draws 16 bits for each value on a CPU, four values from one random number.
 
     torch draws one number for each value, one after the other. The probability is a multiple of 2^-16, 0.10001 for 0.1.
     """
-    if not training or x.device.type != 'cpu' or torch.compiler.is_compiling():
-        return F.dropout(x, p, training)
-    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    if not 0 < p < 1 - 2**-16 or x.device.type != 'cpu' or torch.compiler.is_compiling() or in_transform():
+        return F.dropout(x, p)
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    bits = bits.view(torch.int16)
     kept = bits[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
     return x * kept.to(x.dtype).mul_(1 / (1 - p))
 
@@ -239,7 +241,7 @@ class FoldedTokenTransformer(FoldedTokenLayer, TokenTransformer):
         qkv = self.split_norm_linear(x, self.norm1, self.attn.qkv)
         height, width = qkv.shape[-2], qkv.shape[-1]
         q, k, v = to_tokens(qkv.to(self.dtype_after(x))).unsqueeze(1).chunk(3, dim=-1)  # (B, 1, N, D) each
-        drop = self.attn.attn_drop.p if self.training else 0.0
+        drop = active_rate(self.attn.attn_drop)
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.attn.scale)
         x = v.squeeze(1) + self.attn.proj(y.squeeze(1))
         y = self.norm2(x)
@@ -281,7 +283,7 @@ class FoldedTokenPerformer(FoldedTokenLayer, TokenPerformer):
         height, width = kqv.shape[-2], kqv.shape[-1]
         with full_precision(x):
             y, v = self.kernel_attention(to_tokens(kqv))
-        x = v.to(dtype) + fast_dropout(self.proj(y.to(dtype)), self.proj_drop.p, self.training)
+        x = v.to(dtype) + fast_dropout(self.proj(y.to(dtype)), active_rate(self.proj_drop))
         del kqv, v, y
         y = self.norm2(x)
         with recomputed(y, self.norm2.forward, x):
@@ -289,7 +291,7 @@ class FoldedTokenPerformer(FoldedTokenLayer, TokenPerformer):
         y = self.mlp[1](hidden)
         with recomputed(y, self.mlp[1].forward, hidden):
             y = self.mlp[2](y)
-        return to_map(x + fast_dropout(y, self.proj_drop.p, self.training), height, width)
+        return to_map(x + fast_dropout(y, active_rate(self.mlp[3])), height, width)
 
 
 class FoldedTokensToToken(Fast, TokensToToken):

@@ -11,6 +11,11 @@ autograd: Any = torch._C._autograd
 find_top = getattr(autograd, '_top_saved_tensors_default_hooks', None)  # missing in torch 2.6
 
 
+def in_transform() -> bool:
+    """Return True inside a transform of torch.func (vmap, grad, …); False while compiling, whatever is compiled."""
+    return not torch.compiler.is_compiling() and bool(torch._C._are_functorch_transforms_active())
+
+
 def saves_as_usual() -> bool:
     """Return True if no other saved-tensor hooks are active: no checkpointing, no offloading, no torch.func."""
     if find_top is None or not autograd._saved_tensors_hooks_is_enabled():
@@ -80,7 +85,7 @@ def scale_shift(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> to
 
     `x` must not be used elsewhere: without gradients it is overwritten.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and not in_transform():  # vmap may have more copies of the shift than of x
         return x.mul_(scale).add_(shift)
     if torch.compiler.is_compiling():
         return x * scale + shift

@@ -12,27 +12,35 @@ from torch.nn.modules import module as global_hooks
 TENSORS = (nn.Parameter, torch.Tensor, FakeTensor, FunctionalTensor)  # the last two while a graph is exported
 
 
-def is_intact(part: nn.Module, kind: type) -> bool:
-    """Return True if a part is exactly the module it was built as and nothing observes or replaces its call.
-
-    False for another class (LoRA, quantised, parametrised, sharded), for hooks (feature extraction, pruning, weight
-    norm, per-sample gradients), for a replaced `forward` (offloading) and for parameters that are tensor subclasses.
-    """
-    return (
-        type(part) is kind
-        and 'forward' not in part.__dict__
-        and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
-        and all(type(p) in TENSORS for p in part._parameters.values() if p is not None)
-    )
+def is_observed(module: nn.Module) -> bool:
+    """Return True if a hook or a replaced `forward` is on this module."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or 'forward' in module.__dict__
 
 
 def is_unobserved(module: nn.Module) -> bool:
     """Return True if no hook and no replaced `forward` is on a module or on any module in it."""
-    return all(
-        'forward' not in part.__dict__
-        and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
-        for part in module.modules()
+    return not any(is_observed(part) for part in module.modules())
+
+
+def is_intact(part: nn.Module, kind: type) -> bool:
+    """Return True if a part is exactly the module it was built as and nothing observes or replaces its call.
+
+    False for another class (LoRA, quantised, parametrised, sharded), for hooks (feature extraction, pruning, weight
+    norm, per-sample gradients), for a replaced `forward` (offloading), for parameters that are tensor subclasses, and
+    for a LayerNorm without weight or bias.
+    """
+    return (
+        type(part) is kind
+        and not is_observed(part)
+        and all(type(p) in TENSORS for p in part._parameters.values() if p is not None)
+        and not (kind is nn.LayerNorm and any(p is None for p in part._parameters.values()))
     )
+
+
+def active_rate(dropout: Any) -> float:
+    """Return the fraction of values that a dropout zeroes now; its own mode counts, not that of its parent."""
+    return dropout.p if dropout.training else 0.0
 
 
 class Fast:
@@ -50,6 +58,8 @@ class Fast:
         if not isinstance(x, torch.Tensor) or torch.jit.is_tracing():  # FX passes proxies
             return False
         if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+            return False
+        if global_hooks._global_backward_hooks or global_hooks._global_backward_pre_hooks:
             return False
         for name, kind in self.parts.items():
             part: Any = self
