@@ -216,6 +216,54 @@ def test_kernels_are_used_in_half_precision_on_intact_layers(monkeypatch):
     assert not used(layers[1], images)
 
 
+def dropping(p):
+    return nn.Dropout(p).train()
+
+
+CHANGES = {  # of layers in evaluation mode: the kernels compute none of these
+    'transformer: another MLP': lambda layer: setattr(layer, 'mlp', nn.Sequential(layer.mlp)),
+    'transformer: hook on the MLP': lambda layer: layer.mlp.register_forward_hook(lambda *_: None),
+    'transformer: norm in the MLP': lambda layer: setattr(layer.mlp, 'norm', nn.LayerNorm(32)),
+    'transformer: tanh GELU': lambda layer: setattr(layer.mlp, 'act', nn.GELU('tanh')),
+    'transformer: another activation': lambda layer: setattr(layer.mlp, 'act', nn.ReLU()),
+    'transformer: dropout in the MLP': lambda layer: setattr(layer.mlp, 'drop1', dropping(0.1)),
+    'transformer: dropout after the MLP': lambda layer: setattr(layer.mlp, 'drop2', dropping(0.1)),
+    'transformer: no bias': lambda layer: setattr(layer.attn.proj, 'bias', None),
+    'performer: tanh GELU': lambda layer: setattr(layer.mlp, '1', nn.GELU('tanh')),
+    'performer: no bias': lambda layer: setattr(layer.mlp[2], 'bias', None),
+    'performer: dropouts of two modes': lambda layer: layer.proj_drop.train(),
+    'performer: dropouts of two rates': lambda layer: (layer.train(), setattr(layer.mlp[3], 'p', 0.2)),
+    'performer: everything is dropped': lambda layer: (
+        (layer.train(), setattr(layer.mlp[3], 'p', 1.0)) and setattr(layer.proj_drop, 'p', 1.0)
+    ),
+}
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_kernels_leave_other_layers_to_the_folded_form(change):
+    images = torch.randn(1, 3, 16, 16, device=DEVICE)
+    layer = LAYERS['transformer' in change](3, 32, LATER).eval()
+    assert used(layer.to(DEVICE), images)
+    CHANGES[change](layer)
+    assert not used(layer.to(DEVICE), images)
+
+
+def test_dropout_in_evaluation_mode_is_that_of_the_dropouts():
+    """Monte Carlo dropout; and frozen dropout in a layer that trains."""
+    images = torch.randn(1, 3, 16, 16, device=DEVICE)
+    performer, transformer = (filled(layer(3, 32, LATER)).to(DEVICE) for layer in LAYERS)
+    transformer.attn.attn_drop.p = 0.5
+    for layer in (performer, transformer):
+        for active in (True, False):
+            layer.train(not active)
+            for part in layer.modules():
+                if isinstance(part, nn.Dropout):
+                    part.train(active)
+            assert used(layer, images)
+            with torch.autocast(DEVICE, torch.float16):
+                assert torch.equal(layer(images), layer(images)) is not active
+
+
 def test_rows_of_tokens_are_exact():
     """`_corners` divides by multiplication; the kernels' formula, in numpy."""
     token = np.arange(2**22)
