@@ -114,6 +114,42 @@ def test_any_size_with_uint8_pixels(suffix, runtime, model, files):
         exported(torch.zeros(1, 1, 16, 16))
 
 
+@pytest.mark.parametrize(
+    'suffix, args',
+    [
+        ('.xml', {'global_pool': 'avg', 'init_values': 0.5, 'norm_layer': 'rmsnorm'}),
+        ('.pt2', {'norm_layer': 'rmsnorm'}),
+    ],
+)
+def test_any_size_of_models_that_compute_all_tokens(suffix, args, tmp_path):
+    model = small('t2t_vit_4_16', **args)
+    path = written(model, tmp_path / f'model{suffix}', 'all')
+    check(model, load_exported(path, threads=1), 2, 3, 24, 40)
+
+
+class Adapted(torch.nn.Linear):
+    """A Linear with an adapter, as peft has it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + x.repeat(1, 1, 3)
+
+
+def test_adapter_is_in_the_exported_graph(tmp_path):
+    model = small('t2t_vit_4_16')
+    model.blocks[0].attn.qkv.__class__ = Adapted
+    check(model, load_exported(written(model, tmp_path / 'model.pt2')), 2, 3, 16, 16)
+
+
+@pytest.mark.parametrize('suffix, converter', [('.onnx', 'torch.onnx.export'), ('.xml', 'openvino.convert_model')])
+def test_failure_of_a_converter_is_explained(suffix, converter, model, tmp_path, monkeypatch):
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError('no operator aten.new\nmore')
+
+    monkeypatch.setattr(converter, fail)
+    with pytest.raises(UsageError, match='^t2t_vit_4_16 cannot be written .*: no operator aten.new$'):
+        written(model, tmp_path / f'model{suffix}')
+
+
 @pytest.mark.parametrize('name, suffix, precision', [('t2t_vit_4_16', '.pt2', 'bf16'), ('vit_s_16', '.onnx', 'fp16')])
 def test_half_precision_with_a_fixed_batch(name, suffix, precision, tmp_path):
     model = small(name)

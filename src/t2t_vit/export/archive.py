@@ -70,7 +70,7 @@ OPERATORS = (
     r'|conv2d|convolution|detach|div|dropout|eq|exp|expand|flatten|floor|full|full_like|ge|gelu|group_norm|gt'
     r'|hardsigmoid|hardswish|hardswish_|hardtanh|hardtanh_|index|layer_norm|le|leaky_relu|linear|lt|matmul|max_pool2d'
     r'|mean|mm|mul|mul_|native_batch_norm|native_layer_norm|ne|neg|ones|ones_like|pad|permute|pow|reciprocal|relu'
-    r'|relu_|repeat|reshape|reshape_as|roll|round|rsqrt|rsub|scalar_tensor|scaled_dot_product_attention|select'
+    r'|relu_|repeat|reshape|reshape_as|rms_norm|roll|round|rsqrt|rsub|scalar_tensor|scaled_dot_product_attention|select'
     r'|sigmoid|silu|silu_|slice|softmax|split|split_with_sizes|sqrt|square|squeeze|stack|sub|sum|sym_numel|sym_size'
     r'|sym_stride|t|to|transpose|unbind|unflatten|unsqueeze|upsample_bicubic2d|var|var_mean|view|where|zeros'
     r'|zeros_like'

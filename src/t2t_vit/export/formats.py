@@ -7,7 +7,8 @@ import copy
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -76,6 +77,16 @@ def check_precision(path: Path, precision: str) -> None:
         )
 
 
+@contextmanager
+def explained(problem: str) -> Iterator[None]:
+    """Turn every exception into a UsageError: the problem, and the exception's first line."""
+    try:
+        yield
+    except Exception as error:  # of many kinds, which differ between versions of torch and OpenVINO
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UsageError(f'{problem}: {reason[0]}') from error
+
+
 def trace(model: nn.Module, metadata: Metadata, path: Path, dynamic: Dynamic) -> torch.export.ExportedProgram:
     """Trace a model to the graph that the file `path` will have.
 
@@ -93,12 +104,8 @@ def trace(model: nn.Module, metadata: Metadata, path: Path, dynamic: Dynamic) ->
         images = images.permute(0, 2, 3, 1).contiguous()
     free = torch.export.Dim.DYNAMIC
     dims: dict[int, Any] = {'none': {}, 'batch': {0: free}, 'all': {0: free, rows: free, columns: free}}[dynamic]
-    try:
-        with torch.no_grad():
-            return torch.export.export(Exportable(model, metadata, dtype), (images,), dynamic_shapes=(dims,))
-    except Exception as error:  # torch's own kinds, which differ between versions
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UsageError(f'{metadata.model} cannot be traced with --dynamic {dynamic}: {reason[0]}') from error
+    with explained(f'{metadata.model} cannot be traced with --dynamic {dynamic}'), torch.no_grad():
+        return torch.export.export(Exportable(model, metadata, dtype), (images,), dynamic_shapes=(dims,))
 
 
 def write(path: Path, *files: tuple[str, Callable[[str], Any]]) -> None:
@@ -126,10 +133,10 @@ def to_onnx(program: torch.export.ExportedProgram, metadata: Metadata, opset: in
     """Convert the graph to an onnx.ModelProto, by torch's dynamo exporter.
 
     Raises:
-        UsageError: if the exporter cannot write this opset.
+        UsageError: if the exporter cannot write this graph, or this opset.
     """
     need('onnx', 'onnxscript')
-    with warnings.catch_warnings():
+    with explained(f'{metadata.model} cannot be written as ONNX'), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of the exporter, about its own parts
         exported = torch.onnx.export(
             program,
@@ -157,11 +164,15 @@ def save_onnx(proto: Any, path: Path, metadata: Metadata) -> None:
 
 
 def to_openvino(program: torch.export.ExportedProgram, metadata: Metadata) -> Any:
-    """Convert the graph to an openvino.Model, directly from torch's operators, which keeps attention one operation."""
+    """Convert the graph to an openvino.Model, directly from torch's operators, which keeps attention one operation.
+
+    Raises:
+        UsageError: if OpenVINO lacks an operator of the graph.
+    """
     need('openvino')
     import openvino
 
-    with warnings.catch_warnings():
+    with explained(f'{metadata.model} cannot be written for OpenVINO'), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         model = openvino.convert_model(program)
     cfg = metadata.preprocessing

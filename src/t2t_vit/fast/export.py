@@ -114,6 +114,8 @@ class ExportedTokenTransformer(FusedTokenTransformer):
 class ExportedAttention(FusedAttention):
     """`Attention` whose q, k and v are computed one by one."""
 
+    parts = {**FusedAttention.parts, 'qkv': nn.Linear}
+
     def prepare(self) -> None:
         """Split the weights of q, k and v."""
         self.projections = nn.ModuleList()
@@ -145,11 +147,9 @@ class ExportedAttention(FusedAttention):
 class ExportedT2TViT(ClassTokenTimmT2TViT):
     """`TimmT2TViT` whose position table is resampled by two matmuls with the matrices of the interpolation.
 
-    Other runtimes lack torch's operator with antialiasing, or have it with another kernel.
+    Other runtimes lack torch's operator with antialiasing, or have it with another kernel. So this is the form of every
+    model, also of one that computes all tokens.
     """
-
-    def prepare(self) -> None:
-        """Do nothing: no value depends on weights alone."""
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, D, h, w) -> (B, 1 + N, D)."""
@@ -185,7 +185,6 @@ FORMS: dict[type, type] = {
     FusedTokenPerformer: ExportedTokenPerformer,
     FusedTokenTransformer: ExportedTokenTransformer,
     FusedAttention: ExportedAttention,
-    ClassTokenTimmT2TViT: ExportedT2TViT,
 }
 
 
@@ -193,8 +192,13 @@ FORMS: dict[type, type] = {
 def prepare_for_export(model: nn.Module) -> nn.Module:
     """Give the parts of a model in evaluation mode their forms for exported graphs, in place; custom classes stay."""
     for module in [*optimize(model).modules()]:
-        form, layer = FORMS.get(type(module)), cast(Any, module)
-        if form and layer.runs_fast(torch.empty(0)):
-            layer.__class__ = form
-            layer.prepare()
+        layer, kind = cast(Any, module), type(module)
+        if kind is ClassTokenTimmT2TViT:
+            layer.__class__ = ExportedT2TViT
+        elif kind in FORMS:
+            layer.__class__ = FORMS[kind]
+            if layer.runs_fast(torch.empty(0)):
+                layer.prepare()
+            else:
+                layer.__class__ = kind
     return model
