@@ -123,6 +123,11 @@ def test_weights_in_half_precision_are_benchmarked():
     assert seen == {(torch.bfloat16, torch.bfloat16)} and model.head.weight.dtype == torch.bfloat16
 
 
+def test_training_step_of_more_images_than_classes():
+    model = timm.create_model('t2t_vit_4_16', depth=1, num_classes=3)
+    benchmark.work(model, 'train', False, torch.randn(5, 3, 16, 16), 'float32')()
+
+
 def test_build_model_from_python_file(tmp_path):
     (tmp_path / 'mine.py').write_text(
         'import timm\ndef small(img_size):\n    return timm.create_model("t2t_vit_4_16", img_size=img_size, depth=1)\n'

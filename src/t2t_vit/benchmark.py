@@ -122,7 +122,7 @@ def work(
 
         return infer
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    labels = torch.arange(len(images), device=device)
+    labels = torch.zeros(len(images), dtype=torch.long, device=device)  # a class that every model has
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
 
     def train() -> None:
