@@ -22,7 +22,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from t2t_vit import cli, hub
-from t2t_vit.hub import Card, from_pretrained, licence_of, public, save_pretrained
+from t2t_vit.hub import Card, from_pretrained, public, save_pretrained
 from t2t_vit.models.safe_load import CheckpointError
 from t2t_vit.results import locked
 from t2t_vit.settings import UsageError, flatten
@@ -150,11 +150,6 @@ def test_card_holds_no_local_paths(tmp_path):
     config = digits_config(output='x', **{'data.root': str(tmp_path / 'photos'), 'data.cache': 'y'})
     tree = public(flatten(yaml.safe_load(config.to_yaml())))
     assert tree['data']['root'] == 'photos' and 'cache' not in tree['data'] and str(tmp_path) not in str(tree)
-
-
-def test_licence_of_weights(tmp_path):
-    assert licence_of(None) is None and licence_of(str(tmp_path / 'a.pth')) is None
-    assert licence_of(str(tmp_path / '81.5_T2T_ViT_14.pth.tar')) == 'bsd-3-clause-clear'
 
 
 def test_save_and_load_a_folder(tmp_path):

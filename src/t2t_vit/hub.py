@@ -16,15 +16,13 @@ from . import __version__
 from .console import console
 from .integrity import KEY, seal
 from .models.listing import count_parameters
-from .models.published import PUBLISHED
 from .results import locked
 from .settings import UsageError, nest
 from .trained import CARD, CONFIG, WEIGHTS, check_folder, from_pretrained, read_config, save_folder
 
-__all__ = ['Card', 'from_pretrained', 'licence_of', 'push', 'save_pretrained']
+__all__ = ['Card', 'from_pretrained', 'push', 'save_pretrained']
 
 RUN_LOCK = '.lock'  # training holds it too
-RELEASE_LICENCE = 'bsd-3-clause-clear'
 UNSTATED = 'Not stated. Ask the authors before you use them.'
 HEADING = '## Licence of the weights'
 INHERITED = re.compile(
@@ -147,16 +145,6 @@ class Card:
             f'or `t2t-vit predict IMAGES --checkpoint hf-hub:{PLACEHOLDER}`.',
         ]
         return '\n'.join(lines) + '\n'
-
-
-def licence_of(weights: str | None) -> str | None:
-    """Return the licence of initial weights: the release's for its files, a run folder's own; None if unknown."""
-    if weights is None:
-        return None
-    path = Path(weights)
-    if path.is_dir() and (path / CONFIG).exists():
-        return json.loads((path / CONFIG).read_text(encoding='utf-8'))['pretrained_cfg'].get('license')
-    return RELEASE_LICENCE if path.name in {published.file for published in PUBLISHED.values()} else None
 
 
 def relicense(text: str, license: str, before: str | None) -> str:

@@ -7,7 +7,7 @@ from conftest import SHORT, digits_config
 from safetensors.torch import load_file
 
 from t2t_vit.train.run import train
-from t2t_vit.train.start_weights import load_start_weights
+from t2t_vit.train.start_weights import describe_origin, load_start_weights
 from t2t_vit.train.trainer import load
 from t2t_vit.trained import save_folder
 
@@ -41,3 +41,26 @@ def test_size_of_a_run_tells_the_grid_of_its_table(tmp_path):
     load_start_weights(net, str(tmp_path), ['0', '1'])
     image = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(net(image), source(image))
+
+
+def test_origin_is_name_and_licence_of_the_weights(tmp_path, monkeypatch):
+    run = tmp_path / 'run'
+    run.mkdir()
+    net = timm.create_model('t2t_vit_7_32', depth=1, pretrained_cfg_overlay=dict(license='cc-by-4.0'))
+    save_folder(net, run, dict(depth=1))
+    released, unknown = (tmp_path / name for name in ('81.5_T2T_ViT_14.pth.tar', 'mine.pth'))
+    for file in (released, unknown):
+        file.touch()
+    monkeypatch.setattr('t2t_vit.train.start_weights.from_pretrained', lambda name: net)
+    for weights, name, licence in (
+        (None, None, None),
+        ('t2t_vit_14.in1k', 't2t_vit_14.in1k', 'bsd-3-clause-clear'),
+        ('t2t_vit_r_4_64.imagenette', 't2t_vit_r_4_64.imagenette', 'apache-2.0'),
+        ('hf-hub:alice/birds', 'hf-hub:alice/birds', 'cc-by-4.0'),
+        (str(run), 'run', 'cc-by-4.0'),
+        (f'local-dir:{run}', 'run', 'cc-by-4.0'),
+        (str(run / 'model.safetensors'), 'model.safetensors', 'cc-by-4.0'),
+        (str(released), released.name, 'bsd-3-clause-clear'),
+        (str(unknown), 'mine.pth', None),
+    ):
+        assert describe_origin(weights) == {'weights': name, 'license': licence}

@@ -27,6 +27,7 @@ class Published(NamedTuple):
 
 
 RELEASE = 'https://github.com/yitu-opensource/T2T-ViT/releases/download/main/'
+RELEASE_LICENCE = 'bsd-3-clause-clear'
 # the release's transfer script: the whole image resized, CIFAR-10's mean and std for both sets
 cifar = partial(
     Published, crop_pct=1.0, interpolation='bilinear', mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)

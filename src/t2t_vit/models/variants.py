@@ -19,7 +19,7 @@ from torch import nn
 from ..custom import check_source
 from ..fast import optimize
 from .checkpoints import convert_state_dict
-from .published import PUBLISHED, RELEASE
+from .published import PUBLISHED, RELEASE, RELEASE_LICENCE
 from .shipped import shipped_cfgs
 from .t2t_vit import PAPER_SPLITS
 from .timm_api import Pyramid, TimmT2TViT
@@ -97,7 +97,7 @@ def pretrained_cfgs() -> dict[str, Any]:
         shared = dict(
             classifier='head',
             first_conv=(),  # convert_state_dict adapts it, timm cannot
-            license='bsd-3-clause-clear',
+            license=RELEASE_LICENCE,
             origin_url='https://github.com/yitu-opensource/T2T-ViT',
             paper_ids='arXiv:2101.11986',
         )

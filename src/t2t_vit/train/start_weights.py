@@ -12,6 +12,7 @@ from torch import nn
 
 from ..models.checkpoints import convert_state_dict, select_weights
 from ..models.listing import is_known
+from ..models.published import PUBLISHED, RELEASE_LICENCE
 from ..models.safe_load import CheckpointError, read_checkpoint
 from ..models.shipped import locate
 from ..settings import UsageError
@@ -77,6 +78,22 @@ def find_config(path: Path) -> Path | None:
     if not path.is_dir() and path.name != WEIGHTS and path.suffix != '.pt':
         return None
     return next((folder / CONFIG for folder in folders if (folder / CONFIG).exists()), None)
+
+
+def describe_origin(weights: str | None) -> dict[str, str | None]:
+    """Return name and licence of initial weights, for the model card; None for what is unknown.
+
+    The name is that of a tag or of a model on the Hub, or the last part of a path; the licence what their
+    configuration says, or the release's for its files.
+
+    Raises:
+        UsageError: if there are no such weights.
+    """
+    if weights is None:
+        return dict(weights=None, license=None)
+    start, name = describe_weights(weights), weights if weights.startswith('hf-hub:') else Path(weights).name
+    published = RELEASE_LICENCE if name in {row.file for row in PUBLISHED.values()} else None
+    return dict(weights=name.removeprefix('local-dir:'), license=start.cfg.get('license') if start else published)
 
 
 @dataclass

@@ -35,7 +35,7 @@ from ..data import (
     seed_all,
 )
 from ..data.waiting import DataWatch, shorten_names
-from ..hub import Card, licence_of, public
+from ..hub import Card, public
 from ..integrity import write_text
 from ..models.lora import add_adapters, merged_model
 from ..results import portable_name
@@ -47,7 +47,7 @@ from .config import Config
 from .short_runs import scale_to_data
 from .signals import RESTART, Interrupted, StopSignals
 from .small_images import SmallImages
-from .start_weights import LoadReport, load_start_weights
+from .start_weights import LoadReport, describe_origin, load_start_weights
 from .state import Position, git_revision, save_state
 from .tasks import Task, make_task
 
@@ -240,9 +240,7 @@ def load(
     watch = watch_data(config, accelerator, signals)
     data = build_batches(config, sources or open_sources(config, accelerator, folder / SPLIT_FILE), accelerator, watch)
     # from the state: a resumed run's own configuration no longer names the weights that it started from
-    origin = (state or {}).get('origin') or dict(
-        weights=config.weights and Path(config.weights).name, license=licence_of(config.weights)
-    )
+    origin = (state or {}).get('origin') or describe_origin(config.weights)
     parts = build_parts(config, data, accelerator, origin['license'])
     trainer = Trainer(config, folder, accelerator, data, parts, origin, signals, watch)
     if state is not None:
