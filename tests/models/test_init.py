@@ -63,6 +63,48 @@ def test_scaled_head_starts_at_equal_probabilities(name):
     assert model.tokens_to_token.project.weight.std() > 0.035  # published: 0.02
 
 
+@pytest.mark.parametrize('weight_init', ['published', 'scaled'])
+@pytest.mark.parametrize(
+    'args',
+    [
+        {'block': 'ghost'},
+        {'block': 'dense', 'depth': (1, 1)},
+        {'block': 'se', 'token_layer': 'transformer'},
+        {'init_values': 1e-3, 'token_layer': 'residual', 'norm_layer': 'rmsnorm'},
+        {'token_layer': 'convolution'},
+    ],
+    ids=str,
+)
+def test_model_from_the_meta_device_is_initialised_completely(args, weight_init):
+    torch.manual_seed(0)
+    args = {'depth': 1, 'mlp_ratio': 3, 'weight_init': weight_init, **args}
+    expected = timm.create_model('t2t_vit_7_32', **args)
+    with torch.device('meta'):
+        found = timm.create_model('t2t_vit_7_32', **args)
+    found.to_empty(device='cpu')
+    for tensor in found.state_dict().values():
+        tensor.fill_(77)
+    found.init_weights()
+    for (name, a), b in zip(found.state_dict().items(), expected.state_dict().values()):
+        spread, expected_spread = (tensor.double().std(correction=0).item() for tensor in (a, b))
+        assert spread == pytest.approx(expected_spread, rel=0.35), name
+        assert a.double().mean().item() == pytest.approx(b.double().mean().item(), abs=0.3), name
+    assert torch.equal(found.pos_embed, expected.pos_embed)
+
+
+def test_weights_are_drawn_without_a_reset_as_at_construction():
+    model = timm.create_model('t2t_vit_7_32', depth=1)
+    norm = model.norm.weight.data.fill_(2)
+    model.init_weights(needs_reset=False)
+    assert (norm == 2).all()
+
+
+def test_new_head_of_a_scaled_model_starts_at_zero():
+    model = timm.create_model('t2t_vit_7_32', depth=1, weight_init='scaled')
+    model.reset_classifier(3)
+    assert not model.head.weight.any() and not model.head.bias.any()
+
+
 def test_unknown_weight_init_is_refused():
     with pytest.raises(ValueError, match=r"weight_init is one of \('published', 'scaled'\), got 'jax'"):
         timm.create_model('t2t_vit_7', weight_init='jax')

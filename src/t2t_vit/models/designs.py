@@ -78,7 +78,12 @@ class ChannelScale(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim, 1, 1).uniform_(-1, 1))  # initialised as a Conv1d is
+        self.weight = nn.Parameter(torch.empty(dim, 1, 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the factors as a Conv1d draws its weights."""
+        nn.init.uniform_(self.weight, -1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""

@@ -24,7 +24,7 @@ from timm.layers import trunc_normal_
 from timm.models import named_apply
 from torch import nn
 
-from .positions import grid_table
+from .positions import grid_table, sinusoid_table
 
 WEIGHT_INITS = ('published', 'scaled')
 BRANCH_ENDS = ('.attn.proj', '.mlp.fc2', '.mlp.2', '.proj')  # names of the Linears that end a residual branch
@@ -58,6 +58,21 @@ def init_model(model: Any, weight_init: str) -> None:
 
 
 @torch.no_grad()
+def reset_model(model: Any) -> None:
+    """Give every weight of a `T2TViT` what its module starts with, whatever it held: for `init_model` after this."""
+    for module in model.modules():
+        if reset := getattr(module, 'reset_parameters', None):
+            reset()
+    model.pos_embed.copy_(sinusoid_table(*model.pos_embed.shape[1:]))
+
+
+def zero_head(head: nn.Module) -> None:
+    """Let a head start at equal probabilities; nothing happens if there is none."""
+    if isinstance(head, nn.Linear):
+        nn.init.zeros_(head.weight)
+
+
+@torch.no_grad()
 def scale_weights(model: Any) -> None:
     """Draw the weights of a `T2TViT` again, with variances that suit their width and depth."""
     branches = 2 * sum(name.endswith('attn') for name, _ in model.blocks.named_modules())
@@ -71,7 +86,6 @@ def scale_weights(model: Any) -> None:
         elif name.endswith('.kqv'):
             width = len(module.weight) // 3
             module.weight[: 2 * width] /= width**0.25
-    if isinstance(model.head, nn.Linear):
-        nn.init.zeros_(model.head.weight)
+    zero_head(model.head)
     height, width = model.grid_size
     model.pos_embed[:, 1:] = grid_table(height, width, model.embed_dim)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .checkpoints import load_weights
 from .checks import as_size, check_images, token_grids
-from .init import init_model, init_weights
+from .init import init_model, init_weights, reset_model, zero_head
 from .positions import resample_positions
 from .published import verify_published
 from .t2t_vit import T2TViT
@@ -126,8 +126,13 @@ class TimmT2TViT(T2TViT):
         return self.tokens_to_token
 
     @torch.jit.ignore
-    def init_weights(self) -> None:
-        """Give every weight its initial distribution."""
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Give every weight its initial values, also those of norms and convolutions if `needs_reset`.
+
+        So a model that was built on the meta device can be moved by `to_empty` and initialised.
+        """
+        if needs_reset:
+            reset_model(self)
         init_model(self, self.weight_init)
 
     @torch.jit.ignore
@@ -169,6 +174,8 @@ class TimmT2TViT(T2TViT):
         self.head = nn.Linear(self.num_features, num_classes, **place) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
         init_weights(self.head)
+        if self.weight_init == 'scaled':
+            zero_head(self.head)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resample the position table for another image size once, instead of in every forward pass."""
