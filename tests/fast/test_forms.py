@@ -142,6 +142,17 @@ def test_other_sizes_than_built_for(token_layer, size):
     compare(model(**TOKEN_LAYERS[token_layer]), torch.randn(2, 3, *size))
 
 
+@pytest.mark.parametrize('form', [plain, optimize])
+@pytest.mark.parametrize('block', BLOCKS)
+@pytest.mark.parametrize('token_layer', TOKEN_LAYERS)
+def test_empty_batch(token_layer, block, form):
+    layer = form(model(**TOKEN_LAYERS[token_layer], **BLOCKS[block]))
+    logits = layer(torch.randn(0, 3, 48, 48))
+    assert logits.shape == (0, 10)
+    logits.sum().backward()
+    assert not any(p.grad.any() for p in layer.parameters())
+
+
 WHITE, BLACK, GREY_LEVEL = 2.64, -2.118, 1 / 255 / 0.225
 HARD_IMAGES = dict(
     zero=lambda shape: torch.zeros(shape),

@@ -113,8 +113,7 @@ class GhostAttention(Attention):
 
     def heads(self, half: Tensor, ghost: Tensor) -> Tensor:
         """Join the two halves and split into heads: two of (B, N, D/2) -> (B, heads, N, D / heads)."""
-        x = torch.cat([half, ghost], dim=-1)
-        return x.reshape(x.shape[0], x.shape[1], self.num_heads, -1).transpose(1, 2)
+        return torch.cat([half, ghost], dim=-1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, D) -> three of (B, heads, N, D / heads)."""

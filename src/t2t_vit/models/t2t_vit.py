@@ -186,9 +186,8 @@ class Attention(nn.Module):
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, D) -> three of (B, heads, N, D / heads)."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        heads = (x.shape[0], x.shape[1], self.num_heads, -1)
-        return q.reshape(heads).transpose(1, 2), k.reshape(heads).transpose(1, 2), v.reshape(heads).transpose(1, 2)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (B, N, heads, D / heads) each
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.queries_keys_values(x)
