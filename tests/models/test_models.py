@@ -1,5 +1,7 @@
 """The model family: the table of variants, sizes, arguments, features, and what timm and torch do with a model."""
 
+from contextlib import nullcontext
+
 import pytest
 import timm
 import torch
@@ -246,6 +248,18 @@ def test_set_input_size_rejects_small_sizes_unchanged():
     assert model.img_size == (64, 64) and model.grid_size == (4, 4)
 
 
+def test_set_input_size_takes_the_arguments_of_timm():
+    model = tiny()
+    model.set_input_size()
+    model.set_input_size(None, 16)
+    assert model.img_size == (64, 64)
+    model.set_input_size(img_size=96, patch_size=(16, 16))
+    assert model.img_size == (96, 96) and model.grid_size == (6, 6)
+    with pytest.raises(ValueError, match=r'the splits fix patch_size at \(16, 16\), got 8'):
+        model.set_input_size(32, patch_size=8)
+    assert model.img_size == (96, 96)
+
+
 def test_ghost_requires_mlp_ratio_3():
     with pytest.raises(ValueError, match='mlp_ratio must be 3, got 2'):
         tiny(block='ghost', mlp_ratio=2)
@@ -391,6 +405,22 @@ def test_features_only_of_chosen_layers(indices, channels, blocks):
     assert model.feature_info.channels() == channels
     assert [x.shape[1] for x in model(torch.empty(1, 3, 64, 64, device='meta'))] == channels
     assert sum(name.endswith('attn.qkv') for name, _ in model.named_modules()) == blocks
+
+
+@pytest.mark.parametrize('prune_norm', [True, False])
+def test_pruned_dense_model_has_the_width_of_its_last_block(prune_norm):
+    images = torch.randn(1, 3, 64, 64)
+    for layer, width in ((0, 32), (2, 32 + 4), (4, (32 + 8) // 2), (5, 20 + 4)):
+        model = tiny(block='dense', depth=(2, 1), growth_rate=4)
+        stages = model.forward_intermediates(images, intermediates_only=True)
+        with pytest.raises(ValueError, match='the head is for tokens of width 24') if layer < 5 else nullcontext():
+            model.prune_intermediate_layers([layer], prune_head=False)
+        model.prune_intermediate_layers([layer], prune_norm)
+        features = model.forward_features(images)
+        assert model.num_features == model.head_hidden_size == features.shape[2] == width
+        assert torch.equal(model.forward_intermediates(images, [layer], intermediates_only=True)[0], stages[layer])
+        model.reset_classifier(3, 'token')
+        assert model(images).shape == (1, 3)
 
 
 def test_forward_intermediates():

@@ -177,9 +177,22 @@ class TimmT2TViT(T2TViT):
         if self.weight_init == 'scaled':
             zero_head(self.head)
 
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Resample the position table for another image size once, instead of in every forward pass."""
-        size = as_size(img_size)
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Resample the position table for another image size once, instead of in every forward pass.
+
+        Args:
+            img_size: The image size; None leaves it.
+            patch_size: For compatibility: None or that of the model, the stride of its tokens.
+
+        Raises:
+            ValueError: for another patch size, or if no token is left.
+        """
+        stride = self.patch_embed.patch_size
+        if patch_size is not None and as_size(patch_size) != stride:
+            raise ValueError(f'the splits fix patch_size at {stride}, got {patch_size}; build a model of other splits')
+        size = self.img_size if img_size is None else as_size(img_size)
         grid = token_grids(self.tokens_to_token.splits, *size)[-1]
         self.pos_embed = resample_positions(self.pos_embed, *grid, *self.grid_size)
         self.img_size, self.grid_size = size, grid
@@ -303,10 +316,25 @@ class TimmT2TViT(T2TViT):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the blocks after the last of these layers (and norm, and head); return the layers' positions."""
+        """Remove the blocks after the last of these layers (and norm, and head); return the layers' positions.
+
+        The norm is also removed where the remaining tokens have another width than it, in dense models.
+
+        Raises:
+            ValueError: for layers that do not exist, and if a head of another width were kept.
+        """
         take = self.layer_indices(indices)
-        self.blocks = self.blocks[: max(0, take[-1] + 2 - len(self.tokens_to_token.splits))]
-        if prune_norm:
+        count = max(0, take[-1] + 2 - len(self.tokens_to_token.splits))
+        width = self.widths[count - 1] if count else self.embed_dim
+        fits = width == self.num_features
+        if not (fits or prune_head):
+            raise ValueError(
+                f'the head is for tokens of width {self.num_features}, and after {count} blocks they have {width}: '
+                'remove it too (prune_head=True)'
+            )
+        self.blocks, self.widths = self.blocks[:count], self.widths[:count]
+        self.num_features = self.head_hidden_size = width
+        if prune_norm or not fits:
             self.norm = nn.Identity()
         if prune_head:
             self.reset_classifier(0, '')
