@@ -1,5 +1,5 @@
 # Three stories of a new user, timed: install to first prediction on own photos, an old checkpoint to a fine-tuned model, and a
-# run to ONNX in a process without torch. Transcript of one run: results/first-hour-xeon-2026-11-28.
+# run to ONNX in a process without torch. Transcript of one run: results/first-hour-xeon-2026-11-29.
 #   bash scripts/first_hour.sh PHOTOS > transcript.txt 2>&1     # PHOTOS has class folders
 cd "$(dirname "$1")"
 [ -e photos ] || ln -s "$(basename "$1")" photos
