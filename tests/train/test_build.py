@@ -119,6 +119,21 @@ def test_measurement_leaves_the_run_as_it_is(tmp_path):
     assert all(p.grad is None for p in run.parameters) and run.done == 0
 
 
+def test_threads_that_slow_the_run_down_are_named(tmp_path):
+    run, threads = make(tmp_path, threads=None), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        measured = measure(run)
+        assert measured.one_thread > 0 and torch.get_num_threads() == 2
+        said = '\n'.join(plan(run, measured._replace(compute=0.5, one_thread=0.1)))
+        assert 'warning   2 threads take 5.0 times as long as one' in said and '--threads 1' in said
+        assert 'as long as one' not in '\n'.join(plan(run, measured._replace(compute=0.1, one_thread=0.1)))
+        torch.set_num_threads(1)
+        assert measure(run).one_thread == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_budget_takes_what_fits():
     assert affordable_epochs(60, training=8, validation=2, interval=1) == 5
     assert affordable_epochs(10, training=8, validation=2, interval=1) == 0

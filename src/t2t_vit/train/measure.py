@@ -39,6 +39,7 @@ class Measured(NamedTuple):
         steps: How many steps were timed.
         compute: Seconds of a step without waiting for images; 0 if it was not measured.
         validation: Seconds of a validation.
+        one_thread: Seconds of a step on one CPU thread without waiting for images; 0 if it was not measured.
     """
 
     step: float
@@ -48,6 +49,7 @@ class Measured(NamedTuple):
     steps: int
     compute: float = 0.0
     validation: float = 0.0
+    one_thread: float = 0.0
 
 
 @contextmanager
@@ -96,7 +98,9 @@ def measure(trainer: Trainer, steps: int = STEPS, seconds: float = SECONDS) -> M
     if batch is not None and trainer.small.scale < 1:
         trainer.small.cost = min(1.0, (small_seconds(trainer, batch) + wait) / slowest)
     epoch = slowest * len(trainer.data.train)
-    return Measured(slowest, epoch, peak_memory(trainer), worker_memory(), len(times), compute, validation)
+    memory, workers = peak_memory(trainer), worker_memory()
+    alone = one_thread_seconds(trainer, batch, compute) if batch is not None else 0.0
+    return Measured(slowest, epoch, memory, workers, len(times), compute, validation, alone)
 
 
 def small_seconds(trainer: Trainer, batch: Batch) -> float:
@@ -105,21 +109,45 @@ def small_seconds(trainer: Trainer, batch: Batch) -> float:
     Raises:
         UsageError: if the model does not take them.
     """
-    small, times = trainer.small.reduce(batch.images), []
+    small = trainer.small.reduce(batch.images)
+    try:
+        seconds = step_seconds(trainer, batch._replace(images=small))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        size = 'x'.join(map(str, small.shape[2:]))
+        raise UsageError(
+            f'data.start_scale {trainer.small.scale:g}: {trainer.config.model} does not take images of {size} '
+            f'pixels: {error}'
+        ) from error
+    return max(gather_object([seconds]))
+
+
+def one_thread_seconds(trainer: Trainer, batch: Batch, compute: float) -> float:
+    """Return the seconds of a step on one CPU thread, or 0 where nothing could be gained or it would take too long.
+
+    Threads wait for each other many times in a step. If another process has one of their cores, that takes many times
+    longer than the computation.
+    """
+    threads = torch.get_num_threads()
+    alone = trainer.accelerator.num_processes == 1 and trainer.accelerator.device.type == 'cpu'
+    if not alone or trainer.config.threads or threads == 1 or compute * threads > SECONDS:
+        return 0.0
+    torch.set_num_threads(1)
+    try:
+        return step_seconds(trainer, batch)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def step_seconds(trainer: Trainer, batch: Batch) -> float:
+    """Return the seconds of a step on a batch, without an update: the least of two after a first one."""
+    times = []
     with unchanged(trainer):
         for _ in range(3):
             begun = time.perf_counter()
-            try:
-                trainer.accumulate_gradients(Batch(small.clone(), *(tensor.clone() for tensor in batch[1:])))
-            except (AssertionError, RuntimeError, ValueError) as error:
-                size = 'x'.join(map(str, small.shape[2:]))
-                raise UsageError(
-                    f'data.start_scale {trainer.small.scale:g}: {trainer.config.model} does not take images of {size} '
-                    f'pixels: {error}'
-                ) from error
+            trainer.accumulate_gradients(Batch(*(tensor.clone() for tensor in batch)))
             synchronize(trainer.accelerator.device)
             times.append(time.perf_counter() - begun)
-    return max(gather_object([min(times[1:])]))
+    return min(times[1:])
 
 
 def score_seconds(trainer: Trainer, batch: Any) -> float:

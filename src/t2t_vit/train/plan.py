@@ -5,6 +5,8 @@ import shutil
 import textwrap
 from collections.abc import Iterable
 
+import torch
+
 from ..console import duration
 from ..data import DataReport, MemoryBatches
 from ..data.sources.names import counted
@@ -14,6 +16,7 @@ from .trainer import Trainer, TrainingData
 
 INDENT = 10  # of what is said, after its name
 FEW_STEPS = 300  # of a run from scratch
+SLOWER = 1.2  # times as long as with one thread, from which on threads are warned of
 
 
 def plan(trainer: Trainer, measured: Measured | None = None, report: DataReport | None = None) -> list[str]:
@@ -66,6 +69,12 @@ def plan(trainer: Trainer, measured: Measured | None = None, report: DataReport 
             f'memory    about {measured.memory / 2**20:,.0f} MB for each process{workers}',
         ]
     lines.append(f'run       {trainer.folder}')
+    if measured and measured.one_thread and measured.compute > SLOWER * measured.one_thread:
+        ratio = measured.compute / measured.one_thread
+        lines.append(
+            f'warning   {torch.get_num_threads()} threads take {ratio:.1f} times as long as one: the model is small or '
+            'other processes use the cores; --threads 1'
+        )
     if report:
         lines += [f'warning   {text}' for text in report.warnings()]
     if not parts.report and trainer.total_steps < FEW_STEPS:
