@@ -133,21 +133,21 @@ def one_thread_seconds(trainer: Trainer, batch: Batch, compute: float) -> float:
         return 0.0
     torch.set_num_threads(1)
     try:
-        return step_seconds(trainer, batch)
+        return step_seconds(trainer, batch, 1)
     finally:
         torch.set_num_threads(threads)
 
 
-def step_seconds(trainer: Trainer, batch: Batch) -> float:
-    """Return the seconds of a step on a batch, without an update: the least of two after a first one."""
+def step_seconds(trainer: Trainer, batch: Batch, steps: int = 3) -> float:
+    """Return the seconds of a step on a batch, without an update: the least of those after the first."""
     times = []
     with unchanged(trainer):
-        for _ in range(3):
+        for _ in range(steps):
             begun = time.perf_counter()
             trainer.accumulate_gradients(Batch(*(tensor.clone() for tensor in batch)))
             synchronize(trainer.accelerator.device)
             times.append(time.perf_counter() - begun)
-    return min(times[1:])
+    return min(times[1:] or times)
 
 
 def score_seconds(trainer: Trainer, batch: Any) -> float:
