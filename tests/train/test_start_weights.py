@@ -7,7 +7,7 @@ from conftest import SHORT, digits_config
 from safetensors.torch import load_file
 
 from t2t_vit.train.run import train
-from t2t_vit.train.start_weights import describe_origin, load_start_weights
+from t2t_vit.train.start_weights import describe_origin, describe_weights, load_start_weights
 from t2t_vit.train.trainer import load
 from t2t_vit.trained import save_folder
 
@@ -51,7 +51,7 @@ def test_origin_is_name_and_licence_of_the_weights(tmp_path, monkeypatch):
     released, unknown = (tmp_path / name for name in ('81.5_T2T_ViT_14.pth.tar', 'mine.pth'))
     for file in (released, unknown):
         file.touch()
-    monkeypatch.setattr('t2t_vit.train.start_weights.from_pretrained', lambda name: net)
+    monkeypatch.setattr('timm.models._hub.hf_hub_download', lambda *_, **__: str(run / 'config.json'))
     for weights, name, licence in (
         (None, None, None),
         ('t2t_vit_14.in1k', 't2t_vit_14.in1k', 'bsd-3-clause-clear'),
@@ -64,3 +64,17 @@ def test_origin_is_name_and_licence_of_the_weights(tmp_path, monkeypatch):
         (str(unknown), 'mine.pth', None),
     ):
         assert describe_origin(weights) == {'weights': name, 'license': licence}
+
+
+def test_model_of_the_hub_is_described_as_its_folder_without_its_weights(tmp_path, monkeypatch):
+    args = dict(depth=1, in_chans=1, token_layer='convolution')
+    net = timm.create_model('t2t_vit_7_32', num_classes=2, **args)
+    net.pretrained_cfg.update(num_classes=2, label_names=['cat', 'dog'])
+    save_folder(net, tmp_path, args)
+    (tmp_path / 'model.safetensors').unlink()
+    monkeypatch.setattr('timm.models._hub.hf_hub_download', lambda *_, **__: str(tmp_path / 'config.json'))
+    start, expected = describe_weights('hf-hub:alice/cats'), describe_weights(str(tmp_path))
+    assert (start.model, start.model_args) == (expected.model, expected.model_args)
+    assert start.model_args == dict(depth=1, token_layer='convolution', global_pool='token')
+    for key in ('input_size', 'mean', 'std', 'label_names'):
+        assert list(start.cfg[key]) == list(expected.cfg[key])

@@ -7,7 +7,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, load_model_config_from_hf
 from torch import nn
 
 from ..models.checkpoints import convert_state_dict, select_weights
@@ -59,8 +59,8 @@ def describe_weights(weights: str) -> StartModel | None:
     if not exists(weights):
         raise UsageError(NO_WEIGHTS.format(weights))
     if weights.startswith('hf-hub:'):
-        cfg = from_pretrained(weights).pretrained_cfg
-        return StartModel(cfg['architecture'], {}, cfg)
+        cfg, model, args = load_model_config_from_hf(weights.removeprefix('hf-hub:'))
+        return StartModel(model, without_sizes(args or {}), cfg)
     if is_tag(weights) and not Path(weights).exists():
         return StartModel(weights, {}, get_pretrained_cfg(weights).to_dict())
     config = find_config(Path(locate(weights).removeprefix('local-dir:')))
@@ -68,8 +68,13 @@ def describe_weights(weights: str) -> StartModel | None:
         return None
     content = read_config(config)
     names = content.get('label_names') or content['pretrained_cfg'].get('label_names')
-    args = {k: v for k, v in content.get('model_args', {}).items() if k not in ('num_classes', 'in_chans', 'img_size')}
-    return StartModel(content['architecture'], args, {**content['pretrained_cfg'], 'label_names': names})
+    cfg = {**content['pretrained_cfg'], 'label_names': names}
+    return StartModel(content['architecture'], without_sizes(content.get('model_args', {})), cfg)
+
+
+def without_sizes(model_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's arguments without those that follow from the images."""
+    return {key: value for key, value in model_args.items() if key not in ('num_classes', 'in_chans', 'img_size')}
 
 
 def find_config(path: Path) -> Path | None:
