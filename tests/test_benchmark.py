@@ -184,6 +184,13 @@ def test_bench_rejects_invalid_numbers(option, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
+def test_bench_rejects_an_output_below_a_file_before_it_measures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('t2t_vit.benchmark.build', None)
+    (tmp_path / 'taken').touch()
+    assert main(['bench', 't2t_vit_4_16', '--output', f'{tmp_path}/taken/speed']) == 2
+    assert 'taken is a file; expected a folder' in capsys.readouterr().err
+
+
 def test_bench_rejects_unknown_models(tmp_path, capsys):
     with pytest.raises(ValueError, match='no file'):
         build(f'{tmp_path}/none.py:small', 16)

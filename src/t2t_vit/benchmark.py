@@ -25,6 +25,7 @@ from .console import console
 from .models.listing import build, count_parameters
 from .models.variants import VARIANTS
 from .plots import plot_sizes, plot_speed
+from .results import check_writable
 from .settings import require
 from .timing import device_name, interleave, keep_freed_memory, spread, synchronize
 from .trained import pick_device
@@ -316,6 +317,10 @@ def bench(
         seconds: Duration of one turn.
         memory: Measure peak memory too; on a CPU in a new process for each model.
         output: Folder for bench.csv, README.md and plots; nothing is written by default.
+
+    Raises:
+        UsageError: if a number is out of range, or nothing can be written to the folder.
+        ValueError: if no model has such a name.
     """
     names = [baseline, *(name for name in models or PEERS if name != baseline)]
     numbers = dict(batch_size=batch_size, rounds=rounds, threads=1 if threads is None else threads)
@@ -324,6 +329,8 @@ def bench(
         + [(size >= 1, f'img_sizes must be at least 1, got {size}') for size in img_sizes]
         + [(seconds > 0, f'seconds must be above 0, got {seconds}')]
     )
+    if output:
+        check_writable(Path(output))
     for name in names:
         build(name, img_sizes[0])  # reports an unknown model before any is timed
     if threads:

@@ -311,10 +311,12 @@ def test_data_of_other_classes_and_incomplete_batch(digits_run, photos, tmp_path
 
 
 def test_invalid_options_are_refused_first(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'taken').touch()
     for wish, answer in (
         (['-o', 'm.onnx', '--model', 't2t_vit_4_16', '--precision', 'bf16'], 'no bf16'),
         (['-o', 'm.pt2', '--model', 't2t_vit_4_16', '--precision', 'int8'], 'write .xml or .onnx'),
         (['-o', 'm.onx', '--model', 't2t_vit_4_16'], 'did you mean .onnx?'),
+        (['-o', f'{tmp_path}/taken/m.pt2', '--model', 't2t_vit_4_16'], 'taken is a file; expected a folder'),
         (['-o', 'm.pt2'], 'expected --checkpoint FOLDER, or --model NAME'),
         (['-o', 'm.pt2', '--model', 't2t_vit_4_61'], 'did you mean t2t_vit_4_16?'),
         (['-o', 'm.pt2', '--model', 't2t_vit_4_16', '--batch_size', '0', '--rounds', '-1'], 'rounds must be at least'),

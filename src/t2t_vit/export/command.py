@@ -15,6 +15,7 @@ from ..classifier import Classifier
 from ..console import console
 from ..data import DataError, Preprocessing
 from ..models.listing import check_name
+from ..results import check_writable
 from ..settings import UsageError, require
 from . import int8
 from .check import TOLERANCES, Report, as_markdown, compare, measure_speed, save, versions
@@ -190,6 +191,7 @@ def export(
         )
     )
     check_precision(path, precision)
+    check_writable(path.parent)
     need(*EXTRAS[form], *(('nncf',) if precision == 'int8' else ()), *((runtime,) if runtime else ()))
     if threads:
         torch.set_num_threads(threads)
