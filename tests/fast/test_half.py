@@ -10,7 +10,7 @@ import timm
 import torch
 from filled import HARD_WINDOWS, fill, hard_windows, relative_error
 
-from t2t_vit.fast import folded, optimize, plain
+from t2t_vit.fast import attention, folded, optimize, plain
 from t2t_vit.fast.folded import split_norm_linear, split_norm_linear_half
 from t2t_vit.models import precision
 from t2t_vit.models.t2t_vit import Split, TokenPerformer, TokenTransformer
@@ -28,7 +28,9 @@ def seed():
 @pytest.fixture
 def capable(monkeypatch):
     """Let the layers take this processor for one that has the instructions."""
-    monkeypatch.setattr(folded, 'cpu_has_matmuls', lambda kind: True)
+    for module in (folded, attention):
+        monkeypatch.setattr(module, 'cpu_has_matmuls', lambda kind: True)
+    monkeypatch.setattr(attention, 'cpu_has_tiles', lambda: False)
 
 
 def filled(layer):

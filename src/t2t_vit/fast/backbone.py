@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..models.designs import DenseBlock, GhostAttention, GhostBlock, SEBlock
 from ..models.t2t_vit import Attention, Block, T2TViT
 from ..models.timm_api import TimmT2TViT
+from .attention import attention
 from .memory import recomputed
 from .rule import Fast, active_rate, is_intact, is_observed, is_unobserved
 
@@ -25,8 +26,7 @@ class FusedAttention(Fast, Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Three of (B, heads, N, D / heads), q of M tokens -> (B, M, D)."""
-        drop = active_rate(self.attn_drop)
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.scale).transpose(1, 2).flatten(2)
+        x = attention(q, k, v, active_rate(self.attn_drop), self.scale).transpose(1, 2).flatten(2)
         return self.se_layer(self.proj_drop(self.proj(x)))
 
     def fast_forward(self, x: Tensor) -> Tensor:

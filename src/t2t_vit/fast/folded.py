@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..models.precision import cpu_has_matmuls, full_precision, half_precision
 from ..models.t2t_vit import TokenAttention, TokenPerformer, TokensToToken, TokenTransformer
+from .attention import attention
 from .memory import in_transform, recomputed, scale_shift
 from .rule import Fast, active_rate
 
@@ -241,8 +242,7 @@ class FoldedTokenTransformer(FoldedTokenLayer, TokenTransformer):
         qkv = self.split_norm_linear(x, self.norm1, self.attn.qkv)
         height, width = qkv.shape[-2], qkv.shape[-1]
         q, k, v = to_tokens(qkv.to(self.dtype_after(x))).unsqueeze(1).chunk(3, dim=-1)  # (B, 1, N, D) each
-        drop = active_rate(self.attn.attn_drop)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.attn.scale)
+        y = attention(q, k, v, active_rate(self.attn.attn_drop), self.attn.scale)
         x = v.squeeze(1) + self.attn.proj(y.squeeze(1))
         y = self.norm2(x)
         with recomputed(y, self.norm2.forward, x):

@@ -58,6 +58,12 @@ def cpu_has_matmuls(kind: torch.dtype) -> bool:
         return False
 
 
+@torch.compiler.assume_constant_result
+def cpu_has_tiles() -> bool:
+    """Return True if this processor multiplies tiles of a matrix by one instruction (AMX), as on newer Xeons."""
+    return bool(getattr(torch.cpu, '_is_amx_tile_supported', bool)())
+
+
 @lru_cache
 def cpu_gain(kind: torch.dtype) -> float:
     """Return how many times as fast as float32 this processor multiplies matrices in `kind`; 0 if it only emulates it.

@@ -1,0 +1,42 @@
+"""Softmax attention by the fastest form that a processor has: torch's fused kernel, or two matmuls and a softmax."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..models.precision import cpu_has_matmuls, cpu_has_tiles, half_precision
+
+WEIGHTS = 2**25  # bytes of attention weights that are computed at once; of one image, above it the kernel is used
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float) -> Tensor:
+    """Return softmax(scale·q·kᵀ)·v: (B, heads, M, D), two of (B, heads, N, D) -> (B, heads, M, D).
+
+    On a processor that multiplies bfloat16 without tiles (AVX512-BF16 without AMX), torch's fused kernel packs its
+    blocks one by one, and takes 1.6 times as long as matmuls of the whole, in training twice as long.
+    """
+    bytes_per_image = 2 * q.shape[1] * q.shape[2] * k.shape[2]
+    if dropout or not prefers_matmuls(q) or bytes_per_image > WEIGHTS:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+    images = max(WEIGHTS // max(bytes_per_image, 1), 1)
+    parts = [by_matmuls(*part, scale) for part in zip(q.split(images), k.split(images), v.split(images))]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def prefers_matmuls(x: Tensor) -> bool:
+    """Return True where matmuls are faster than the fused kernel; graphs are compiled and exported with the kernel."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == 'cpu'
+        and half_precision(x) == torch.bfloat16
+        and cpu_has_matmuls(torch.bfloat16)
+        and not cpu_has_tiles()
+    )
+
+
+def by_matmuls(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Compute `attention` with its weights in memory."""
+    images = q.shape[0]
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    weights = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=scale).softmax(-1)  # scaled in it
+    return (weights @ v).unflatten(0, (images, -1))
