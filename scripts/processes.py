@@ -21,7 +21,8 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import t2t_vit  # noqa: F401  (registers the models)
-from t2t_vit.timing import device_name, keep_freed_memory
+from t2t_vit.allocator import keep_freed_memory
+from t2t_vit.timing import device_name
 
 
 def slowest(work: Callable[[], object]) -> float:

@@ -13,7 +13,7 @@ import t2t_vit
 
 ROOT = Path(t2t_vit.__file__).parent
 LAYERS = [  # a module imports from its own layer and the layers above it; modules not listed here are tools
-    {'settings', 'options', 'custom', 'console', 'integrity', 'plots', 'timing'},
+    {'settings', 'options', 'custom', 'console', 'integrity', 'plots', 'timing', 'allocator'},
     {'models', 'fast', 'data'},
     {
         'train',

@@ -21,13 +21,14 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .allocator import keep_freed_memory
 from .console import console
 from .models.listing import build, count_parameters
 from .models.variants import VARIANTS
 from .plots import plot_sizes, plot_speed
 from .results import check_writable
 from .settings import require
-from .timing import device_name, interleave, keep_freed_memory, spread, synchronize
+from .timing import device_name, interleave, spread, synchronize
 from .trained import pick_device
 
 Mode = Literal['infer', 'train']

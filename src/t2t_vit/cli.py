@@ -10,6 +10,7 @@ from typing import Any
 from t2t_vit_cli import COMMANDS, entry, main
 
 from . import custom
+from .allocator import keep_freed_memory
 from .options import format_help, known_options, required, split_words
 from .settings import (
     Setting,
@@ -119,6 +120,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         The exit code, see `main`.
     """
     words = [word for word in argv if word != '--trust']
+    keep_freed_memory()
     try:
         with custom.trust(len(words) < len(argv)):
             from .reproduce import mobilenet as _registered  # noqa: F401  # so that runs of a comparison open

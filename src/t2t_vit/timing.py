@@ -4,10 +4,8 @@ Absolute times drift on a shared machine. The ratio of two functions timed in th
 round times each function once.
 """
 
-import ctypes
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -60,17 +58,6 @@ def spread(values: list[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method='inclusive')
     return middle, low, high
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory in the process, as other allocators do; do nothing without glibc.
-
-    By default glibc returns memory to the system depending on the order of all allocations in the process, which
-    differs between models. Page faults for memory that was returned cost up to 5 % of the time.
-    """
-    if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 def device_name(device: torch.device) -> str:

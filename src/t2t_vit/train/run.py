@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from ..allocator import keep_freed_memory
 from ..console import duration
 from ..data import SPLIT_FILE, printable, report_data, synchronize
 from ..data.waiting import Stalled, explain_worker_death
@@ -71,6 +72,7 @@ def train(
     began = time.monotonic() if began is None else began
     if config.threads:
         torch.set_num_threads(config.threads)
+    keep_freed_memory()
     with ExitStack() as stack:
         stack.enter_context(flushed_denormals())
         signals = stack.enter_context(stop_signals())
