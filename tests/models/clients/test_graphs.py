@@ -8,7 +8,8 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
-from torch.func import functional_call, grad, jacrev, vmap
+from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -149,6 +150,26 @@ def test_jacobian(name, agree):
     model, reference, x = cm.build(name), cm.plain(name), cm.images(1, 64)
     found = jacrev(lambda image: model(image)[0, :2])(x)
     expected = torch.autograd.functional.jacobian(lambda image: reference(image)[0, :2], x)
+    agree(found, expected)
+
+
+def penalty(model, x):
+    """Return the gradients of a penalty on the gradient of the loss."""
+    with sdpa_kernel(SDPBackend.MATH):
+        first = torch.autograd.grad(cm.loss(model(x)), list(model.parameters()), create_graph=True)
+        sum(gradient.square().sum() for gradient in first).backward()
+    return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+
+def test_second_derivatives(name, agree):
+    agree(penalty(cm.build(name), cm.images()), penalty(cm.plain(name), cm.images()))
+
+
+@pytest.mark.filterwarnings('ignore:`torch.jit.script` is deprecated:FutureWarning')  # by torch, for itself
+def test_forward_mode(name, agree):
+    x, tangent = cm.images(), cm.images().flip(0)
+    with sdpa_kernel(SDPBackend.MATH):
+        found, expected = (jvp(model, (x,), (tangent,))[1] for model in (cm.build(name), cm.plain(name)))
     agree(found, expected)
 
 
