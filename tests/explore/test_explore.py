@@ -186,6 +186,35 @@ def test_passes_are_kept_up_to_a_limit(explorer):
         explorer.see('other', photos[0])
 
 
+def test_half_precision_of_the_model_and_float32_of_the_pictures(explorer):
+    photo = Photo('flower', FLOWER)
+    half = Explorer(explorer.openers, torch.device('cpu'), LIMITS, torch.bfloat16)
+    for name in explorer.names:
+        exact, found = explorer.see(name, photo), half.see(name, photo)
+        for key, expected in exact.trace.maps.items():
+            maps = found.trace.maps[key]
+            assert maps.dtype == torch.float32 and not torch.equal(maps, expected)
+            assert (maps - expected).norm() < 0.1 * expected.norm()
+        assert found.trace.logits.dtype == torch.float32
+        for view in VIEWS:
+            assert show(view, [found], Choice())
+
+
+@needs_gradio
+@pytest.mark.parametrize(
+    'precision, half', [('no', None), ('bf16', torch.bfloat16), ('auto', torch.float16), ('fp16', torch.float16)]
+)
+def test_precision_of_the_page_is_chosen_and_said(precision, half, monkeypatch, capsys):
+    def stub(*args: Any) -> None:
+        raise UsageError(f'half {args[3]}')
+
+    monkeypatch.setattr('t2t_vit.explore.command.Explorer', stub)
+    monkeypatch.setattr('t2t_vit.explore.command.choose_precision', lambda device: ('fp16', f'fast on {device}'))
+    assert main(['explore', '--device', 'cpu', '--precision', precision]) == 2
+    said = capsys.readouterr()
+    assert f'half {half}' in said.err and ('precision fp16: fast on cpu' in said.out) == (precision == 'auto')
+
+
 def test_request_ends_when_its_time_is_up():
     explorer = Explorer({'ours': lambda: small('t2t_vit_7_32', depth=1)}, torch.device('cpu'), Limits(seconds=-1))
     explorer.open('ours')

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from ..classifier import DTYPES, Precision
 from ..console import console
 from ..data import Source, open_source
 from ..inputs import open_own
 from ..look.opened import OpenModel, Photo, as_photo, open_images, open_model, short_name
 from ..look.visualize import unique
+from ..models.precision import choose_precision, describe_precision
 from ..models.shipped import compared
 from ..settings import UsageError, require
 from ..trained import CONFIG, WEIGHTS, pick_device
@@ -35,6 +37,7 @@ def explore(
     port: int | None = None,
     names: Sequence[str] = (),
     device: str = 'auto',
+    precision: Precision = 'no',
     max_megabytes: float = 20.0,
     max_megapixels: float = 50.0,
     max_seconds: float = 60.0,
@@ -57,6 +60,7 @@ def explore(
         port: Port to listen at; by default the first free one from 7860.
         names: Host names under which browsers may ask for the page, besides localhost and addresses.
         device: cpu, cuda, mps or auto.
+        precision: no (float32), bf16, fp16, or auto for bf16 if the device is faster in it.
         max_megabytes: Limit of an uploaded image.
         max_megapixels: Limit of an uploaded image.
         max_seconds: Limit of one request.
@@ -74,6 +78,9 @@ def explore(
     )
     target = pick_device(device)
     check_gradio()
+    if precision == 'auto':
+        precision, reason = choose_precision(target)
+        console().print(f'note: {describe_precision(precision, reason)}', soft_wrap=True)
     text = checkpoint or str(last_run(Path(runs)) or '')
     if not text:
         console().print(f'No run under {runs}: showing small models of photos from the package', soft_wrap=True)
@@ -84,7 +91,7 @@ def explore(
     if opened.note:
         console().print(f'note: {opened.note}', soft_wrap=True)
     openers = offer(opened, compare, choose)
-    explorer = Explorer(openers, target, Limits(max_megabytes, max_megapixels, max_seconds))
+    explorer = Explorer(openers, target, Limits(max_megabytes, max_megapixels, max_seconds), DTYPES.get(precision))
     photos = examples(opened, text, bool(compare))
     with tempfile.TemporaryDirectory(prefix='t2t-vit-explore-', ignore_cleanup_errors=True) as folder:
         os.environ.update(GRADIO_TEMP_DIR=f'{folder}/gradio', GRADIO_ANALYTICS_ENABLED='False')

@@ -101,8 +101,14 @@ class Explorer:
     One request at a time computes; memory is bounded by MAX_PASSES and by the number of models.
     """
 
-    def __init__(self, openers: dict[str, Callable[[], OpenModel]], device: torch.device, limits: Limits) -> None:
-        self.openers, self.device, self.limits = openers, device, limits
+    def __init__(
+        self,
+        openers: dict[str, Callable[[], OpenModel]],
+        device: torch.device,
+        limits: Limits,
+        half: torch.dtype | None = None,
+    ) -> None:
+        self.openers, self.device, self.limits, self.half = openers, device, limits, half
         self.opened: dict[str, OpenModel] = {}
         self.passes: OrderedDict[tuple[str, str], Seen] = OrderedDict()
         self.lock = Lock()
@@ -157,7 +163,8 @@ class Explorer:
         if key not in self.passes:
             images, shown = prepare([photo], one.preprocessing)
             images = images.to(self.device)
-            found = trace(one.model, images)
+            with torch.autocast(self.device.type, self.half, enabled=self.half is not None):
+                found = trace(one.model, images)
             if not found.maps:
                 raise UsageError(f'{name} has no feature maps to show.')
             self.check_time()

@@ -68,7 +68,8 @@ def _entries(module: nn.Module, prefix: str) -> Iterator[str]:
 def trace(model: nn.Module, images: torch.Tensor, layers: Sequence[str] | None = None) -> Trace:
     """Run a model on images, (B, C, H, W), in evaluation mode and without gradients, and record its layers.
 
-    Layers whose output is no grid over the image (a pooled vector, a list) are left out.
+    Layers whose output is no grid over the image (a pooled vector, a list) are left out. What is recorded is float32,
+    also of a model that computes in half precision.
 
     Args:
         model: Any timm model, or one with `forward_features` and `forward_head`, or with `forward`.
@@ -91,7 +92,7 @@ def trace(model: nn.Module, images: torch.Tensor, layers: Sequence[str] | None =
             logits = all_tokens(model, images)
         finally:
             model.train(training)
-    found = Trace(logits, attentions=recorder.attentions)
+    found = Trace(logits.float() if logits.dtype.itemsize < 4 else logits, attentions=recorder.attentions)
     for name, output in recorder.outputs.items():
         found.maps[name], found.prefixes[name], found.lattices[name] = output
     reads_token = getattr(model, 'has_class_token', True) and getattr(model, 'global_pool', 'token') in ('token', '')
@@ -274,7 +275,8 @@ class _Recorder(TorchFunctionMode):
             self.output_grids[name] = self.grids.seen[-1], self.grids.lattice(self.grids.seen[-1])
         if found is not None:  # copied, as the next layer may work in place
             grid = (found[0].shape[-2], found[0].shape[-1])
-            self.outputs[name] = (found[0].clone(), found[1].clone(), self.grids.lattice(grid))
+            maps, prefix = (part.to(torch.promote_types(part.dtype, torch.float32), copy=True) for part in found)
+            self.outputs[name] = (maps, prefix, self.grids.lattice(grid))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
