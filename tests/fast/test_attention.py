@@ -66,7 +66,6 @@ def test_used_in_bfloat16_without_tiles_only(uses, monkeypatch):
     half = [t.detach().bfloat16() for t in (q, k, v)]
     attention(q, k, v, 0.0, SCALE)
     attention(*half, 0.1, SCALE)  # with dropout
-    torch.compile(attention, backend='eager', fullgraph=True)(*half, 0.0, SCALE)
     with torch.autocast('cpu', torch.float16):
         attention(q, k, v, 0.0, SCALE)
     assert not uses
@@ -80,6 +79,24 @@ def test_used_in_bfloat16_without_tiles_only(uses, monkeypatch):
     monkeypatch.setattr(module, 'cpu_has_matmuls', lambda kind: False)
     attention(*half, 0.0, SCALE)
     assert len(uses) == 2
+
+
+def test_compiled_graphs_have_matmuls_and_exported_ones_the_kernel(uses):
+    class Attend(torch.nn.Module):
+        def forward(self, q, k, v):
+            return attention(q, k, v, 0.0, SCALE)
+
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph
+
+    half = [t.detach().bfloat16() for t in tensors(SHAPES[0])[1:]]
+    torch.compile(Attend(), backend=backend, fullgraph=True, dynamic=True)(*half)
+    assert 'baddbmm' in graphs[0] and 'scaled_dot_product' not in graphs[0]
+    exported = str(torch.export.export(Attend(), tuple(half)).graph)
+    assert 'baddbmm' not in exported and 'scaled_dot_product' in exported
 
 
 def test_every_attention_of_a_model_uses_it(uses):

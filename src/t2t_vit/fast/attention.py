@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.precision import cpu_has_matmuls, cpu_has_tiles, half_precision
+from .rule import is_exporting
 
 WEIGHTS = 2**25  # bytes of attention weights that are computed at once; of one image, above it the kernel is used
 
@@ -18,15 +19,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float) -> 
     bytes_per_image = 2 * q.shape[1] * q.shape[2] * k.shape[2]
     if dropout or not prefers_matmuls(q) or bytes_per_image > WEIGHTS:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+    if torch.compiler.is_compiling():  # at any batch size
+        return by_matmuls(q, k, v, scale)
     images = max(WEIGHTS // max(bytes_per_image, 1), 1)
     parts = [by_matmuls(*part, scale) for part in zip(q.split(images), k.split(images), v.split(images))]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def prefers_matmuls(x: Tensor) -> bool:
-    """Return True where matmuls are faster than the fused kernel; graphs are compiled and exported with the kernel."""
+    """Return True where matmuls are faster than the fused kernel; exported graphs run elsewhere and have the kernel."""
+    exporting = is_exporting() or (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling())
     return (
-        not torch.compiler.is_compiling()
+        not exporting
         and x.device.type == 'cpu'
         and half_precision(x) == torch.bfloat16
         and cpu_has_matmuls(torch.bfloat16)

@@ -23,10 +23,9 @@ from ..models.precision import cpu_has_matmuls, full_precision, half_precision
 from ..models.t2t_vit import TokenAttention, TokenPerformer, TokensToToken, TokenTransformer
 from .attention import attention
 from .memory import in_transform, recomputed, scale_shift
-from .rule import Fast, active_rate
+from .rule import Fast, active_rate, is_exporting
 
 MAP_CHANNELS = 32  # from which a map is one of tokens, not an image
-is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)  # unknown to old torch
 
 
 def to_tokens(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as global_hooks
 
 TENSORS = (nn.Parameter, torch.Tensor, FakeTensor, FunctionalTensor)  # the last two while a graph is exported
+is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)  # unknown to old torch
 
 
 def is_observed(module: nn.Module) -> bool:
