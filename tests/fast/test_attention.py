@@ -8,9 +8,10 @@ from filled import relative_error
 
 from t2t_vit.fast import attention as module
 from t2t_vit.fast.attention import attention, by_matmuls
+from t2t_vit.models import precision
 
 SCALE = 0.2
-SHAPES = [(2, 3, 7, 7, 8), (5, 1, 33, 33, 16), (3, 2, 1, 19, 4)]  # B, heads, M, N, D
+SHAPES = [(2, 3, 7, 7, 8), (5, 1, 33, 33, 16), (3, 2, 1, 19, 4), (0, 2, 5, 5, 4)]  # B, heads, M, N, D
 
 
 def tensors(shape, dtype=torch.float64, scale=1.0):
@@ -25,8 +26,7 @@ def tensors(shape, dtype=torch.float64, scale=1.0):
 def uses(monkeypatch):
     """Take this processor for one with AVX512-BF16 and without AMX; return the calls of `by_matmuls`."""
     calls = []
-    monkeypatch.setattr(module, 'cpu_has_matmuls', lambda kind: kind == torch.bfloat16)
-    monkeypatch.setattr(module, 'cpu_has_tiles', lambda: False)
+    monkeypatch.setattr(module, 'cpu_has_avx512_bf16_alone', lambda: True)
     monkeypatch.setattr(module, 'by_matmuls', lambda *args: calls.append(args) or by_matmuls(*args))
     return calls
 
@@ -73,12 +73,16 @@ def test_used_in_bfloat16_without_tiles_only(uses, monkeypatch):
     with torch.autocast('cpu', torch.bfloat16):
         attention(q, k, v, 0.0, SCALE)
     assert len(uses) == 2
-    monkeypatch.setattr(module, 'cpu_has_tiles', lambda: True)
-    attention(*half, 0.0, SCALE)
-    monkeypatch.setattr(module, 'cpu_has_tiles', lambda: False)
-    monkeypatch.setattr(module, 'cpu_has_matmuls', lambda kind: False)
+    monkeypatch.setattr(module, 'cpu_has_avx512_bf16_alone', lambda: False)
     attention(*half, 0.0, SCALE)
     assert len(uses) == 2
+
+
+@pytest.mark.parametrize('vectors, tiles', [(False, False), (True, False), (True, True), (False, True)])
+def test_processor_is_known_by_its_instructions(vectors, tiles, monkeypatch):
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: vectors, raising=False)
+    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: tiles, raising=False)
+    assert precision.cpu_has_avx512_bf16_alone() == (vectors and not tiles)
 
 
 def test_compiled_graphs_have_matmuls_and_exported_ones_the_kernel(uses):

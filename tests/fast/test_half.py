@@ -28,9 +28,8 @@ def seed():
 @pytest.fixture
 def capable(monkeypatch):
     """Let the layers take this processor for one that has the instructions."""
-    for module in (folded, attention):
-        monkeypatch.setattr(module, 'cpu_has_matmuls', lambda kind: True)
-    monkeypatch.setattr(attention, 'cpu_has_tiles', lambda: False)
+    monkeypatch.setattr(folded, 'cpu_has_matmuls', lambda kind: True)
+    monkeypatch.setattr(attention, 'cpu_has_avx512_bf16_alone', lambda: True)
 
 
 def filled(layer):

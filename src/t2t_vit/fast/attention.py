@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.precision import cpu_has_matmuls, cpu_has_tiles, half_precision
+from ..models.precision import cpu_has_avx512_bf16_alone, half_precision
 from .rule import is_exporting
 
 WEIGHTS = 2**25  # bytes of attention weights that are computed at once; of one image, above it the kernel is used
@@ -30,17 +30,13 @@ def prefers_matmuls(x: Tensor) -> bool:
     """Return True where matmuls are faster than the fused kernel; exported graphs run elsewhere and have the kernel."""
     exporting = is_exporting() or (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling())
     return (
-        not exporting
-        and x.device.type == 'cpu'
-        and half_precision(x) == torch.bfloat16
-        and cpu_has_matmuls(torch.bfloat16)
-        and not cpu_has_tiles()
+        not exporting and x.device.type == 'cpu' and half_precision(x) == torch.bfloat16 and cpu_has_avx512_bf16_alone()
     )
 
 
 def by_matmuls(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Compute `attention` with its weights in memory."""
-    images = q.shape[0]
+    images, heads = q.shape[:2]
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     weights = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=scale).softmax(-1)  # scaled in it
-    return (weights @ v).unflatten(0, (images, -1))
+    return (weights @ v).unflatten(0, (images, heads))
