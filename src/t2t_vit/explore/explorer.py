@@ -1,9 +1,7 @@
 """Read uploaded images within limits, and run models on them."""
 
 import copy
-import ctypes
 import hashlib
-import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..allocator import trim_memory
 from ..data import DataError, ImageError, decode_image, pixel_limit, read_image
 from ..look.features import LayerMeasure, measure
 from ..look.opened import SEED, OpenModel, Photo, bands, prepare
@@ -67,12 +66,6 @@ def fingerprint(image: Any) -> str:
     """Return a hash of the pixels of a photo's image."""
     pixels = np.ascontiguousarray(image)
     return hashlib.sha256(f'{pixels.shape} {pixels.dtype}'.encode() + pixels.tobytes()).hexdigest()
-
-
-def trim_memory() -> None:
-    """Return freed memory to the system: glibc keeps fragments between images and tensors, more with each request."""
-    if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'malloc_trim'):
-        libc.malloc_trim(0)
 
 
 class Seen(NamedTuple):

@@ -13,8 +13,8 @@ WEIGHTS = 2**25  # bytes of attention weights that are computed at once; of one 
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float) -> Tensor:
     """Return softmax(scale·q·kᵀ)·v: (B, heads, M, D), two of (B, heads, N, D) -> (B, heads, M, D).
 
-    On a processor that multiplies bfloat16 without tiles (AVX512-BF16 without AMX), torch's fused kernel packs its
-    blocks one by one, and takes 1.6 times as long as matmuls of the whole, in training twice as long.
+    In bfloat16 on a processor with AVX512-BF16 and without AMX, matmuls of the whole take less time than torch's fused
+    kernel (measured in results/speed-epyc-2026-11-29).
     """
     bytes_per_image = 2 * q.shape[1] * q.shape[2] * k.shape[2]
     if dropout or not prefers_matmuls(q) or bytes_per_image > WEIGHTS:

@@ -92,7 +92,7 @@ def trace(model: nn.Module, images: torch.Tensor, layers: Sequence[str] | None =
             logits = all_tokens(model, images)
         finally:
             model.train(training)
-    found = Trace(logits.float() if logits.dtype.itemsize < 4 else logits, attentions=recorder.attentions)
+    found = Trace(at_least_float32(logits), attentions=recorder.attentions)
     for name, output in recorder.outputs.items():
         found.maps[name], found.prefixes[name], found.lattices[name] = output
     reads_token = getattr(model, 'has_class_token', True) and getattr(model, 'global_pool', 'token') in ('token', '')
@@ -100,6 +100,11 @@ def trace(model: nn.Module, images: torch.Tensor, layers: Sequence[str] | None =
         recorder.locate(attention)
         attention.class_token = attention.prefix > 0 and reads_token
     return found
+
+
+def at_least_float32(x: torch.Tensor, copy: bool = False) -> torch.Tensor:
+    """Return half precision as float32, and other types as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32), copy=copy)
 
 
 def all_tokens(model: Any, images: torch.Tensor) -> torch.Tensor:
@@ -275,8 +280,8 @@ class _Recorder(TorchFunctionMode):
             self.output_grids[name] = self.grids.seen[-1], self.grids.lattice(self.grids.seen[-1])
         if found is not None:  # copied, as the next layer may work in place
             grid = (found[0].shape[-2], found[0].shape[-1])
-            maps, prefix = (part.to(torch.promote_types(part.dtype, torch.float32), copy=True) for part in found)
-            self.outputs[name] = (maps, prefix, self.grids.lattice(grid))
+            maps, prefix = (at_least_float32(part, copy=True) for part in found)
+            self.outputs[name] = maps, prefix, self.grids.lattice(grid)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
